@@ -1,0 +1,69 @@
+"""A host as a value: what its CPU, its kernel and its KVM can hold, and how each fact is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from xfast.behaviour import Behaviours
+from xfast.cpuid import Cpuid
+from xfast.layout import Layout
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a snapshot may be restored. What is not known is None.
+
+    Parameters
+    ----------
+    name : str
+    layout : Layout or None
+        The CPU's standard format.
+    xcr0 : int or None
+        User components that the host's kernel enables (its fpu_user_cfg.max_features).
+    xss : int or None
+        Supervisor components that the host's kernel enables.
+    kvm_xcr0 : int or None
+        User components that its KVM lets a guest have (kvm_caps.supported_xcr0).
+    mxcsr_mask : int or None
+        The CPU's MXCSR_MASK.
+    xsave : frozenset of str
+        Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``: CPUID leaf 1 and 0xD.1.
+    kernel : Kernel or None
+        The kernel's behaviours; see `xfast.behaviour`.
+    xsave2_size : int or None
+        Bytes that KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) reports.
+    guest_permission : int or None
+        Dynamic components (XTILE_DATA) that guests may be given here (mask).
+    vendor : str or None
+        CPUID's vendor text.
+    cpuid : Cpuid or None
+        All that is known of the CPU's, or KVM's supported, CPUID.
+    provenance : dict
+        {field: how it is known}: ``probed``, ``dump``, ``derived``, ``assumed``, ``given``.
+    source : str
+        Where the description came from: a file, a catalogue entry, ``this machine``.
+    """
+
+    name: str
+    layout: Layout | None = None
+    xcr0: int | None = None
+    xss: int | None = None
+    kvm_xcr0: int | None = None
+    mxcsr_mask: int | None = None
+    xsave: frozenset[str] = frozenset()
+    kernel: Behaviours | None = None
+    xsave2_size: int | None = None
+    guest_permission: int | None = None
+    vendor: str | None = None
+    cpuid: Cpuid | None = None
+    provenance: dict[str, str] = field(default_factory=dict, compare=False)
+    source: str = ""
+
+    def with_kernel(self, kernel: Behaviours | None, provenance: str) -> Host:
+        """Return this host under another kernel."""
+        return self.replace(kernel=kernel, provenance={**self.provenance, "kernel": provenance})
+
+    def replace(self, **changes: Any) -> Host:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)

@@ -1,0 +1,94 @@
+"""What every reader returns: a Snapshot of vCPUs (or threads), each with its XSAVE area.
+
+A format neither judges nor prints; it finds the areas and says what it knows of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.cpuid import Cpuid
+from xfast.layout import Layout
+
+
+@dataclass
+class Vcpu:
+    """The extended state of one vCPU or thread. What a file does not tell is None.
+
+    Parameters
+    ----------
+    index : int
+        The vCPU's number, or the thread's id.
+    area : (size,) uint8
+        One XSAVE area, as the file holds it (standard or compacted format).
+    layout : Layout or None
+        Where the components lie in `area`; None where it can't be known.
+    layout_source : str
+        How the layout is known: ``given``, ``cpuid``, ``note``, ``format`` (the file's format
+        fixes it), ``inferred`` or ``unknown``.
+    layout_note : str
+        For ``inferred`` and ``unknown``: from what, or why not (one clause).
+    portable : bool
+        The file stores registers, not an area of the source's layout: whoever restores it
+        builds the area in the target's layout (QEMU, CRIU).
+    xcr0, xss, xfd : int or None
+        XCR0, IA32_XSS and IA32_XFD.
+    cpuid : Cpuid or None
+        The guest's CPUID.
+    guest_mask : int or None
+        The user components that the guest may have, where something better or other than
+        `cpuid` tells (libvirt's cookie, CR4.PKE and XCR0 of a QEMU stream).
+    pkru_enabled : bool or None
+        CR4.PKE: whether the guest can reach PKRU by RDPKRU.
+    facts : dict
+        Whatever else the file tells and a finding may cite (stable keys, plain values).
+    """
+
+    index: int
+    area: NDArray[np.uint8]
+    layout: Layout | None = None
+    layout_source: str = "unknown"
+    layout_note: str = ""
+    portable: bool = False
+    xcr0: int | None = None
+    xss: int | None = None
+    xfd: int | None = None
+    cpuid: Cpuid | None = None
+    guest_mask: int | None = None
+    pkru_enabled: bool | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Snapshot:
+    """One file (or directory) with the extended state of its vCPUs or threads.
+
+    Parameters
+    ----------
+    path : str
+        The file's name as the user gave it.
+    format : str
+        ``qemu``, ``libvirt``, ``raw``, ``elfcore``, ``cloud-hypervisor``, ``firecracker``, ``criu``.
+    kind : str
+        ``vm`` or ``process``: who consumes the state, and so whose rules apply.
+    producer : str
+        Who wrote it, as far as the file tells: ``qemu-kvm``, ``qemu-tcg``, ``kvm``, ``kernel``,
+        ``gdb``, ...; empty where it does not.
+    vcpus : list of Vcpu
+    container : tuple of str
+        What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
+    facts : dict
+        Whatever else the file tells (machine type, domain name, ...).
+    """
+
+    path: str
+    format: str
+    kind: str
+    producer: str
+    vcpus: list[Vcpu]
+    container: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
