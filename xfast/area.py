@@ -72,7 +72,9 @@ def rows_of(areas: Any, name: str = "areas") -> tuple[Areas, bool]:
         try:
             areas = np.frombuffer(areas, np.uint8)
         except (TypeError, BufferError) as problem:
-            raise ValueError(f"{name}: got {type(areas).__name__}, needed areas: {problem}") from None
+            raise ValueError(
+                f"{name}: got {type(areas).__name__}, needed areas: {problem}"
+            ) from None
     if areas.dtype != np.uint8:
         raise ValueError(f"{name}: got dtype {areas.dtype}, needed uint8")
     if areas.ndim == 1:
@@ -241,9 +243,9 @@ def relayout(
     """
     rows, single = rows_of(areas)
     fmt = 0 if xcomp_bv is None else check_mask(xcomp_bv & ALL, "xcomp_bv") | XCOMP_BV_COMPACTED
-    if fmt and xcomp_bv & ~to.mask & ALL:
+    if fmt & ~to.mask & ALL:
         raise LayoutError(
-            f"xcomp_bv: got {xcomp_bv:#x}, needed components of layout {to.name}: {to.mask:#x}"
+            f"xcomp_bv: got {fmt:#x}, needed components of layout {to.name}: {to.mask:#x}"
         )
     if out is None:
         need = to.compacted_size(fmt) if fmt else to.standard_size()

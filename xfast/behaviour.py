@@ -149,7 +149,11 @@ def user_xfeatures(kernel: Behaviours, host_user: int, guest_supported_xcr0: int
 
     *Source*: Linux arch/x86/kvm/cpuid.c kvm_vcpu_after_set_cpuid() at ad856280ddea, a1020a25e697.
     """
-    if "user-xfeatures-guest" not in kernel or "get-trims" in kernel or guest_supported_xcr0 is None:
+    if (
+        "user-xfeatures-guest" not in kernel
+        or "get-trims" in kernel
+        or guest_supported_xcr0 is None
+    ):
         return host_user
     return guest_supported_xcr0 | (XFEATURE_MASK_FPSSE if "user-xfeatures-fpsse" in kernel else 0)
 

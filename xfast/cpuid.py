@@ -20,14 +20,14 @@ SIGNIFICANT_INDEX = 1
 """KVM_CPUID_FLAG_SIGNIFCANT_INDEX: the entry answers for its own sub-leaf only."""
 
 ENTRY = struct.Struct("<7I12x")
-"""struct kvm_cpuid_entry2: function, index, flags, eax, ebx, ecx, edx."""
+"""struct kvm_cpuid_entry2: function, index (sub-leaf), flags, eax, ebx, ecx, edx."""
 
 
 class Entry(NamedTuple):
     """One row, as in struct kvm_cpuid_entry2 (all u32)."""
 
     function: int
-    index: int
+    subleaf: int
     flags: int
     eax: int
     ebx: int
@@ -51,11 +51,11 @@ class Cpuid:
         """Build from {(leaf, sub-leaf): (eax, ebx, ecx, edx)}; every row is significant."""
         return cls(tuple(Entry(f, i, SIGNIFICANT_INDEX, *regs) for (f, i), regs in rows.items()))
 
-    def find(self, function: int, index: int = 0) -> Entry | None:
+    def find(self, function: int, subleaf: int = 0) -> Entry | None:
         """Return the row that answers for a leaf, as KVM's cpuid_entry2_find() does, or None."""
         for entry in self.entries:
             if entry.function == function and (
-                entry.index == index or not entry.flags & SIGNIFICANT_INDEX
+                entry.subleaf == subleaf or not entry.flags & SIGNIFICANT_INDEX
             ):
                 return entry
         return None
@@ -66,7 +66,7 @@ class Cpuid:
 
     @cached_property
     def _layout(self) -> tuple[Layout, int]:
-        return from_leaf_d({e.index: e[3:7] for e in self.leaf(0xD)})
+        return from_leaf_d({e.subleaf: e[3:7] for e in self.leaf(0xD)})
 
     @property
     def layout(self) -> Layout:

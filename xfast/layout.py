@@ -205,7 +205,9 @@ def from_leaf_d(
         if size:
             supervisor = bool(ecx & 1)
             slots.append(
-                Slot(nr, size, 0 if supervisor else offset, supervisor, bool(ecx & 2), bool(ecx & 4))
+                Slot(
+                    nr, size, 0 if supervisor else offset, supervisor, bool(ecx & 2), bool(ecx & 4)
+                )
             )
     layout = Layout(tuple(slots), name)
     return layout, announced & ~layout.mask

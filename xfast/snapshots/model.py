@@ -6,7 +6,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ class Vcpu:
         `cpuid` tells (libvirt's cookie, CR4.PKE and XCR0 of a QEMU stream).
     pkru_enabled : bool or None
         CR4.PKE: whether the guest can reach PKRU by RDPKRU.
+    where : dict
+        {field: (offset, length)} in the file, after decompression: ``area`` where the file
+        holds one, else the fields that an edit of the state would change.
     facts : dict
         Whatever else the file tells and a finding may cite (stable keys, plain values).
     """
@@ -60,6 +63,7 @@ class Vcpu:
     cpuid: Cpuid | None = None
     guest_mask: int | None = None
     pkru_enabled: bool | None = None
+    where: dict[str, tuple[int, int]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,3 +96,12 @@ class Snapshot:
     vcpus: list[Vcpu]
     container: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Splice(NamedTuple):
+    """One edit of a file's bytes, after decompression: `old` at `offset` becomes `new`."""
+
+    offset: int
+    old: bytes
+    new: bytes
+    field: str = ""
