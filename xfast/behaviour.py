@@ -99,9 +99,8 @@ class Behaviours:
     def __post_init__(self) -> None:
         unknown = self.names - BEHAVIOURS.keys()
         if unknown:
-            raise ValueError(
-                f"behaviour: got {', '.join(sorted(unknown))}, needed some of: {', '.join(BEHAVIOURS)}"
-            )
+            got, known = ", ".join(sorted(unknown)), ", ".join(BEHAVIOURS)
+            raise ValueError(f"behaviour: got {got}, needed some of: {known}")
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from xfast.errors import LayoutError
@@ -81,7 +82,7 @@ class Layout:
                     f"needed {EXTENDED_OFFSET} or more"
                 )
         ends.sort()
-        for (_, end, one), (start, _, two) in zip(ends, ends[1:], strict=False):
+        for (_, end, one), (start, _, two) in pairwise(ends):
             if start < end and {one.nr, two.nr} not in ({3, 19}, {4, 19}):
                 raise LayoutError(
                     f"layout: components {one.nr} ({name_of(one.nr)}) and {two.nr} "
@@ -163,7 +164,11 @@ class Layout:
         moved = 0
         for slot in self.slots:
             there = other.by_nr.get(slot.nr)
-            if there and mask >> slot.nr & 1 and (slot.offset, slot.size) != there[2:0:-1]:
+            if (
+                there
+                and mask >> slot.nr & 1
+                and (slot.offset, slot.size) != (there.offset, there.size)
+            ):
                 moved |= 1 << slot.nr
         return moved
 

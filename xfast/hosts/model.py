@@ -28,8 +28,8 @@ class Host:
     mxcsr_mask : int or None
         The CPU's MXCSR_MASK.
     xsave : frozenset of str
-        Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``: CPUID leaf 1 and 0xD.1.
-    kernel : Kernel or None
+        Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``, by CPUID.
+    kernel : Behaviours or None
         The kernel's behaviours; see `xfast.behaviour`.
     xsave2_size : int or None
         Bytes that KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) reports.

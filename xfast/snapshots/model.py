@@ -76,7 +76,7 @@ class Snapshot:
     path : str
         The file's name as the user gave it.
     format : str
-        ``qemu``, ``libvirt``, ``raw``, ``elfcore``, ``cloud-hypervisor``, ``firecracker``, ``criu``.
+        ``qemu``, ``raw``, ``elfcore``, ``cloud-hypervisor``, ``firecracker`` or ``criu``.
     kind : str
         ``vm`` or ``process``: who consumes the state, and so whose rules apply.
     producer : str
