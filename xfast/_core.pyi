@@ -27,5 +27,30 @@ def relayout(
     mxcsr_mask: int,
     software: int,
     lost: U64,
+    kernel: bool = False,
+    pkru: U32 | None = None,
 ) -> None: ...
+def set_uabi(
+    uabi: Areas,
+    table: Table,
+    into: Areas,
+    into_table: Table,
+    user_xfeatures: int,
+    mxcsr_mask: int,
+    supervisor: int,
+    status: U32,
+) -> None: ...
+def swap(
+    registers: Areas,
+    table: Table,
+    leave: Areas,
+    leave_table: Table,
+    save_mask: int,
+    enter: Areas,
+    enter_table: Table,
+    restore_mask: int,
+    lost: U64,
+) -> None: ...
+def audit(areas: Areas, mask: int, mxcsr_mask: int, status: NDArray[np.uint8]) -> None: ...
 def diff(one: Areas, one_table: Table, two: Areas, two_table: Table, differing: U64) -> None: ...
+def xinuse(areas: Areas, table: Table, early: bool, inuse: U64) -> None: ...

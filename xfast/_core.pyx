@@ -234,6 +234,38 @@ def classify(
             row += stride
 
 
+def xinuse(cnp.ndarray areas, Table table, bint early, cnp.ndarray inuse):
+    """Find the components whose bytes differ from their init value; MXCSR takes no part.
+
+    `early`: look only at components in XSTATE_BV.
+    """
+    cdef Py_ssize_t n, size, stride, i
+    cdef uint8_t *row = rows(areas, "areas", EXTENDED, False, &n, &size, &stride)
+    cdef uint64_t *used = <uint64_t *>vector(inuse, "inuse", cnp.NPY_UINT64, n)
+    cdef Place at
+    cdef uint64_t rest, bit, data
+    cdef int c
+    with nogil:
+        for i in range(n):
+            place(table, load64(row + LEGACY), load64(row + LEGACY + 8), size, &at)
+            rest = at.found & (at.bv if early else ~<uint64_t>0)
+            data = 0
+            if rest & FP and x87_in_use(row, not at.bv & FP):
+                data = FP
+            if rest & SSE and nonzero(row + 160, 256):
+                data |= SSE
+            rest &= ~<uint64_t>3
+            while rest:
+                c = lowest(rest)
+                bit = <uint64_t>1 << c
+                rest ^= bit
+                if nonzero(row + at.offset[c], 4 if c == 9 else table.size[c]):
+                    if at.bv & bit or at.xcomp & COMPACTED or not table.overlap[c] & at.bv:
+                        data |= bit
+            used[i] = data
+            row += stride
+
+
 cdef inline void scrub_one(
     uint8_t *row, Table t, const Place *at, uint64_t drop, uint64_t kept
 ) noexcept nogil:
@@ -280,6 +312,7 @@ def keep(cnp.ndarray areas, Table table, uint64_t mask, bint scrub, cnp.ndarray 
 cdef inline uint64_t relayout_one(
     const uint8_t *src, Py_ssize_t src_size, Table st, uint8_t *dst, Py_ssize_t dst_size,
     Table dt, uint64_t mask, uint64_t xcomp, uint32_t mxcsr_mask, uint64_t software,
+    bint kernel,
 ) noexcept nogil:
     """Write every byte of one area; return the components that could not be brought over."""
     cdef Place at, to
@@ -290,7 +323,11 @@ cdef inline uint64_t relayout_one(
     place(dt, at.bv, xcomp, dst_size, &to)
     want = at.bv & mask
     rest = want & at.found & to.found
-    if xcomp & COMPACTED:
+    if xcomp == COMPACTED:  # ragged: only what is there gets a place
+        place(dt, at.bv, xcomp | rest, dst_size, &to)
+        rest &= to.found
+        xcomp |= rest
+    elif xcomp & COMPACTED:
         rest &= xcomp
     memset(dst, 0, dst_size)
     if rest & FP:
@@ -299,7 +336,7 @@ cdef inline uint64_t relayout_one(
     else:
         dst[0] = 0x7F
         dst[1] = 0x03
-    if has_mxcsr(&at) and rest & (SSE | AVX):
+    if rest & (SSE | AVX) and (kernel or has_mxcsr(&at)):
         memcpy(dst + 24, src + 24, 8)
     else:
         store32(dst + 24, MXCSR_INIT)
@@ -323,24 +360,35 @@ cdef inline uint64_t relayout_one(
 def relayout(
     cnp.ndarray src, Table src_table, cnp.ndarray out, Table out_table, uint64_t mask,
     uint64_t xcomp_bv, uint32_t mxcsr_mask, uint64_t software, cnp.ndarray lost,
+    bint kernel=False, cnp.ndarray pkru=None,
 ):
     """Copy the components in XSTATE_BV and `mask` into areas of another layout or format.
 
     Every byte of every `out` row is written; absent components get their init value. With
     `xcomp_bv` 0 the rows come out in standard format. `lost` receives the components that
-    `out` can't hold or `src` does not hold.
+    `out` can't hold or `src` does not hold. `kernel`: MXCSR comes from the area with SSE or
+    AVX, whatever its format. `pkru`: values to write in place of the areas' own.
     """
     cdef Py_ssize_t n, size, stride, m, out_size, out_stride, i
     cdef uint8_t *row = rows(src, "src", EXTENDED, False, &n, &size, &stride)
     cdef uint8_t *to = rows(out, "out", EXTENDED, True, &m, &out_size, &out_stride)
     cdef uint64_t *left = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, n)
+    cdef uint32_t *value = NULL
+    cdef uint8_t *slot
     if m != n:
         raise ValueError(f"out: got {m} areas, needed {n}, as many as src")
+    if pkru is not None:
+        value = <uint32_t *>vector(pkru, "pkru", cnp.NPY_UINT32, n)
     with nogil:
         for i in range(n):
             left[i] = relayout_one(
-                row, size, src_table, to, out_size, out_table, mask, xcomp_bv, mxcsr_mask, software
+                row, size, src_table, to, out_size, out_table, mask, xcomp_bv, mxcsr_mask, software,
+                kernel,
             )
+            if value and load64(to + LEGACY) & PKRU:
+                slot = to + out_table.offset[9]
+                memset(slot, 0, out_table.size[9])
+                store32(slot, value[i])
             row += stride
             to += out_stride
 
@@ -403,6 +451,122 @@ def diff(
             mask[i] = diff_one(a, &p, one_table, b, &q, two_table)
             a += stride
             b += stride2
+
+
+cdef inline uint64_t merge_one(
+    const uint8_t *src, const Place *at, Table st, uint8_t *dst, const Place *to, Table dt,
+    uint64_t mask, bint mxcsr
+) noexcept nogil:
+    """Copy the components in XSTATE_BV and `mask`; every other byte of `dst` stays."""
+    cdef uint64_t bit, rest = at.bv & mask
+    cdef int c
+    if rest & ~(at.found & to.found):
+        return rest & ~(at.found & to.found)
+    if rest & FP:
+        memcpy(dst, src, 24)
+        memcpy(dst + 32, src + 32, 128)
+    if mxcsr:
+        memcpy(dst + 24, src + 24, 8)
+    if rest & SSE:
+        memcpy(dst + 160, src + 160, 256)
+    store64(dst + LEGACY, (to.bv & ~mask) | rest)
+    rest &= ~<uint64_t>3
+    while rest:
+        c = lowest(rest)
+        bit = <uint64_t>1 << c
+        rest ^= bit
+        memcpy(dst + to.offset[c], src + at.offset[c], min(st.size[c], dt.size[c]))
+    return 0
+
+
+def set_uabi(
+    cnp.ndarray uabi, Table table, cnp.ndarray into, Table into_table, uint64_t user_xfeatures,
+    uint32_t mxcsr_mask, uint64_t supervisor, cnp.ndarray status,
+):
+    """Validate standard-format areas and copy them into kernel images, row by row.
+
+    `status` receives `xfast.area.UabiFault` codes; a row with a fault leaves `into` alone.
+    """
+    cdef Py_ssize_t n, size, stride, m, into_size, into_stride, i
+    cdef uint8_t *row = rows(uabi, "uabi", EXTENDED, False, &n, &size, &stride)
+    cdef uint8_t *to = rows(into, "into", EXTENDED, True, &m, &into_size, &into_stride)
+    cdef uint32_t *fault = <uint32_t *>vector(status, "status", cnp.NPY_UINT32, n)
+    cdef Place at, dst
+    if m != n:
+        raise ValueError(f"into: got {m} areas, needed {n}, as many as uabi")
+    with nogil:
+        for i in range(n):
+            place(table, load64(row + LEGACY), 0, size, &at)
+            place(into_table, load64(to + LEGACY), load64(to + LEGACY + 8), into_size, &dst)
+            if at.bv & ~user_xfeatures:
+                fault[i] = 1
+            elif load64(row + LEGACY + 8):
+                fault[i] = 2
+            elif nonzero(row + LEGACY + 16, 48):
+                fault[i] = 3
+            elif at.bv & (FP | SSE | AVX) and load32(row + 24) & ~mxcsr_mask:
+                fault[i] = 4
+            else:
+                fault[i] = 5 if merge_one(
+                    row, &at, table, to, &dst, into_table, ~supervisor,
+                    at.bv & (FP | SSE | AVX) != 0,
+                ) else 0
+            row += stride
+            to += into_stride
+
+
+def swap(
+    cnp.ndarray registers, Table table, cnp.ndarray leave, Table leave_table, uint64_t save_mask,
+    cnp.ndarray enter, Table enter_table, uint64_t restore_mask, cnp.ndarray lost,
+):
+    """Save `registers` into `leave` under a mask, then load `enter` under another, row by row.
+
+    A row whose components one of the areas can't hold is left alone, and `lost` names them.
+    """
+    cdef Py_ssize_t n, size, stride, m, out_size, out_stride, k, in_size, in_stride, i
+    cdef uint8_t *row = rows(registers, "registers", EXTENDED, True, &n, &size, &stride)
+    cdef uint8_t *out = rows(leave, "leave", EXTENDED, True, &m, &out_size, &out_stride)
+    cdef uint8_t *load = rows(enter, "enter", EXTENDED, False, &k, &in_size, &in_stride)
+    cdef uint64_t *left = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, n)
+    cdef Place live, old, new
+    if m != n or k != n:
+        raise ValueError(f"leave, enter: got {m} and {k} areas, needed {n}, as many as registers")
+    with nogil:
+        for i in range(n):
+            place(table, load64(row + LEGACY), 0, size, &live)
+            place(leave_table, load64(out + LEGACY), load64(out + LEGACY + 8), out_size, &old)
+            place(enter_table, load64(load + LEGACY), load64(load + LEGACY + 8), in_size, &new)
+            left[i] = live.bv & save_mask & ~(live.found & old.found)
+            left[i] |= new.bv & restore_mask & ~(new.found & live.found)
+            if not left[i]:
+                merge_one(
+                    row, &live, table, out, &old, leave_table, save_mask,
+                    save_mask & (SSE | AVX) != 0,
+                )
+                merge_one(
+                    load, &new, enter_table, row, &live, table, restore_mask,
+                    restore_mask & (SSE | AVX) != 0,
+                )
+            row += stride
+            out += out_stride
+            load += in_stride
+
+
+def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray status):
+    """Check header and MXCSR of every area; `status` receives `xfast.area.Audit` flags."""
+    cdef Py_ssize_t n, size, stride, i
+    cdef uint8_t *row = rows(areas, "areas", EXTENDED, False, &n, &size, &stride)
+    cdef uint8_t *flags = <uint8_t *>vector(status, "status", cnp.NPY_UINT8, n)
+    cdef uint64_t bv
+    with nogil:
+        for i in range(n):
+            bv = load64(row + LEGACY)
+            flags[i] = (
+                (bv & ~mask != 0) | (load64(row + LEGACY + 8) != 0) << 1
+                | nonzero(row + LEGACY + 16, 48) << 2
+                | (bv & (FP | SSE | AVX) and load32(row + 24) & ~mxcsr_mask) << 3
+            )
+            row += stride
 
 
 cdef uint8_t *rows(

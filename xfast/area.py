@@ -8,6 +8,7 @@ components lie. Results of a batch are arrays with one element a row; of a singl
 from __future__ import annotations
 
 import mmap
+from enum import IntEnum, IntFlag
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from xfast import _core
 from xfast.errors import LayoutError
-from xfast.features import KVM_XSAVE_SIZE, XCOMP_BV_COMPACTED, bits
+from xfast.features import KVM_XSAVE_SIZE, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, bits
 from xfast.layout import Layout
 
 Areas = NDArray[np.uint8]
@@ -95,6 +96,31 @@ def check_mask(mask: int, name: str = "mask") -> int:
     if not 0 <= mask <= ALL:
         raise ValueError(f"{name}: got {mask:#x}, needed bits 0 to 62 only")
     return int(mask)
+
+
+class UabiFault(IntEnum):
+    """Why KVM_SET_XSAVE answers -EINVAL; the first rule that an area breaks.
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c validate_user_xstate_header(),
+    copy_uabi_to_xstate().
+    """
+
+    OK = 0
+    XSTATE_BV = 1
+    XCOMP_BV = 2
+    RESERVED = 3
+    MXCSR = 4
+    STORAGE = 5
+    """One of the two areas has no place for a component in XSTATE_BV (xfast's own rule)."""
+
+
+class Audit(IntFlag):
+    """What `audit` finds wrong with an area."""
+
+    XSTATE_BV = 1
+    XCOMP_BV = 2
+    RESERVED = 4
+    MXCSR = 8
 
 
 class Headers(NamedTuple):
@@ -208,6 +234,8 @@ def relayout(
     mxcsr_mask: int = 0,
     software: int = 0,
     lossy: bool = False,
+    kernel: bool = False,
+    pkru: Any = None,
 ) -> Areas:
     """Copy areas into another layout or format.
 
@@ -231,6 +259,10 @@ def relayout(
     lossy : bool
         Drop what `to` can't hold, or what the source announces but does not hold, instead of
         raising.
+    kernel : bool
+        Take MXCSR from the area with SSE or AVX whatever its format, as the kernel does.
+    pkru : int or (n,) uint32, optional
+        PKRU to write where the component is present; default: the area's own.
 
     Returns
     -------
@@ -248,25 +280,33 @@ def relayout(
             f"xcomp_bv: got {fmt:#x}, needed components of layout {to.name}: {to.mask:#x}"
         )
     if out is None:
-        need = to.compacted_size(fmt) if fmt else to.standard_size()
+        need = to.compacted_size(fmt & ALL or to.mask) if fmt else to.standard_size()
         out = empty(len(rows), need if size is None else size)
         result = out[0] if single else out
     else:
         result = out
         out, _ = rows_of(out, "out")
-    if np.shares_memory(rows, out):
-        raise ValueError("out: got memory that areas uses too, needed separate memory")
+    check_apart(rows, out, "out")
+    if pkru is not None:
+        pkru = np.ascontiguousarray(np.broadcast_to(np.asarray(pkru, np.uint32), len(rows)))
     lost = np.empty(len(rows), "u8")
     tables = table_of(layout), table_of(to)
     _core.relayout(
-        rows, tables[0], out, tables[1], check_mask(mask), fmt, mxcsr_mask, software, lost
+        rows,
+        tables[0],
+        out,
+        tables[1],
+        check_mask(mask),
+        fmt,
+        mxcsr_mask,
+        software,
+        lost,
+        kernel,
+        pkru,
     )
-    if not lossy and lost.any():
-        row = int(np.flatnonzero(lost)[0])
-        numbers = ", ".join(str(nr) for nr in bits(int(lost[row])))
-        raise LayoutError(
-            f"areas[{row}]: components {numbers} can't be brought from layout {layout.name} "
-            f"to {to.name} in {out.shape[1]} bytes; lossy=True drops them"
+    if not lossy:
+        refuse_lost(
+            lost, "areas", f"layout {to.name} in {out.shape[1]} bytes; lossy=True drops them"
         )
     return result
 
@@ -284,3 +324,239 @@ def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -
     differing = np.empty(len(a), "u8")
     _core.diff(a, table_of(layout), b, table_of(two_layout or layout), differing)
     return differing[0].item() if single else differing
+
+
+def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
+    """Check the header and MXCSR of every area, as a kernel that supports `mask` would.
+
+    Returns
+    -------
+    uint8 array, or int
+        `Audit` flags: XSTATE_BV outside `mask`, XCOMP_BV not 0 (no standard format), reserved
+        header bytes not 0, MXCSR outside `mxcsr_mask` while x87, SSE or AVX is present.
+    """
+    rows, single = rows_of(areas)
+    status = np.empty(len(rows), np.uint8)
+    _core.audit(rows, check_mask(mask), mxcsr_mask, status)
+    return status[0].item() if single else status
+
+
+def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
+    """Find the components whose bytes differ from their init value; MXCSR takes no part.
+
+    Parameters
+    ----------
+    early : bool
+        Look only at components in XSTATE_BV, and at each no further than needed. Otherwise all
+        are read, and stale data show as well.
+
+    Returns
+    -------
+    uint64 array, or int
+
+    *Source*: Intel SDM vol. 1 section 13.6.
+    """
+    rows, single = rows_of(areas)
+    inuse = np.empty(len(rows), "u8")
+    _core.xinuse(rows, table_of(layout), early, inuse)
+    return inuse[0].item() if single else inuse
+
+
+def expand(areas: Any, layout: Layout, **how: Any) -> Areas:
+    """Bring areas into standard format; `relayout` to the layout they have."""
+    return relayout(areas, layout, layout, **how)
+
+
+def compact(areas: Any, layout: Layout, *, xcomp_bv: int = 0, **how: Any) -> Areas:
+    """Bring areas into compacted format.
+
+    Parameters
+    ----------
+    xcomp_bv : int
+        Components to reserve space for. 0: each row for the components it holds, so that rows
+        differ in length.
+
+    Other parameters, result and errors are those of `relayout`.
+    """
+    return relayout(areas, layout, layout, xcomp_bv=xcomp_bv, **how)
+
+
+def get_uabi(
+    areas: Any,
+    layout: Layout,
+    *,
+    mask: int,
+    features: int = 0,
+    mxcsr_mask: int = 0,
+    pkru: Any = None,
+    to: Layout | None = None,
+    size: int | None = None,
+    out: Areas | None = None,
+) -> Areas:
+    """Fill standard-format buffers from kernel images, as KVM_GET_XSAVE does.
+
+    Parameters
+    ----------
+    areas : (n, size) uint8
+        Standard or compacted, row by row.
+    mask : int
+        Components to report: fpstate.user_xfeatures & (guest_supported_xcr0 | 3).
+    features : int
+        u64 at byte 464: the user features of the host.
+    mxcsr_mask : int
+        MXCSR_MASK where MXCSR itself is the init value.
+    pkru : int or (n,) uint32, optional
+        vcpu->arch.pkru, written where bit 9 is reported. Default: the image's.
+    to : Layout, optional
+        Layout of the result; default: `layout`.
+    size : int, optional
+        Bytes of a result row; default: that of `out`, else the standard size of `to`, at least
+        4096.
+
+    Returns
+    -------
+    (n, size) uint8, or (size,)
+        Every byte is written.
+
+    Raises
+    ------
+    LayoutError
+        If a component would have to be reported that `to` or a row can't hold.
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c __copy_xstate_to_uabi_buf().
+    """
+    to = to or layout
+    if size is None and out is None:
+        size = max(to.standard_size(), KVM_XSAVE_SIZE)
+    return relayout(
+        areas,
+        layout,
+        to,
+        mask=mask,
+        size=size,
+        out=out,
+        mxcsr_mask=mxcsr_mask,
+        software=features,
+        kernel=True,
+        pkru=pkru,
+    )
+
+
+def set_uabi(
+    uabi: Any,
+    layout: Layout,
+    into: Any,
+    *,
+    into_layout: Layout | None = None,
+    user_xfeatures: int,
+    mxcsr_mask: int,
+    supervisor: int = SUPERVISOR_MASK,
+) -> Any:
+    """Validate standard-format buffers and load them into kernel images, as KVM_SET_XSAVE does.
+
+    Parameters
+    ----------
+    uabi : (n, size) uint8
+        In `layout`.
+    into : (n, size) uint8
+        The images, written in place: standard, or compacted as their XCOMP_BV says. Bytes of
+        components that `uabi` does not hold stay as they are, supervisor states too.
+    into_layout : Layout, optional
+        Default: `layout`.
+    user_xfeatures : int
+        Components that XSTATE_BV may have.
+    mxcsr_mask : int
+        Bits that MXCSR may have; checked where x87, SSE or AVX is present.
+    supervisor : int
+        Bits of the image's XSTATE_BV that survive.
+
+    Returns
+    -------
+    uint32 array, or int
+        `UabiFault` codes. A row with a fault leaves its image untouched. PKRU's value is
+        stored in the image; a vCPU keeps its own elsewhere.
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c copy_uabi_to_xstate().
+    """
+    rows, single = rows_of(uabi, "uabi")
+    image, _ = rows_of(into, "into")
+    check_apart(rows, image, "into")
+    status = np.empty(len(rows), "u4")
+    _core.set_uabi(
+        rows,
+        table_of(layout),
+        image,
+        table_of(into_layout or layout),
+        check_mask(user_xfeatures, "user_xfeatures"),
+        mxcsr_mask,
+        check_mask(supervisor, "supervisor"),
+        status,
+    )
+    return status[0].item() if single else status
+
+
+def swap(
+    registers: Any,
+    leave: Any,
+    enter: Any,
+    layout: Layout,
+    *,
+    save_mask: int,
+    restore_mask: int,
+    leave_layout: Layout | None = None,
+    enter_layout: Layout | None = None,
+) -> None:
+    """Save one state and load another, as fpu_swap_kvm_fpstate() does.
+
+    Parameters
+    ----------
+    registers : (n, size) uint8
+        The registers, as standard-format areas in `layout`, changed in place.
+    leave : (n, size) uint8
+        Receives the components of `registers` in `save_mask`; others stay.
+    enter : (n, size) uint8
+        Components in `restore_mask` come from here; others stay in `registers`.
+    leave_layout, enter_layout : Layout, optional
+        Default: `layout`. Either may be compacted.
+
+    Raises
+    ------
+    LayoutError
+        If a component has no place where it is to go; that row is left alone.
+
+    *Source*: Linux arch/x86/kernel/fpu/core.c fpu_swap_kvm_fpstate().
+    """
+    live, out, load = (
+        rows_of(area, name)[0]
+        for area, name in ((registers, "registers"), (leave, "leave"), (enter, "enter"))
+    )
+    check_apart(live, out, "leave")
+    check_apart(live, load, "enter")
+    check_apart(load, out, "leave")
+    lost = np.empty(len(live), "u8")
+    _core.swap(
+        live,
+        table_of(layout),
+        out,
+        table_of(leave_layout or layout),
+        check_mask(save_mask, "save_mask"),
+        load,
+        table_of(enter_layout or layout),
+        check_mask(restore_mask, "restore_mask"),
+        lost,
+    )
+    refuse_lost(lost, "registers", "its target")
+
+
+def check_apart(one: Areas, two: Areas, name: str) -> None:
+    """Raise ValueError if two arrays use the same memory."""
+    if np.may_share_memory(one, two):
+        raise ValueError(f"{name}: got memory that the other areas use too, needed separate memory")
+
+
+def refuse_lost(lost: Masks, name: str, where: str) -> None:
+    """Raise LayoutError if a mask of components without a place is not 0."""
+    if lost.any():
+        row = int(np.flatnonzero(lost)[0])
+        numbers = ", ".join(str(nr) for nr in bits(int(lost[row])))
+        raise LayoutError(f"{name}[{row}]: components {numbers} can't be brought to {where}")
