@@ -27,6 +27,8 @@ class Host:
         User components that its KVM lets a guest have (kvm_caps.supported_xcr0).
     mxcsr_mask : int or None
         The CPU's MXCSR_MASK.
+    features : frozenset of str or None
+        CPUID features, by the names in `xfast.cpuid.FEATURES`; judge ISA differences by these.
     xsave : frozenset of str
         Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``, by CPUID.
     kernel : Behaviours or None
@@ -51,6 +53,7 @@ class Host:
     xss: int | None = None
     kvm_xcr0: int | None = None
     mxcsr_mask: int | None = None
+    features: frozenset[str] | None = None
     xsave: frozenset[str] = frozenset()
     kernel: Behaviours | None = None
     xsave2_size: int | None = None
