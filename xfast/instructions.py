@@ -13,7 +13,8 @@ Checked against recordings of a Zen 4 CPU and of emulated Intel CPUs, and on a C
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -415,6 +416,6 @@ def _store64(area: Area, at: int, value: int) -> None:
     area[at : at + 8] = np.frombuffer(value.to_bytes(8, "little"), np.uint8)
 
 
-INSTRUCTIONS: dict[str, Any] = {
+INSTRUCTIONS: dict[str, Callable[..., None]] = {
     f.__name__: f for f in (xsave, xsaveopt, xsavec, xsaves, xrstor, xrstors)
 }

@@ -22,8 +22,6 @@ from xfast.features import (
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     PKRU,
-    SSE,
-    X87,
     bits,
 )
 from xfast.layout import PRESETS, Layout
@@ -61,6 +59,8 @@ class Cpu:
     keeps_x87_pointers : bool
         FOP, FIP and FDP are always loaded. Without it (AMD) they become 0 unless an unmasked
         exception is pending.
+    extends_fdp : bool
+        FDP is sign-extended to a canonical address, as FIP always is.
     finds_init : bool
         XINUSE is exact: a component whose value is the initial one is not in use, even where
         it was loaded from memory. The SDM allows either (section 13.6).
@@ -77,18 +77,23 @@ class Cpu:
     xsave: frozenset[str] = frozenset({"xsaveopt", "xsavec", "xgetbv1", "xsaves"})
     mxcsr_mask: int = MXCSR_MASK_INTEL
     keeps_x87_pointers: bool = True
+    extends_fdp: bool = False
     finds_init: bool = True
     mxcsr_counts_as_sse: bool = False
     refuses_bv63: bool = True
     linear_bits: int = 48
 
 
-INTEL = Cpu("intel", PRESETS["intel"], finds_init=False, linear_bits=57)  # measured
+# Measured on Sapphire Rapids (family 6, user mode): components loaded with their initial value
+# count as in use, MXCSR alone does not for XSAVE and XSAVEOPT, XSTATE_BV[63] = 1 faults, FIP is
+# sign-extended from bit 56 and FDP keeps its 64 bits.
+INTEL = Cpu("intel", PRESETS["intel"], finds_init=False, linear_bits=57)
 AMD_ZEN4 = Cpu(
     "amd-zen4",
     PRESETS["amd-zen4"],
     mxcsr_mask=MXCSR_MASK_AMD,
     keeps_x87_pointers=False,
+    extends_fdp=True,
     linear_bits=57,
 )
 
@@ -140,7 +145,8 @@ class Processor:
                 )
         self.offsets = {0: 0, 1: 160, **layout.compacted_offsets(layout.mask)}
         self.sizes = {**LEGACY_SIZES, **{slot.nr: slot.size for slot in layout.slots}}
-        self.values: NDArray[np.uint8] = initial(layout)
+        self._initial = _initial(layout)
+        self.values = self._initial.copy()
         self.tracked = 0
         self.xmodified = layout.mask
         self.xrstor_info: tuple[int, bool, int, int] | None = None
@@ -183,7 +189,7 @@ class Processor:
 
     def store(self, area: NDArray[np.uint8], nr: int, at: int, *, init: bool, rex_w: bool) -> None:
         """Copy component `nr`, or its initial value, to `area`, from byte `at` on."""
-        source = initial(self.cpu.layout) if init else self.values
+        source = self._initial if init else self.values
         if nr == 0:
             area[X87_HEAD] = source[X87_HEAD]
             area[X87_STACK] = source[X87_STACK]
@@ -234,16 +240,18 @@ class Processor:
         pending = fsw & ~fcw & 0x3F
         fsw = fsw & 0x7F7F | (0x8080 if pending else 0)
         if pending or self.cpu.keeps_x87_pointers:
-            pointers = [sign_extend(int(p), self.cpu.linear_bits) for p in values[8:24].view("<u8")]
+            fip, fdp = (int(pointer) for pointer in values[8:24].view("<u8"))
+            fip = sign_extend(fip, self.cpu.linear_bits)
+            fdp = sign_extend(fdp, self.cpu.linear_bits) if self.cpu.extends_fdp else fdp
             fop &= 0x7FF
         else:
-            pointers, fop = [0, 0], 0
+            fop = fip = fdp = 0
         values[:8].view("<u2")[:] = fcw, fsw, int(values[4]), fop
-        values[8:24].view("<u8")[:] = pointers
+        values[8:24].view("<u8")[:] = fip, fdp
         values[X87_STACK].reshape(8, 16)[:, 10:] = 0
 
 
-def initial(layout: Layout) -> NDArray[np.uint8]:
+def _initial(layout: Layout) -> NDArray[np.uint8]:
     """Return a register file in its initial configuration."""
     values = np.zeros(max(layout.compacted_size(layout.mask), EXTENDED_OFFSET), np.uint8)
     values[:2] = FCW_INIT & 0xFF, FCW_INIT >> 8
@@ -275,4 +283,4 @@ def sign_extend(pointer: int, width: int) -> int:
     return pointer | -(pointer >> (width - 1)) << width & (1 << 64) - 1
 
 
-__all__ = ["AMD_ZEN4", "INTEL", "SSE", "X87", "Cpu", "Processor", "initial", "sign_extend"]
+__all__ = ["AMD_ZEN4", "INTEL", "Cpu", "Processor", "is_tilecfg", "sign_extend"]
