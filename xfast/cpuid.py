@@ -197,6 +197,9 @@ Features that change only speed (erms, fsrm, prefetch hints) and those of the hy
 left out on purpose: no snapshot depends on them.
 """
 
+RUNTIME_FEATURES = frozenset({"osxsave", "ospke"})
+"""Bits that mirror CR4: they tell what an OS has switched on, not what the CPU can do."""
+
 XSAVE_FEATURES = frozenset({"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "xfd"})
 """The features that are instructions or registers of the XSAVE family themselves."""
 

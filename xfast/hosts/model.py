@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from xfast.behaviour import Behaviours
+from xfast.behaviour import Behaviours, parse_version
 from xfast.cpuid import Cpuid
+from xfast.features import TILEDATA
 from xfast.layout import Layout
+
+
+class Era(NamedTuple):
+    """The components that kernels enable from a release on (masks)."""
+
+    since: str
+    user: int
+    supervisor: int
+    kvm: int
+
+
+ERAS = (
+    Era("0.0", 0x002FF, 0x0400, 0x002FF),
+    Era("5.16-rc1", 0x602FF, 0x0400, 0x002FF),
+    Era("5.17-rc1", 0x602FF, 0x0400, 0x602FF),
+    Era("6.6-rc1", 0x602FF, 0x0C00, 0x602FF),
+    Era("6.16-rc1", 0xE02FF, 0x0C00, 0x602FF),
+    Era("6.17-rc1", 0xE02FF, 0x1C00, 0x602FF),
+)
+"""What the kernel knows at all, whatever the CPU has; the last one for an unknown kernel.
+
+*Source*: Linux arch/x86/include/asm/fpu/xstate.h XFEATURE_MASK_USER_SUPPORTED,
+XFEATURE_MASK_SUPERVISOR_SUPPORTED; arch/x86/kvm/x86.c KVM_SUPPORTED_XCR0.
+"""
+
+
+def era_of(kernel: Behaviours | None) -> Era:
+    """Return what a kernel of this release enables; the newest where the release is not known."""
+    if kernel is None or not kernel.release:
+        return ERAS[-1]
+    version = parse_version(kernel.release)
+    return [era for era in ERAS if parse_version(era.since) <= version][-1]
 
 
 @dataclass(frozen=True)
@@ -18,17 +51,19 @@ class Host:
     ----------
     name : str
     layout : Layout or None
-        The CPU's standard format.
+        The CPU's standard format. A component of `xcr0` that it lacks has an unknown place.
     xcr0 : int or None
         User components that the host's kernel enables (its fpu_user_cfg.max_features).
     xss : int or None
         Supervisor components that the host's kernel enables.
     kvm_xcr0 : int or None
-        User components that its KVM lets a guest have (kvm_caps.supported_xcr0).
+        User components that its KVM lets a guest have (kvm_caps.supported_xcr0); 0 where the
+        CPU has no XSAVE.
     mxcsr_mask : int or None
         The CPU's MXCSR_MASK.
     features : frozenset of str or None
         CPUID features, by the names in `xfast.cpuid.FEATURES`; judge ISA differences by these.
+        Those that an OS switches at run time (osxsave, ospke) are never among them.
     xsave : frozenset of str
         Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``, by CPUID.
     kernel : Behaviours or None
@@ -63,9 +98,24 @@ class Host:
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = ""
 
-    def with_kernel(self, kernel: Behaviours | None, provenance: str) -> Host:
-        """Return this host under another kernel."""
-        return self.replace(kernel=kernel, provenance={**self.provenance, "kernel": provenance})
+    def with_kernel(self, kernel: Behaviours) -> Host:
+        """Return this host under another kernel: what was derived is cut to what that enables.
+
+        Facts that were probed, dumped or given stay as they are.
+        """
+        era = era_of(kernel)
+        derived = {name for name, how in self.provenance.items() if how == "derived"}
+        changes: dict[str, Any] = {"kernel": kernel}
+        for name, mask in (("xcr0", era.user), ("xss", era.supervisor), ("kvm_xcr0", era.kvm)):
+            value = getattr(self, name)
+            if name in derived and value is not None:
+                changes[name] = value & mask
+        provenance = {**self.provenance, "kernel": kernel.provenance}
+        kvm_xcr0 = changes.get("kvm_xcr0", self.kvm_xcr0)
+        if kvm_xcr0 is not None and kernel.release and self.guest_permission is None:
+            changes["guest_permission"] = kvm_xcr0 & TILEDATA
+            provenance["guest_permission"] = "derived"
+        return self.replace(provenance=provenance, **changes)
 
     def replace(self, **changes: Any) -> Host:
         """Return a copy with some fields changed."""
