@@ -4,7 +4,6 @@ Names are imported when they are first used; ``import xfast`` itself costs next 
 """
 
 from importlib import import_module
-from importlib.metadata import version as _version
 from typing import Any
 
 _HOMES = {
@@ -31,7 +30,9 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version("xfast")
+        from importlib.metadata import version
+
+        return version("xfast")
     try:
         module = _HOME[name]
     except KeyError:
