@@ -60,7 +60,7 @@ def resolve_all(spec: str) -> list[Host]:
     spec : str
         ``BASE[+TEMPLATE][@KERNEL]``. BASE is ``this``, a catalogue name or a file; TEMPLATE a
         Firecracker CPU template; KERNEL a release (``6.1.60``, assumed to behave as kernel.org's)
-        or behaviour names joined by commas. A file whose name has an ``@`` or ``+`` is found.
+        or behaviour names, see `parse_kernel`. A file whose name has an ``@`` or ``+`` is found.
 
     Raises
     ------
@@ -106,17 +106,26 @@ def resolve(spec: str) -> Host:
 
 
 def parse_kernel(text: str) -> Behaviours:
-    """Return the kernel that `text` names: a release, or behaviours joined by commas.
+    """Return the kernel that `text` names.
+
+    Parameters
+    ----------
+    text : str
+        A release, behaviour names, or both, joined by commas: ``5.14,get-trims`` is 5.14 with
+        one change back-ported.
 
     Raises
     ------
     XfastError
-        If it is neither.
+        If a word is neither.
     """
+    words = text.split(",")
+    releases = [word for word in words if word.removeprefix("v")[:1].isdigit()]
     try:
-        if text.lstrip("v")[:1].isdigit():
+        if words == releases[:1]:
             return of_release(text)
-        return Behaviours(frozenset(filter(None, text.split(","))))
+        names = frozenset(words) - frozenset(releases)
+        return Behaviours(names.union(*(of_release(word).names for word in releases)))
     except ValueError as error:
         raise XfastError(str(error)) from None
 

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xfast.behaviour import Behaviours, of_release
+from xfast.behaviour import (
+    BEHAVIOURS,
+    Behaviours,
+    kvm_supported_xcr0,
+    of_release,
+    supervisor_supported,
+    user_supported,
+)
 from xfast.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
 from xfast.errors import FormatError, LayoutError
 from xfast.features import (
@@ -19,13 +26,12 @@ from xfast.features import (
     MXCSR_MASK_INTEL,
     TILEDATA,
     XFEATURE_MASK_FPSSE,
-    XFEATURE_MASK_MPX,
 )
-from xfast.hosts.model import ERAS, Host
+from xfast.hosts.model import Host
 from xfast.layout import Layout
 
-SVM_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
-"""CPUs whose KVM is kvm_amd, which never gives a guest MPX."""
+NEWEST = Behaviours(frozenset(BEHAVIOURS))
+"""The newest kernel: what a CPU is taken to run where its kernel is not known."""
 
 
 def known_features(cpuid: Cpuid) -> frozenset[str] | None:
@@ -109,12 +115,9 @@ def _masks(cpuid: Cpuid, features: frozenset[str] | None, by_kvm: bool) -> dict[
         return {"xcr0": XFEATURE_MASK_FPSSE, "xss": 0, "kvm_xcr0": 0}
     if by_kvm:
         return {"xcr0": cpuid.xcr0, "xss": cpuid.xss, "kvm_xcr0": cpuid.xcr0}
-    newest = ERAS[-1]
-    xcr0 = enabled_by_kernel(cpuid.xcr0, features) & newest.user
-    xss = enabled_by_kernel(cpuid.xss, features) & newest.supervisor
-    kvm_xcr0 = xcr0 & newest.kvm
-    if cpuid.vendor in SVM_VENDORS:
-        kvm_xcr0 &= ~XFEATURE_MASK_MPX
+    xcr0 = enabled_by_kernel(cpuid.xcr0, features) & user_supported(NEWEST)
+    xss = enabled_by_kernel(cpuid.xss, features) & supervisor_supported(NEWEST)
+    kvm_xcr0 = kvm_supported_xcr0(NEWEST, xcr0, cpuid.vendor)
     return {"xcr0": xcr0, "xss": xss, "kvm_xcr0": kvm_xcr0}
 
 

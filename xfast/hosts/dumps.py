@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from xfast.behaviour import kvm_supported_xcr0
 from xfast.cpuid import ENTRY, Cpuid, Entry
 from xfast.errors import FormatError
 from xfast.features import SUPERVISOR_MASK
 from xfast.hosts.baseline import common
-from xfast.hosts.derive import from_cpuid, kernel_of
+from xfast.hosts.derive import NEWEST, from_cpuid, kernel_of
 from xfast.hosts.description import hosts_of, read_json, read_toml
 from xfast.hosts.firecracker import REGISTERS, read_fingerprint
-from xfast.hosts.model import Host, era_of
+from xfast.hosts.model import Host
 from xfast.layout import Layout, Slot
 
 KINDS = (
@@ -151,8 +152,7 @@ def read_dmesg(text: str, name: str, path: str) -> Host:
     provenance = dict.fromkeys(facts, "dump")
     release = _DMESG_RELEASE.search(text)
     kernel = kernel_of(release[1], path) if release else None
-    era = era_of(kernel)
-    facts["kvm_xcr0"] = facts["xcr0"] & era.kvm
+    facts["kvm_xcr0"] = kvm_supported_xcr0(NEWEST, facts["xcr0"])
     provenance["kvm_xcr0"] = "derived"
     host = Host(name, source=path, provenance=provenance, **facts)
     return host.with_kernel(kernel) if kernel else host

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from xfast.behaviour import Behaviours, parse_version
+from xfast.behaviour import (
+    Behaviours,
+    kvm_supported_xcr0,
+    supervisor_supported,
+    user_supported,
+)
 from xfast.cpuid import Cpuid
 from xfast.features import TILEDATA
 from xfast.layout import Layout
-
-
-class Era(NamedTuple):
-    """The components that kernels enable from a release on (masks)."""
-
-    since: str
-    user: int
-    supervisor: int
-    kvm: int
-
-
-ERAS = (
-    Era("0.0", 0x002FF, 0x0400, 0x002FF),
-    Era("5.16-rc1", 0x602FF, 0x0400, 0x002FF),
-    Era("5.17-rc1", 0x602FF, 0x0400, 0x602FF),
-    Era("6.6-rc1", 0x602FF, 0x0C00, 0x602FF),
-    Era("6.16-rc1", 0xE02FF, 0x0C00, 0x602FF),
-    Era("6.17-rc1", 0xE02FF, 0x1C00, 0x602FF),
-)
-"""What the kernel knows at all, whatever the CPU has; the last one for an unknown kernel.
-
-*Source*: Linux arch/x86/include/asm/fpu/xstate.h XFEATURE_MASK_USER_SUPPORTED,
-XFEATURE_MASK_SUPERVISOR_SUPPORTED; arch/x86/kvm/x86.c KVM_SUPPORTED_XCR0.
-"""
-
-
-def era_of(kernel: Behaviours | None) -> Era:
-    """Return what a kernel of this release enables; the newest where the release is not known."""
-    if kernel is None or not kernel.release:
-        return ERAS[-1]
-    version = parse_version(kernel.release)
-    return [era for era in ERAS if parse_version(era.since) <= version][-1]
 
 
 @dataclass(frozen=True)
@@ -103,16 +76,19 @@ class Host:
 
         Facts that were probed, dumped or given stay as they are.
         """
-        era = era_of(kernel)
-        derived = {name for name, how in self.provenance.items() if how == "derived"}
+        masks = {
+            "xcr0": user_supported(kernel),
+            "xss": supervisor_supported(kernel),
+            "kvm_xcr0": kvm_supported_xcr0(kernel, ~0, self.vendor),
+        }
         changes: dict[str, Any] = {"kernel": kernel}
-        for name, mask in (("xcr0", era.user), ("xss", era.supervisor), ("kvm_xcr0", era.kvm)):
+        for name, mask in masks.items():
             value = getattr(self, name)
-            if name in derived and value is not None:
+            if self.provenance.get(name) == "derived" and value is not None:
                 changes[name] = value & mask
         provenance = {**self.provenance, "kernel": kernel.provenance}
         kvm_xcr0 = changes.get("kvm_xcr0", self.kvm_xcr0)
-        if kvm_xcr0 is not None and kernel.release and self.guest_permission is None:
+        if kvm_xcr0 is not None and self.provenance.get("guest_permission", "derived") == "derived":
             changes["guest_permission"] = kvm_xcr0 & TILEDATA
             provenance["guest_permission"] = "derived"
         return self.replace(provenance=provenance, **changes)
