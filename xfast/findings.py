@@ -230,7 +230,7 @@ def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]
 def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     vcpu = state.vcpu
     extended = state.bv & ~XFEATURE_MASK_FPSSE
-    if vcpu.portable or not extended or state.kind == "process":
+    if vcpu.portable or not extended:
         return
     if vcpu.layout is None or host.layout is None:
         whose = "area" if vcpu.layout is None else "host"
@@ -244,7 +244,7 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             open=True,
         )
         return
-    moved = vcpu.layout.moved(host.layout, extended)
+    moved = 0 if state.kind == "process" else vcpu.layout.moved(host.layout, extended)
     for nr in bits(moved):
         ours, theirs = vcpu.layout.slot(nr), host.layout.slot(nr)
         yield _finding(
@@ -464,9 +464,9 @@ def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator
 
 
 def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if state.vcpu.cpuid is None or host.cpuid is None:
+    if state.vcpu.cpuid is None or host.features is None:
         return
-    missing = sorted(state.vcpu.cpuid.features - host.cpuid.features)
+    missing = sorted(state.vcpu.cpuid.features - host.features)
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
         yield _finding(
