@@ -129,13 +129,9 @@ def _streams(source: Source) -> list[_Stream]:
         if not found:
             raise FormatError(source.path, 60, "found no snapshot with a VM state, needed one")
         return found
-    start = None
     stream = _libvirt(source)
     if stream is None:
-        start = start_of(source)
-        if start is None:
-            raise FormatError(source.path, 0, "found no QEMU stream, needed QEVM and version 3")
-        stream = _Stream(source, start)
+        stream = _Stream(source, start_of(source) or 0)
     return [stream]
 
 
