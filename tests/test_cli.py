@@ -56,7 +56,8 @@ def test_check_json_has_the_fields_of_the_contract(run):
     assert verdict["fixable"] == "safe"
     finding = next(f for f in verdict["findings"] if f["component"] == "pkru")
     assert list(finding) == [
-        "code", "component", "vcpu", "severity", "snapshot_value", "host_value", "fix", "why", "ref",
+        "code", "component", "vcpu", "severity",
+        "snapshot_value", "host_value", "fix", "why", "ref",
     ]  # fmt: skip
     assert finding["code"] == "LEAK"
     assert finding["snapshot_value"] == "0x217"

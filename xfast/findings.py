@@ -131,7 +131,7 @@ def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> I
             "HOST-MISSING",
             "note" if default and not policy.asks("strict") else "blocks",
             (f"{state.bv:#x}", values),
-            f"{name_of(nr)} ({_data(state, nr)}) is in the area and the host lacks it"
+            f"{name_of(nr)} ({_data(state, nr)}) in the area, and not on the host"
             + ("" if state.kind == "process" else ": KVM_SET_XSAVE fails with EINVAL"),
             component=nr,
             fix=_drop(state, nr),

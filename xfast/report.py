@@ -153,20 +153,33 @@ def _reasons(verdicts: list[Verdict], labels: Mapping[str, str], *, notes: bool)
     for verdict in verdicts:
         for f in verdict.findings:
             if f.severity != "note" or notes:
-                text = about.setdefault(f.code, {}).setdefault((f.severity, f.fix, f.why), {})
-                text.setdefault(verdict.host, set()).add(labels[verdict.snapshot])
+                fix = "" if f.fix == "none" else f", {f.fix} fix"
+                text = (f.component, f.severity + fix, f.why)
+                pairs = about.setdefault(f.code, {}).setdefault(text, {})
+                pairs.setdefault(verdict.host, set()).add(labels[verdict.snapshot])
                 refs.setdefault(f.code, {})[f.ref] = None
     for code in (code for code in RULES if code in about):
         yield f"\n{code}: {RULES[code].title}"
-        before = ""
-        for (severity, fix, why), hosts in about[code].items():
-            where = _pairs(hosts)
-            if before and where != before:
-                yield before
-            before = where
-            yield f"  {severity}{'' if fix == 'none' else f', {fix} fix'}: {why}"
-        yield before
+        for where, texts in _together(about[code]).items():
+            yield from (f"  {text}" for text in texts)
+            yield where
         yield from (f"    source: {ref}" for ref in refs[code])
+        yield f"    next: {RULES[code].next}"
+
+
+def _together(
+    about: Mapping[tuple[str, str, str], Mapping[str, set[str]]],
+) -> dict[str, list[str]]:
+    """Return {pairs: texts}; texts that differ in nothing but the component become one."""
+    names: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for (component, weight, why), hosts in about.items():
+        template = why.replace(component, "\0", 1) if component else why
+        alike = names.setdefault(_pairs(hosts), {}).setdefault((weight, template), [])
+        alike.append(component)
+    return {
+        where: [f"{w}: {t.replace(chr(0), ', '.join(some))}" for (w, t), some in texts.items()]
+        for where, texts in names.items()
+    }
 
 
 def _pairs(hosts: Mapping[str, set[str]]) -> str:
