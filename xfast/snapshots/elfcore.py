@@ -211,7 +211,8 @@ def _notes(source: Source, start: int, end: int) -> Iterator[Note]:
                 start,
                 f"found a note of {name_size} + {length} bytes, needed at most {end - start - 12}",
             )
-        name = window[start - base + 12 :][: min(name_size, NAME_LIMIT)].rstrip(b"\0")
+        begin = start - base + 12
+        name = window[begin : begin + min(name_size, NAME_LIMIT)].rstrip(b"\0")
         yield Note(name.decode("latin-1"), kind, offset, length)
         start = offset + (length + 3 & ~3)
 
