@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from qemu_files import description_at, qcow2_image, undescribed
 
 from xfast import area as engine
 from xfast.errors import FormatError, PolicyError
@@ -259,18 +260,15 @@ def test_a_stream_filled_up_with_zeros(streams, tmp_path):
 
 def test_a_length_with_a_brace_in_it_does_not_mislead(streams, tmp_path):
     data = (streams / "q72-max-smp2-q35.qemustate").read_bytes()
-    start = data.rindex(b'{"')
+    start = description_at(data)
     text = data[start:]
     need = (len(text) & ~0xFF) + 0x17B - len(text)
     text = text[:1] + b'"' + b"x" * (need - 5) + b'":0,' + text[1:]
     data = data[: start - 4] + struct.pack(">I", len(text)) + text
     assert data[start - 1 : start + 1] == b"{{"
-    assert_rule(read_bytes(tmp_path, data).vcpus[1], 0x21F)
-
-
-def undescribed(data):
-    """Return a stream as a QEMU without description leaves it: it ends at EOF."""
-    return data[: data.rindex(b'{"') - 5]
+    snapshot = read_bytes(tmp_path, data)
+    assert snapshot.facts["description"]
+    assert_rule(snapshot.vcpus[1], 0x21F)
 
 
 @pytest.mark.parametrize(
@@ -310,38 +308,6 @@ def test_a_vcpu_with_unknown_parts_is_not_left_out_in_silence(streams, tmp_path)
     at = data.rindex(b"\x08cpu/pkru")
     with pytest.raises(FormatError, match="found a cpu section with parts that are not known"):
         read_bytes(tmp_path, data[:at] + b"\x08cpu/pkrX" + data[at + 9 :])
-
-
-def qcow2_image(states, cluster_bits=9, disk_size=1 << 30, extra=16):
-    """Write a qcow2 image with internal snapshots, their clusters in descending order."""
-    cluster = 1 << cluster_bits
-    span = 1 << (2 * cluster_bits - 3)
-    first = -(-disk_size // span)
-    entries, blocks = [], bytearray()
-    base = 1 << 20
-
-    def put(data):
-        nonlocal blocks
-        offset = base + len(blocks)
-        blocks += data.ljust(-(-len(data) // cluster) * cluster, b"\0")
-        return offset
-
-    for number, (name, state) in enumerate(states):
-        pieces = [state[i : i + cluster] for i in range(0, len(state), cluster)]
-        places = [put(piece) | 1 << 63 if any(piece) else 0 for piece in pieces[::-1]][::-1]
-        tables = [places[i : i + cluster // 8] for i in range(0, len(places), cluster // 8)]
-        l1 = [0] * first + [put(struct.pack(f">{len(t)}Q", *t)) | 1 << 63 for t in tables]
-        sizes = struct.pack(">QQ", len(state), disk_size)[:extra]
-        entries.append(
-            struct.pack(">QIHHIIQII", put(struct.pack(f">{len(l1)}Q", *l1)), len(l1), 1,
-                        len(name), 0, 0, 0, 0 if extra else len(state), extra)
-            + sizes + str(number).encode() + name.encode()
-        )  # fmt: skip
-    table = b"".join(entry.ljust(-(-len(entry) // 8) * 8, b"\0") for entry in entries)
-    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, cluster_bits, disk_size, 0, 0, 0,
-                       0, 0, len(states), 4096)  # fmt: skip
-    assert 4096 + len(table) < base
-    return head.ljust(4096, b"\0") + table.ljust(base - 4096, b"\0") + bytes(blocks)
 
 
 @pytest.mark.parametrize(("cluster_bits", "extra"), [(9, 16), (9, 0), (16, 16), (12, 8)])

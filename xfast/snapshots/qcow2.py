@@ -15,8 +15,8 @@ OFFSET_MASK = 0x00FFFFFFFFFFFE00
 COMPRESSED = 1 << 62
 ZERO = 1
 ENTRY_SIZE = 40
-SNAPSHOT_LIMIT = 65536
-"""QEMU's own limit of snapshots in an image."""
+SNAPSHOT_LIMIT = 1024
+"""More internal snapshots than this are not read; QEMU itself stops at 65536."""
 
 
 class Internal(NamedTuple):

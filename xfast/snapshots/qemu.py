@@ -181,6 +181,10 @@ def _producer(
 
 def _vcpu(source: Source, section: Section) -> Vcpu:
     place = section.place
+    if {"cpu/mpx", "cpu/apx"} <= place.subsections.keys():
+        raise FormatError(
+            source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
+        )
     where = {
         name: (source.to_file(place.offset + start, length)[0][0], length)
         for name, (start, length) in section.zones.items()

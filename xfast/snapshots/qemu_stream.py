@@ -23,6 +23,8 @@ DESCRIPTION_LIMIT = 16 << 20
 """No description is longer (bytes): it takes about 8 KB a vCPU."""
 SEARCH_LIMIT = 16 << 20
 """How far from its end a stream without description is searched for vCPUs (bytes)."""
+CONFIGURATION_PARTS = 8
+"""The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
 """How far from the file's start a stream may begin (bytes)."""
 WINDOW = 1 << 17
@@ -129,7 +131,9 @@ def configuration(stream: Source, start: int) -> Configuration:
     machine = stream.read(at + 5, length).decode("ascii", "replace")
     at += 5 + length
     capabilities: list[str] = []
-    while stream.read(at, 1)[0] == SUBSECTION:
+    for _ in range(CONFIGURATION_PARTS):
+        if stream.read(at, 1)[0] != SUBSECTION:
+            break
         name = stream.read(at + 2, stream.read(at + 1, 1)[0])
         at += 6 + len(name)
         if name == b"configuration/target-page-bits":
