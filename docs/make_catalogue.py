@@ -28,7 +28,7 @@ DUMPS = {
     "intel-skylake-server": "libvirt/x86_64-cpuid-Xeon-Gold-6130.xml",
     "intel-cascadelake": "libvirt/x86_64-cpuid-Xeon-Platinum-9242.xml",
     "intel-cooperlake": "libvirt/x86_64-cpuid-Cooperlake.xml",
-    "intel-icelake-server": "libvirt/x86_64-cpuid-Ice-Lake-Server.xml",
+    "intel-icelake-server": "firecracker/fingerprint_INTEL_ICELAKE_6.1host.json",
     "intel-sapphirerapids": "instlatx64/GenuineIntel00806F8_SapphireRapids_05_CPUID.txt",
     "intel-graniterapids": "firecracker/fingerprint_INTEL_GRANITE_RAPIDS_6.18host.json",
     "intel-snowridge": "libvirt/x86_64-cpuid-Atom-P5362.xml",

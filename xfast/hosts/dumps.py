@@ -18,7 +18,7 @@ from typing import Any
 
 from xfast.behaviour import kvm_supported_xcr0
 from xfast.cpuid import ENTRY, Cpuid, Entry
-from xfast.errors import FormatError
+from xfast.errors import FormatError, LayoutError
 from xfast.features import SUPERVISOR_MASK
 from xfast.hosts.baseline import common
 from xfast.hosts.derive import NEWEST, from_cpuid, kernel_of
@@ -148,7 +148,10 @@ def read_dmesg(text: str, name: str, path: str) -> Host:
             int(nr): Slot(int(nr), int(size), int(offset))
             for nr, offset, size in _DMESG_SLOT.findall(text)
         }
-        facts["layout"] = Layout(tuple(slots[nr] for nr in sorted(slots)), "dmesg")
+        try:
+            facts["layout"] = Layout(tuple(slots[nr] for nr in sorted(slots)), "dmesg")
+        except LayoutError as error:
+            raise FormatError(path, None, str(error)) from None
     provenance = dict.fromkeys(facts, "dump")
     release = _DMESG_RELEASE.search(text)
     kernel = kernel_of(release[1], path) if release else None
@@ -158,10 +161,11 @@ def read_dmesg(text: str, name: str, path: str) -> Host:
     return host.with_kernel(kernel) if kernel else host
 
 
+_TOML = re.compile(r"^\s*schema\s*=", re.MULTILINE)
 _TEXTS: tuple[tuple[re.Pattern[str], Callable[[str, str, str], Host]], ...] = (
     (_CPUID_R, lambda text, name, path: of_cpus(by_cpu(cpuid_r_rows(text)), name, path)),
     (_INSTLAT, lambda text, name, path: of_cpus(by_cpu(instlat_rows(text)), name, path)),
-    (re.compile(r"\s*<"), read_libvirt),
+    (re.compile(r"\A\s*<"), read_libvirt),
     (re.compile(r"x86/fpu: "), read_dmesg),
 )
 """What tells each kind of text, and its reader; the first that is found."""
@@ -178,11 +182,11 @@ def parse(data: bytes, path: str) -> list[Host]:
     text = data.decode("utf-8-sig", "replace")
     if text.lstrip().startswith("{"):
         return _parse_json(text, name, path)
+    if _TOML.search(text):
+        return read_toml(text, path)
     for pattern, read in _TEXTS:
         if pattern.search(text):
             return [read(text, name, path)]
-    if "schema" in text:
-        return read_toml(text, path)
     raise FormatError(path, 0, f"found {text[:20]!r}, needed {KINDS}")
 
 
