@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -214,7 +215,8 @@ def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
     """Return part of a file: a copy, or where it is large a read-only map."""
     if length <= MAP_FROM:
         return np.frombuffer(source.read(offset, length), np.uint8)
-    return np.memmap(os.fdopen(os.dup(source.fd), "rb"), np.uint8, "r", offset, (length,))
+    whole = mmap.mmap(source.fd, offset + length, access=mmap.ACCESS_READ)
+    return np.frombuffer(whole, np.uint8, length, offset)
 
 
 def _beside(source: Source) -> Beside:
@@ -269,11 +271,18 @@ def splices(
     start = snapshot.vcpus[0].where["area"][0]
     whole = np.stack([areas[i] for i in range(len(areas))])
     old = source.read(0, source.size)
-    return [Splice(0, old, stacked(whole) if start else whole.tobytes(), "areas")]
+    return [Splice(0, old, dump(whole, ".npy" if start else ""), "areas")]
 
 
-def stacked(areas: NDArray[np.uint8]) -> bytes:
-    """Return (n, size) areas as the bytes of a .npy file."""
+def dump(areas: NDArray[np.uint8], name: str) -> bytes:
+    """Return areas as the bytes of a file called `name`: .npy, or any other one plain.
+
+    Parameters
+    ----------
+    areas : (n, size) uint8
+    """
+    if not name.endswith(".npy"):
+        return areas.tobytes()
     file = io.BytesIO()
     np.save(file, areas, allow_pickle=False)
     return file.getvalue()
