@@ -288,7 +288,7 @@ def relayout(
         out, _ = rows_of(out, "out")
     check_apart(rows, out, "out")
     if pkru is not None:
-        pkru = np.ascontiguousarray(np.broadcast_to(np.asarray(pkru, np.uint32), len(rows)))
+        pkru = np.full(len(rows), pkru, np.uint32)
     lost = np.empty(len(rows), "u8")
     tables = table_of(layout), table_of(to)
     _core.relayout(

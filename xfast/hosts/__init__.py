@@ -1,1 +1,144 @@
-"""Stub."""
+"""Hosts: where a snapshot may be restored, from files, the catalogue, or this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xfast.behaviour import Behaviours, of_release
+from xfast.errors import FormatError, XfastError
+from xfast.hosts.model import Host
+
+__all__ = ["Host", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
+
+SIZE_LIMIT = 64 << 20
+"""No host description is larger than this (bytes)."""
+
+
+def load(path: str | Path) -> list[Host]:
+    """Return the hosts that a file describes; its kind is recognised by its content.
+
+    Raises
+    ------
+    FormatError
+        If it is none of the kinds known, or damaged.
+    OSError
+        If it can't be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(SIZE_LIMIT + 1)
+    if len(data) > SIZE_LIMIT:
+        raise FormatError(str(path), SIZE_LIMIT, f"found more than {SIZE_LIMIT} bytes of a host")
+    return parse(data, str(path))
+
+
+def parse(data: bytes, path: str = "host") -> list[Host]:
+    """Return the hosts that `data` describes.
+
+    Parameters
+    ----------
+    data : bytes
+        Our JSON or TOML, the output of `cpuid -r`, an InstLatx64 dump, libvirt's ``<cpudata>``,
+        a struct kvm_cpuid2, a Firecracker fingerprint, or a boot log with its ``x86/fpu:`` lines.
+    path : str
+        For messages; the file's name without suffix is the host's name, unless the data has one.
+
+    Raises
+    ------
+    FormatError
+        If `data` is none of these, or damaged.
+    """
+    from xfast.hosts import dumps
+
+    return dumps.parse(data, path)
+
+
+def resolve_all(spec: str) -> list[Host]:
+    """Return the hosts that a specification names.
+
+    Parameters
+    ----------
+    spec : str
+        ``BASE[+TEMPLATE][@KERNEL]``. BASE is ``this``, a catalogue name or a file; TEMPLATE a
+        Firecracker CPU template; KERNEL a release (``6.1.60``, assumed to behave as kernel.org's)
+        or behaviour names, see `parse_kernel`. A file whose name has an ``@`` or ``+`` is found.
+
+    Raises
+    ------
+    XfastError
+        If there is no such host, or no such kernel; a FormatError if the file is bad.
+    OSError
+        If the file can't be read.
+    """
+    found = _find(spec)
+    if found:
+        return found
+    base, at, kernel = spec.rpartition("@")
+    if at:
+        behaviours = parse_kernel(kernel)
+        return [
+            host.with_kernel(behaviours).replace(name=f"{host.name}@{kernel}")
+            for host in resolve_all(base)
+        ]
+    base, plus, template = spec.rpartition("+")
+    if plus and Path(template).is_file():
+        from xfast.hosts.firecracker import apply_template
+
+        return [apply_template(host, template) for host in resolve_all(base)]
+    from xfast.hosts.catalogue import catalogue
+
+    known = ", ".join(catalogue())
+    raise XfastError(f"host: got {spec!r}, needed a file, 'this', or one of: {known}")
+
+
+def resolve(spec: str) -> Host:
+    """Return the one host that a specification names; see `resolve_all`.
+
+    Raises
+    ------
+    XfastError
+        If there is no such host, or if the file describes several.
+    """
+    hosts = resolve_all(spec)
+    if len(hosts) != 1:
+        names = ", ".join(host.name for host in hosts)
+        raise XfastError(f"host: {spec} describes {len(hosts)} hosts ({names}), needed one")
+    return hosts[0]
+
+
+def parse_kernel(text: str) -> Behaviours:
+    """Return the kernel that `text` names.
+
+    Parameters
+    ----------
+    text : str
+        A release, behaviour names, or both, joined by commas: ``5.14,get-trims`` is 5.14 with
+        one change back-ported.
+
+    Raises
+    ------
+    XfastError
+        If a word is neither.
+    """
+    words = text.split(",")
+    releases = [word for word in words if word.removeprefix("v")[:1].isdigit()]
+    try:
+        if words == releases[:1]:
+            return of_release(text)
+        names = frozenset(words) - frozenset(releases)
+        return Behaviours(names.union(*(of_release(word).names for word in releases)))
+    except ValueError as error:
+        raise XfastError(str(error)) from None
+
+
+def _find(spec: str) -> list[Host]:
+    """Return what `spec` names as it stands: this machine, a catalogue entry, or a file."""
+    from xfast.hosts.catalogue import catalogue
+
+    if spec == "this":
+        from xfast.hosts.this import this_host
+
+        return [this_host()]
+    if spec in catalogue():
+        return [catalogue()[spec]]
+    path = Path(spec)
+    return load(path) if path.exists() and not path.is_dir() else []

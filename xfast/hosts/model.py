@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from xfast.behaviour import Behaviours
+from xfast.behaviour import (
+    Behaviours,
+    kvm_supported_xcr0,
+    supervisor_supported,
+    user_supported,
+)
 from xfast.cpuid import Cpuid
+from xfast.features import TILEDATA
 from xfast.layout import Layout
 
 
@@ -18,15 +24,19 @@ class Host:
     ----------
     name : str
     layout : Layout or None
-        The CPU's standard format.
+        The CPU's standard format. A component of `xcr0` that it lacks has an unknown place.
     xcr0 : int or None
         User components that the host's kernel enables (its fpu_user_cfg.max_features).
     xss : int or None
         Supervisor components that the host's kernel enables.
     kvm_xcr0 : int or None
-        User components that its KVM lets a guest have (kvm_caps.supported_xcr0).
+        User components that its KVM lets a guest have (kvm_caps.supported_xcr0); 0 where the
+        CPU has no XSAVE.
     mxcsr_mask : int or None
         The CPU's MXCSR_MASK.
+    features : frozenset of str or None
+        CPUID features, by the names in `xfast.cpuid.FEATURES`; judge ISA differences by these.
+        Those that an OS switches at run time (osxsave, ospke) are never among them.
     xsave : frozenset of str
         Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``, by CPUID.
     kernel : Behaviours or None
@@ -51,6 +61,7 @@ class Host:
     xss: int | None = None
     kvm_xcr0: int | None = None
     mxcsr_mask: int | None = None
+    features: frozenset[str] | None = None
     xsave: frozenset[str] = frozenset()
     kernel: Behaviours | None = None
     xsave2_size: int | None = None
@@ -60,9 +71,27 @@ class Host:
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = ""
 
-    def with_kernel(self, kernel: Behaviours | None, provenance: str) -> Host:
-        """Return this host under another kernel."""
-        return self.replace(kernel=kernel, provenance={**self.provenance, "kernel": provenance})
+    def with_kernel(self, kernel: Behaviours) -> Host:
+        """Return this host under another kernel: what was derived is cut to what that enables.
+
+        Facts that were probed, dumped or given stay as they are.
+        """
+        masks = {
+            "xcr0": user_supported(kernel),
+            "xss": supervisor_supported(kernel),
+            "kvm_xcr0": kvm_supported_xcr0(kernel, ~0, self.vendor),
+        }
+        changes: dict[str, Any] = {"kernel": kernel}
+        for name, mask in masks.items():
+            value = getattr(self, name)
+            if self.provenance.get(name) == "derived" and value is not None:
+                changes[name] = value & mask
+        provenance = {**self.provenance, "kernel": kernel.provenance}
+        kvm_xcr0 = changes.get("kvm_xcr0", self.kvm_xcr0)
+        if kvm_xcr0 is not None and self.provenance.get("guest_permission", "derived") == "derived":
+            changes["guest_permission"] = kvm_xcr0 & TILEDATA
+            provenance["guest_permission"] = "derived"
+        return self.replace(provenance=provenance, **changes)
 
     def replace(self, **changes: Any) -> Host:
         """Return a copy with some fields changed."""

@@ -99,9 +99,14 @@ class Snapshot:
 
 
 class Splice(NamedTuple):
-    """One edit of a file's bytes, after decompression: `old` at `offset` becomes `new`."""
+    """One edit of a file's bytes, after decompression: `old` at `offset` becomes `new`.
+
+    `new` may be longer or shorter than `old`. Where the snapshot is a directory, `member` is the
+    name of the file in it.
+    """
 
     offset: int
     old: bytes
     new: bytes
     field: str = ""
+    member: str = ""

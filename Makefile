@@ -1,0 +1,43 @@
+# make demo: build xfast in a virtual environment and judge the snapshots in examples/.
+# make test: build it with everything that the tests need, and run them.
+# Both need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard xfast/*.pyx xfast/*.pxd xfast/*.h)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	@echo
+	@echo '$$ xfast check examples/snapshots --host examples/hosts intel-icelake-server@6.12'
+	@$(BIN)/xfast check examples/snapshots --host examples/hosts intel-icelake-server@6.12; \
+	  status=$$?; test $$status -eq 1 || { echo "make demo: expected exit code 1, got $$status"; exit 1; }
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/cython-lint xfast/
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build xfast/_*.c xfast/*.so *.egg-info
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.demo: $(BIN)/pip $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[zstd]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/pip $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,136 @@
+"""From CPUID to a host: what a kernel makes of a CPU, and KVM of the two.
+
+*Source*: Linux arch/x86/kernel/fpu/xstate.c fpu__init_system_xstate(), xsave_cpuid_features;
+arch/x86/kvm/x86.c kvm_x86_vendor_init(); Intel SDM vol. 1 section 10.2.3 (MXCSR.MM: AMD APM
+vol. 1 section 4.2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from xfast.behaviour import (
+    BEHAVIOURS,
+    Behaviours,
+    kvm_supported_xcr0,
+    of_release,
+    supervisor_supported,
+    user_supported,
+)
+from xfast.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
+from xfast.errors import FormatError, LayoutError
+from xfast.features import (
+    COMPONENTS,
+    MXCSR_MASK_AMD,
+    MXCSR_MASK_INTEL,
+    TILEDATA,
+    XFEATURE_MASK_FPSSE,
+)
+from xfast.hosts.model import Host
+from xfast.layout import Layout
+
+NEWEST = Behaviours(frozenset(BEHAVIOURS))
+"""The newest kernel: what a CPU is taken to run where its kernel is not known."""
+
+
+def known_features(cpuid: Cpuid) -> frozenset[str] | None:
+    """Return the features that these rows announce, or None where the rows needed are missing."""
+    first = cpuid.find(0)
+    if cpuid.find(1) is None or (first and first.eax >= 7 and cpuid.find(7) is None):
+        return None
+    return cpuid.features - RUNTIME_FEATURES
+
+
+def enabled_by_kernel(mask: int, features: frozenset[str] | None) -> int:
+    """Return which components of the CPU's `mask` a kernel that knows them all enables (masks).
+
+    A component without its CPUID feature is dropped, XTILE_DATA without XFD too. Where the
+    features are not known, nothing is dropped for want of one.
+    """
+    kept = 0
+    for component in COMPONENTS:
+        allowed = bool(component.flag) and (features is None or component.flag in features)
+        kept |= mask & component.bit if allowed else 0
+    if features is not None and "xfd" not in features:
+        kept &= ~TILEDATA
+    return kept
+
+
+def from_cpuid(
+    cpuid: Cpuid,
+    name: str,
+    source: str,
+    *,
+    by_kvm: bool = False,
+    kernel: Behaviours | None = None,
+) -> Host:
+    """Return the host that a list of CPUID rows describes.
+
+    Parameters
+    ----------
+    cpuid : Cpuid
+    name, source : str
+        The host's name, and the file (for errors and `Host.source`).
+    by_kvm : bool
+        The rows are what KVM offers or gives a guest (KVM_GET_SUPPORTED_CPUID, a Firecracker
+        fingerprint), not what the CPU says.
+    kernel : Behaviours or None
+        What it enables is cut from what the newest kernel would.
+
+    Raises
+    ------
+    FormatError
+        If leaf 0xD describes an impossible layout.
+    """
+    features = known_features(cpuid)
+    facts: dict[str, Any] = {"features": features, "vendor": cpuid.vendor, "cpuid": cpuid}
+    if features is not None:
+        facts["xsave"] = features & XSAVE_FEATURES
+    provenance = dict.fromkeys((k for k, v in facts.items() if v is not None), "dump")
+    if features is not None:
+        facts["mxcsr_mask"] = MXCSR_MASK_AMD if "misalignsse" in features else MXCSR_MASK_INTEL
+        provenance["mxcsr_mask"] = "derived"
+    try:
+        masks = _masks(cpuid, features, by_kvm)
+        layout: Layout | None = cpuid.layout if masks else None
+    except LayoutError as error:
+        raise FormatError(source, None, f"CPUID leaf 0xd: {error}") from None
+    if layout is not None:
+        facts["layout"] = layout
+        provenance["layout"] = "dump"
+    facts.update(masks)
+    provenance.update(dict.fromkeys(masks, "derived"))
+    if by_kvm and "kvm_xcr0" in masks:
+        provenance["kvm_xcr0"] = "dump"
+    host = Host(name, source=source, provenance=provenance, **facts)
+    return host.with_kernel(kernel) if kernel else host
+
+
+def _masks(cpuid: Cpuid, features: frozenset[str] | None, by_kvm: bool) -> dict[str, int]:
+    """Return xcr0, xss and kvm_xcr0, or nothing where leaf 0xD is missing though it exists."""
+    if cpuid.find(0xD) is None:
+        if features is None or "xsave" in features:
+            return {}
+        return {"xcr0": XFEATURE_MASK_FPSSE, "xss": 0, "kvm_xcr0": 0}
+    if by_kvm:
+        return {"xcr0": cpuid.xcr0, "xss": cpuid.xss, "kvm_xcr0": cpuid.xcr0}
+    xcr0 = enabled_by_kernel(cpuid.xcr0, features) & user_supported(NEWEST)
+    xss = enabled_by_kernel(cpuid.xss, features) & supervisor_supported(NEWEST)
+    kvm_xcr0 = kvm_supported_xcr0(NEWEST, xcr0, cpuid.vendor)
+    return {"xcr0": xcr0, "xss": xss, "kvm_xcr0": kvm_xcr0}
+
+
+def common_layout(layouts: Iterable[Layout]) -> Layout:
+    """Return the slots that are the same in all of `layouts`."""
+    first, *others = layouts
+    same = (s for s in first.slots if all(other.by_nr.get(s.nr) == s for other in others))
+    return Layout(tuple(same), first.name)
+
+
+def kernel_of(release: object, path: str) -> Behaviours | None:
+    """Return the behaviours of the release that a file names, None where it names none."""
+    try:
+        return of_release(release) if isinstance(release, str) else None
+    except ValueError as error:
+        raise FormatError(path, None, str(error)) from None

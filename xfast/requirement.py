@@ -1,0 +1,152 @@
+"""What a vCPU's file tells, and what a host would do with it: the two sides of a judgement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xfast import behaviour
+from xfast.area import ALL, classify, headers
+from xfast.behaviour import Behaviours
+from xfast.features import PKRU, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, XFEATURE_MASK_FPSSE
+from xfast.hosts.model import Host
+from xfast.layout import Layout
+from xfast.snapshots.model import Vcpu
+
+
+@dataclass(frozen=True)
+class State:
+    """What one vCPU's file tells, worked out once for all hosts. Masks are ints."""
+
+    vcpu: Vcpu
+    kind: str
+    producer: str
+    bv: int
+    xcomp: int
+    reserved: bool
+    mxcsr: int
+    live: int
+    stale: int
+    unreadable: int
+    pkru: int | None
+    may: int | None
+    may_from: str
+
+    @property
+    def guest_cpuid_mask(self) -> int | None:
+        """The user components of the guest's CPUID, where the file tells them."""
+        if self.vcpu.cpuid is not None:
+            return self.vcpu.cpuid.xcr0
+        return self.vcpu.guest_mask
+
+
+def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
+    """Work out what a vCPU's area holds and what its guest may have."""
+    head = headers(vcpu.area)
+    live = stale = unreadable = 0
+    pkru = None
+    if vcpu.layout is not None:
+        found = classify(vcpu.area, vcpu.layout)
+        live, stale, unreadable = found.live, found.stale, found.unreadable
+        if head.xstate_bv & PKRU and not unreadable & PKRU:
+            pkru = _pkru(vcpu, head.xcomp_bv)
+    else:  # only the legacy region's place is certain
+        found = classify(vcpu.area, Layout(()))
+        live, stale = found.live, found.stale
+        live |= head.xstate_bv & ~XFEATURE_MASK_FPSSE
+    may, may_from = _may(vcpu, kind)
+    return State(
+        vcpu,
+        kind,
+        producer,
+        head.xstate_bv,
+        head.xcomp_bv,
+        head.reserved,
+        head.mxcsr,
+        live,
+        stale,
+        unreadable,
+        pkru,
+        may,
+        may_from,
+    )
+
+
+def _pkru(vcpu: Vcpu, xcomp: int) -> int:
+    assert vcpu.layout is not None
+    if xcomp & XCOMP_BV_COMPACTED:
+        offset = vcpu.layout.compacted_offsets(xcomp & vcpu.layout.mask)[9]
+    else:
+        offset = vcpu.layout.by_nr[9].offset
+    return int.from_bytes(vcpu.area[offset : offset + 4].tobytes(), "little")
+
+
+def _may(vcpu: Vcpu, kind: str) -> tuple[int | None, str]:
+    """Return the components that the guest may have, and which fact says so."""
+    if kind != "vm":
+        return None, ""
+    if vcpu.cpuid is not None:
+        return vcpu.cpuid.xcr0 | XFEATURE_MASK_FPSSE, "CPUID"
+    if vcpu.guest_mask is not None:
+        return vcpu.guest_mask | XFEATURE_MASK_FPSSE, "CPU definition"
+    if vcpu.xcr0 is not None:
+        reachable = PKRU if vcpu.pkru_enabled else 0
+        return vcpu.xcr0 | XFEATURE_MASK_FPSSE | reachable, "XCR0"
+    return None, ""
+
+
+TYPICAL = tuple(behaviour.of_release(r) for r in ("5.15", "5.16", "5.18", "6.0", "6.6"))
+"""One kernel of each generation: what an unknown kernel may do."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one host does with one vCPU's XSTATE_BV. Masks are ints.
+
+    `host` holds the components the host can give; `refused` the bits that its KVM_SET_XSAVE
+    refuses for certain; `doubtful` those that it may refuse; `hidden` those that it accepts and
+    that no KVM_GET_XSAVE will report again.
+    """
+
+    host: int | None
+    refused: int
+    doubtful: int
+    hidden: int
+
+
+def target_of(state: State, host: Host) -> Target:
+    """Ask every kernel that `host` may run what it does with the area."""
+    supported = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
+    if supported is None:
+        return Target(None, 0, state.bv, 0)
+    if state.kind != "vm":
+        return Target(supported, state.bv & ~supported, 0, 0)
+    user = supported if host.xcr0 is None else host.xcr0
+    known = state.guest_cpuid_mask
+    guests = (known,) if known is not None else ((state.vcpu.xcr0 or 0), ALL)
+    all_take, any_takes, all_hide = ALL, 0, ALL
+    for kernel in (host.kernel,) if host.kernel is not None else TYPICAL:
+        for guest in guests:
+            takes, reports = kernel_masks(kernel, user, supported, guest & supported)
+            all_take &= takes
+            any_takes |= takes
+            all_hide &= takes & ~reports
+    refused = state.bv & ~any_takes
+    return Target(supported, refused, state.bv & ~all_take & ~refused, state.bv & all_hide)
+
+
+def kernel_masks(kernel: Behaviours, user: int, supported: int, guest: int) -> tuple[int, int]:
+    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2."""
+    narrowed = behaviour.user_xfeatures(kernel, user, guest)
+    return (
+        behaviour.accepted(kernel, narrowed, supported),
+        behaviour.reported(kernel, narrowed, guest),
+    )
+
+
+def leaked(state: State) -> int:
+    """Return the bits of XSTATE_BV that the guest may not have, as far as the file tells."""
+    if state.kind != "vm":
+        return 0
+    if state.may is None:
+        return state.bv & PKRU if state.pkru == 0 else 0
+    return state.bv & ~state.may & ~SUPERVISOR_MASK

@@ -1,0 +1,398 @@
+"""Cloud Hypervisor's state.json, in its generations: JSON text inside JSON.
+
+The state of vCPU n lies at snapshots/cpu-manager/snapshots/n, as JSON text of its own: in a
+string (from v39), in an array of bytes (v30 to v38) or in a section with such an array (up to
+v28). Edits replace numbers where they stand, so that every other byte stays as it is. x87 and
+SSE are also in the object ``fpu``, which a restore applies after the XSAVE area: both are edited.
+
+*Source*: Cloud Hypervisor vm-migration/src/lib.rs (Snapshot, SnapshotData),
+hypervisor/src/kvm/x86_64/mod.rs (VcpuKvmState) and hypervisor/src/kvm/mod.rs
+KvmVcpu::set_state().
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from json.decoder import JSONDecoder
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.cpuid import Cpuid, Entry
+from xfast.errors import FormatError, LayoutError
+from xfast.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
+from xfast.layout import Layout
+from xfast.snapshots import edit, infer, raw
+from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.source import Source
+
+SIZE_LIMIT = 256 << 20
+MSR_IA32_XFD = 0x1C4
+MSR_IA32_XSS = 0xDA0
+CR4_OFFSET = 248
+CR4_PKE = 1 << 22
+
+FPU = {
+    "fcw": (X87, 0, "<u2", 1, FCW_INIT),
+    "fsw": (X87, 2, "<u2", 1, 0),
+    "ftwx": (X87, 4, "u1", 1, 0),
+    "last_opcode": (X87, 6, "<u2", 1, 0),
+    "last_ip": (X87, 8, "<u8", 1, 0),
+    "last_dp": (X87, 16, "<u8", 1, 0),
+    "mxcsr": (SSE | AVX, 24, "<u4", 1, MXCSR_INIT),
+    "fpr": (X87, 32, "u1", 128, 0),
+    "xmm": (SSE, 160, "u1", 256, 0),
+}
+"""The fields of struct kvm_fpu: components (any of them), offset in the area, type, how many
+numbers, and the value where none of the components is there."""
+
+NUMBER = re.compile(r"-?\d+")
+ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u....|.)")
+DECODER = JSONDecoder()
+
+Span = tuple[int, int]
+
+
+class Text(NamedTuple):
+    """JSON text within the file, and how to put a change of it into the file.
+
+    `starts` and `shifts` are, for a string, the places behind each escape in the text and how
+    much further along they lie in the file; `numbers`, for an array of bytes, is where each lies.
+    """
+
+    path: str
+    text: str
+    base: int = 0
+    starts: tuple[int, ...] = ()
+    shifts: tuple[int, ...] = ()
+    numbers: tuple[Span, ...] = ()
+
+    def at(self, offset: int) -> int:
+        """Return where a character lies in the file (bytes)."""
+        if self.numbers:
+            return self.base + self.numbers[offset][0]
+        passed = bisect.bisect_right(self.starts, offset)
+        return self.base + offset + (self.shifts[passed - 1] if passed else 0)
+
+    def span(self, span: Span) -> Span:
+        """Return offset and length in the file of what lies at `span`."""
+        start = self.at(span[0])
+        if self.numbers:
+            return start, self.base + self.numbers[span[1] - 1][1] - start
+        return start, self.at(span[1] - 1) + 1 - start
+
+    def splice(self, source: Source, span: Span, new: str, field: str) -> Splice:
+        """Return the edit that replaces what lies at `span`: digits by digits."""
+        offset, length = self.span(span)
+        data = ",".join(str(ord(c)) for c in new) if self.numbers else new
+        return Splice(offset, source.read(offset, length), data.encode(), field)
+
+    def error(self, offset: int, message: str) -> FormatError:
+        """Return a FormatError that names the place in the file."""
+        inside = 0 <= offset < (len(self.numbers) or len(self.text))
+        return FormatError(self.path, self.at(offset) if inside else None, message)
+
+    def value(self, start: int) -> tuple[Any, int]:
+        """Return the value that starts at `start`, and its end."""
+        try:
+            return DECODER.raw_decode(self.text, start)
+        except (ValueError, RecursionError) as problem:
+            where = getattr(problem, "pos", start)
+            reason = getattr(problem, "msg", problem)
+            raise self.error(where, f"found damaged JSON: {reason}") from None
+
+    def members(self, start: int) -> dict[str, Span]:
+        """Return where each member's value lies of the object at `start`."""
+        found: dict[str, Span] = {}
+        position = self._skip(start)
+        if self.text[position : position + 1] != "{":
+            raise self.error(position, "found another value, needed an object {...}")
+        position = self._skip(position + 1)
+        while self.text[position : position + 1] == '"':
+            key, position = self.value(position)
+            position = self._skip(position)
+            if self.text[position : position + 1] != ":":
+                raise self.error(position, "found a key without a value")
+            begin = self._skip(position + 1)
+            _, position = self.value(begin)
+            if key in found:
+                raise self.error(begin, f"found {key!r} twice, needed it once")
+            found[key] = (begin, position)
+            position = self._skip(position)
+            if self.text[position : position + 1] == ",":
+                position = self._skip(position + 1)
+        if self.text[position : position + 1] != "}":
+            raise self.error(position, "found damaged JSON, needed a key or }")
+        return found
+
+    def _skip(self, position: int) -> int:
+        while position < len(self.text) and self.text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    def inner(self, span: Span) -> Text:
+        """Return the JSON text that the string, array of bytes or section at `span` holds."""
+        for _ in range(4):
+            if self.text[span[0]] != "{":
+                break
+            members = self.members(span[0])
+            wanted = [members[k] for k in ("state", "snapshot") if k in members]
+            span = next(iter(wanted or members.values()), (-1, -1))
+            if span[0] < 0:
+                break
+        raw_text = self.text[slice(*span)]
+        if raw_text.startswith('"'):
+            text, _ = self.value(span[0])
+            starts, shifts, shift = [], [], 0
+            for escape in ESCAPE.finditer(raw_text, 1):
+                shift += len(escape.group()) - 1
+                starts.append(escape.end() - 1 - shift)
+                shifts.append(shift)
+            return Text(self.path, text, span[0] + 1, tuple(starts), tuple(shifts))
+        if raw_text.startswith("["):
+            values = self.value(span[0])[0]
+            if not values or not all(type(v) is int and 0 <= v < 256 for v in values):
+                raise self.error(span[0], "found an array, needed one of bytes")
+            numbers = tuple(m.span() for m in NUMBER.finditer(raw_text))
+            return Text(self.path, bytes(values).decode("latin-1"), span[0], numbers=numbers)
+        raise self.error(span[0], "found no state of a vCPU, needed JSON text")
+
+
+def sniff(source: Source) -> bool:
+    """Tell whether a file is JSON with a member "cpu-manager"."""
+    start = source.read(0, min(64, source.size)).lstrip()
+    return (
+        start.startswith(b"{")
+        and source.size <= SIZE_LIMIT
+        and b'"cpu-manager"' in source.read(0, source.size)
+    )
+
+
+def read(
+    source: Source, *, layout: Layout | None = None, size: int | None = None
+) -> list[Snapshot]:
+    """Read the vCPUs of a state.json.
+
+    Parameters
+    ----------
+    source : Source
+    layout : Layout, optional
+        The layout of every area; default: from each vCPU's CPUID.
+    size : None
+        The file tells the size of its areas.
+
+    Returns
+    -------
+    list of Snapshot
+        One. A vCPU's `facts` hold its ``fpu`` object, and ``fpu_differs``: the fields in which
+        that disagrees with the XSAVE area.
+
+    Raises
+    ------
+    FormatError
+        If the JSON is damaged, or lacks what a vCPU must have.
+    """
+    vcpus = []
+    generation = ""
+    for index, state, text in _states(source):
+        generation = "v38 or earlier" if text.numbers else "v39 or later"
+        vcpus.append(_vcpu(index, text, state, layout))
+    facts = {"generation": generation}
+    return [Snapshot(source.path, "cloud-hypervisor", "vm", "kvm", vcpus, source.container, facts)]
+
+
+def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
+    """Yield every vCPU's number, where the members of its state lie, and in which text."""
+    if source.size > SIZE_LIMIT:
+        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
+    file = Text(source.path, source.read(0, source.size).decode("latin-1"))
+    members = file.members(0)
+    for step in ("snapshots", "cpu-manager", "snapshots"):
+        if step not in members:
+            raise FormatError(source.path, None, f"found no {step!r}, needed it for the vCPUs")
+        members = file.members(members[step][0])
+    if not members:
+        raise FormatError(source.path, None, "found no vCPUs, needed one or more")
+    for i, (key, span) in enumerate(members.items()):
+        number = re.search(r"\d{1,9}$", key)
+        data = file.members(span[0]).get("snapshot_data")
+        if data is None:
+            raise file.error(span[0], f"vCPU {key!r}: found no 'snapshot_data'")
+        text = file.inner(data)
+        state = text.members(0)
+        if "Mshv" in state:
+            raise file.error(span[0], "found a vCPU of the mshv hypervisor, needed one of KVM")
+        if "Kvm" in state:
+            state = text.members(state["Kvm"][0])
+        yield int(number.group()) if number else i, state, text
+
+
+def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) -> Vcpu:
+    area, spans = _area(text, state)
+    value = {
+        k: text.value(state[k][0])[0] for k in ("cpuid", "msrs", "xcrs", "sregs") if k in state
+    }
+    try:
+        cpuid = _cpuid(value.get("cpuid"))
+        msrs = {row["index"]: row["data"] for row in _rows(value.get("msrs"), ("index", "data"))}
+        xcr0 = _xcr0(value.get("xcrs"))
+        place = infer.place(area, given=given, cpuid=cpuid, mask=xcr0 or 0)
+        cr4 = _cr4(value.get("sregs"))
+    except (ValueError, LayoutError, struct.error) as problem:
+        raise text.error(0, f"vCPU {index}: {problem}") from None
+    where = {"xsave": text.span((spans[0][0], spans[-1][1]))}
+    facts: dict[str, Any] = {}
+    if "fpu" in state:
+        held = {name: _held(text, span, name) for name, span in _fpu(text, state).items()}
+        facts["fpu"] = {
+            name: values if len(values) > 1 else values[0] for name, values in held.items()
+        }
+        facts["fpu_differs"] = sorted(name for name in held if held[name] != _fpu_value(area, name))
+        where["fpu"] = text.span(state["fpu"])
+    return Vcpu(
+        index=index,
+        area=area,
+        layout=place.layout,
+        layout_source=place.source,
+        layout_note=place.note,
+        xcr0=xcr0,
+        xss=msrs.get(MSR_IA32_XSS),
+        xfd=msrs.get(MSR_IA32_XFD),
+        cpuid=cpuid,
+        pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
+        where=where,
+        facts=facts,
+    )
+
+
+def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[list[int], list[Span]]:
+    """Return the numbers of a value, lists within it flattened, and where each lies."""
+    spans = [m.span() for m in NUMBER.finditer(text.text, *span)]
+    try:
+        values = [int(text.text[a:b]) for a, b in spans]
+    except ValueError as problem:
+        raise text.error(span[0], str(problem)) from None
+    rest = NUMBER.sub("", text.text[slice(*span)])
+    if rest.strip("[], \t\r\n") or (count is not None and len(values) != count):
+        raise text.error(span[0], f"found {len(values)} numbers, needed {count or 'numbers'}")
+    if any(not 0 <= value < limit for value in values):
+        raise text.error(span[0], f"found a number out of range, needed 0 to {limit - 1:#x}")
+    return values, spans
+
+
+def _area(text: Text, state: dict[str, Span]) -> tuple[NDArray[np.uint8], list[Span]]:
+    """Return the XSAVE area, and where each of its u32 lies."""
+    xsave = text.members(state["xsave"][0]) if "xsave" in state else {}
+    if "region" not in xsave:
+        raise text.error(0, "found no xsave.region, needed it of every vCPU")
+    words, spans = _numbers(text, xsave["region"], KVM_XSAVE_SIZE // 4, 1 << 32)
+    if "extra" in xsave:
+        more, more_spans = _numbers(text, xsave["extra"], None, 1 << 32)
+        words += more
+        spans += more_spans
+    return np.array(words, "<u4").view(np.uint8), spans
+
+
+def _rows(value: Any, fields: tuple[str, ...]) -> Iterator[dict[str, int]]:
+    """Yield the rows of a list of structures, or of a header followed by such a list.
+
+    Raises
+    ------
+    ValueError
+        If a row has no number in one of `fields`.
+    """
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
+        value = value[1]
+    for row in value or ():
+        if not isinstance(row, dict) or not all(isinstance(row.get(f), int) for f in fields):
+            raise ValueError(f"found the row {str(row)[:60]}, needed numbers {', '.join(fields)}")
+        yield row
+
+
+def _cpuid(value: Any) -> Cpuid | None:
+    fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
+    rows = [[row[f] for f in fields] for row in _rows(value, fields)]
+    if any(not 0 <= number < 1 << 32 for row in rows for number in row):
+        raise ValueError("found a CPUID register out of range, needed 32 bits")
+    return Cpuid(tuple(Entry(*row) for row in rows)) if rows else None
+
+
+def _xcr0(value: Any) -> int | None:
+    """Return XCR0 from kvm_xcrs: its bytes, or (old) its fields."""
+    if isinstance(value, dict):
+        rows = _rows(value.get("xcrs"), ("xcr", "value"))
+        return next((row["value"] for row in rows if row["xcr"] == 0), None)
+    return None if value is None else raw.xcr0_of(_bytes(value))
+
+
+def _cr4(value: Any) -> int | None:
+    """Return CR4 from kvm_sregs: its bytes, or (old) its fields."""
+    if isinstance(value, dict):
+        return value.get("cr4")
+    return None if value is None else int(struct.unpack_from("<Q", _bytes(value), CR4_OFFSET)[0])
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v < 256 for v in value):
+        raise ValueError(f"found {str(value)[:60]}, needed an array of bytes")
+    return bytes(value)
+
+
+def _fpu(text: Text, state: dict[str, Span]) -> dict[str, Span]:
+    """Return where the fields of the fpu object lie."""
+    members = text.members(state["fpu"][0])
+    return {name: members[name] for name in FPU if name in members}
+
+
+def _held(text: Text, span: Span, name: str) -> list[int]:
+    """Return the numbers of one field of the fpu object."""
+    _, _, dtype, count, _ = FPU[name]
+    return _numbers(text, span, count, 1 << 8 * np.dtype(dtype).itemsize)[0]
+
+
+def _fpu_value(area: NDArray[np.uint8], name: str) -> list[int]:
+    """Return what a field of the fpu object must be for an XSAVE area."""
+    components, offset, dtype, count, init = FPU[name]
+    if not infer.header(area)[0] & components:
+        return [init] * count
+    values: list[int] = np.frombuffer(area.tobytes(), dtype, count, offset).tolist()
+    return values
+
+
+def splices(
+    source: Source, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
+) -> list[Splice]:
+    """Return the edits that put `areas` into the JSON: the numbers that change, no others.
+
+    Parameters
+    ----------
+    areas : mapping of int to (size,) uint8
+        New areas by position in ``snapshot.vcpus``. A field of ``fpu`` changes where the
+        register that it mirrors does.
+
+    Raises
+    ------
+    PolicyError
+        If an area is longer than the one in the file.
+    """
+    found = []
+    for i, (index, state, text) in enumerate(_states(source)):
+        if i not in areas:
+            continue
+        where = f"vcpu {index}"
+        old, spans = _area(text, state)
+        new = edit.fitted(areas[i], old.size, f"{source.path}: {where}")
+        words = new.view("<u4")
+        for word in np.flatnonzero(old.view("<u4") != words).tolist():
+            found.append(text.splice(source, spans[word], str(words[word]), f"{where} xsave"))
+        for name, span in _fpu(text, state).items() if "fpu" in state else ():
+            before, after = _fpu_value(old, name), _fpu_value(new, name)
+            _, places = _numbers(text, span, len(after), 1 << 64)
+            for place, one, two in zip(places, before, after, strict=True):
+                if one != two:
+                    found.append(text.splice(source, place, str(two), f"{where} fpu.{name}"))
+    return found

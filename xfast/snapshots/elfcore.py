@@ -1,0 +1,298 @@
+"""ELF cores: NT_X86_XSTATE of each thread, and NT_X86_XSAVE_LAYOUT where the kernel wrote it.
+
+64-bit, i386 and x32 cores of Linux (kernel or gdb) and FreeBSD; notes may be edited freely, a
+core has no checksum.
+
+*Source*: ELF gABI ("Note Section"); Linux fs/binfmt_elf.c fill_note_info() and commit
+ba386777a30b ("x86/elf: Add a new FPU buffer layout info to x86 core files") (in v6.12);
+include/linux/elfcore.h and FreeBSD sys/sys/procfs.h (the process id in struct prstatus).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.errors import FormatError, LayoutError
+from xfast.features import EXTENDED_OFFSET
+from xfast.layout import PRESETS, Layout, candidates, from_note
+from xfast.snapshots import edit, infer
+from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.source import Source
+
+MAGIC = b"\x7fELF"
+ET_CORE = 4
+PT_NOTE = 4
+PN_XNUM = 0xFFFF
+MACHINES = {3: "i386", 62: "x86-64"}
+
+NT_PRSTATUS = 1
+NT_PRPSINFO = 3
+NT_X86_XSTATE = 0x202
+NT_X86_XSAVE_LAYOUT = 0x205
+PID_OFFSET = {("CORE", 8): 32, ("CORE", 4): 24, ("FreeBSD", 8): 40, ("FreeBSD", 4): 24}
+"""Where struct prstatus has the thread's id, by the note's name and the bytes of a long."""
+
+SEGMENT_LIMIT = 1 << 20
+NOTE_LIMIT = 1 << 20
+"""Notes that are looked at: a core has 3 to 6 a thread."""
+NAME_LIMIT = 64
+AREA_LIMIT = 1 << 20
+WINDOW = 1 << 20
+
+
+class Note(NamedTuple):
+    """One note; its descriptor lies at `offset`, `length` bytes."""
+
+    name: str
+    type: int
+    offset: int
+    length: int
+
+
+@dataclass
+class Thread:
+    """What the notes of one thread tell."""
+
+    tid: int
+    area: Note | None = None
+
+
+@dataclass
+class Found:
+    """What all the notes of a core tell."""
+
+    threads: list[Thread] = field(default_factory=list)
+    layout: Layout | None = None
+    first: int | None = None
+    names: set[str] = field(default_factory=set)
+
+
+def sniff(source: Source) -> bool:
+    """Tell whether a file is an ELF file."""
+    return source.size >= 4 and source.read(0, 4) == MAGIC
+
+
+def read(
+    source: Source, *, layout: Layout | None = None, size: int | None = None
+) -> list[Snapshot]:
+    """Read the extended state of every thread of a core.
+
+    Parameters
+    ----------
+    source : Source
+    layout : Layout, optional
+        The layout of every area; default: from the core's note, or inferred.
+    size : None
+        A core tells the size of its areas.
+
+    Returns
+    -------
+    list of Snapshot
+        One, of kind ``process``, a Vcpu a thread.
+
+    Raises
+    ------
+    FormatError
+        If it is no x86 core, damaged, or without NT_X86_XSTATE.
+    """
+    abi, long_size, segments = _segments(source)
+    found = Found()
+    for start, end in segments:
+        _take(source, found, long_size, start, end)
+    threads = [(thread.tid, thread.area) for thread in found.threads if thread.area]
+    if not threads:
+        notes = ", ".join(sorted(found.names)) or "none"
+        raise FormatError(
+            source.path,
+            None,
+            f"found no extended state (notes: {notes}), needed NT_X86_XSTATE of each thread",
+        )
+    producer = _producer(found)
+    vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in threads]
+    facts = {
+        "abi": abi,
+        "os": "freebsd" if "FreeBSD" in found.names else "linux",
+        "threads_without_state": len(found.threads) - len(threads),
+    }
+    return [Snapshot(source.path, "elfcore", "process", producer, vcpus, source.container, facts)]
+
+
+def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
+    """Return the ABI, the bytes of a long, and where the notes lie: (start, end) each."""
+    ident = source.read(0, 16)
+    if ident[4] not in (1, 2) or ident[5] != 1:
+        raise FormatError(
+            source.path, 4, f"found ELF class {ident[4]}, data {ident[5]}; needed x86's"
+        )
+    wide = ident[4] == 2
+    kind, machine = source.unpack("<2H", 16)
+    if kind != ET_CORE or machine not in MACHINES:
+        raise FormatError(
+            source.path, 16, f"found ELF type {kind}, machine {machine}; needed an x86 core"
+        )
+    if wide:
+        table, sections, _, _, entry, count = source.unpack("<2QI3H", 32)
+    else:
+        table, sections, _, _, entry, count = source.unpack("<2II3H", 28)
+    if count == PN_XNUM:
+        (count,) = source.unpack("<I", sections + (44 if wide else 28))
+    if entry < (56 if wide else 32):
+        raise FormatError(
+            source.path, 54 if wide else 42, f"found program headers of {entry} bytes"
+        )
+    if count > SEGMENT_LIMIT:
+        raise FormatError(source.path, table, f"found {count} segments, over {SEGMENT_LIMIT}")
+    headers = source.read(table, entry * count)
+    segments = []
+    for at in range(0, len(headers), entry):
+        if wide:
+            kind, _, start, _, _, length = struct.unpack_from("<2I4Q", headers, at)
+        else:
+            kind, start, _, _, length = struct.unpack_from("<5I", headers, at)
+        if kind == PT_NOTE:
+            source.read(start + length, 0)
+            segments.append((start, start + length))
+    if sum(end - start for start, end in segments) > source.size:
+        raise FormatError(source.path, table, "found notes that overlap, needed each once")
+    abi = MACHINES[machine]
+    return ("x32" if abi == "x86-64" and not wide else abi), 8 if wide else 4, segments
+
+
+def _take(source: Source, found: Found, long_size: int, start: int, end: int) -> None:
+    """Add the notes from `start` to `end` to what is found."""
+    for count, note in enumerate(_notes(source, start, end)):
+        if count == NOTE_LIMIT:
+            raise FormatError(source.path, note.offset, f"found over {NOTE_LIMIT} notes")
+        found.first = note.type if found.first is None else found.first
+        found.names.add(note.name)
+        if note.type == NT_PRSTATUS and (note.name, long_size) in PID_OFFSET:
+            at = PID_OFFSET[note.name, long_size]
+            if note.length < at + 4:
+                raise FormatError(
+                    source.path, note.offset, f"found NT_PRSTATUS of {note.length} bytes"
+                )
+            found.threads.append(Thread(*source.unpack("<I", note.offset + at)))
+        elif note.type == NT_X86_XSTATE and note.name in ("LINUX", "FreeBSD"):
+            if not EXTENDED_OFFSET <= note.length <= AREA_LIMIT:
+                raise FormatError(
+                    source.path,
+                    note.offset,
+                    f"found NT_X86_XSTATE of {note.length} bytes, "
+                    f"needed {EXTENDED_OFFSET} to {AREA_LIMIT}",
+                )
+            if not found.threads or found.threads[-1].area:
+                found.threads.append(Thread(len(found.threads)))
+            found.threads[-1].area = note
+        elif note.type == NT_X86_XSAVE_LAYOUT and note.name == "LINUX":
+            try:
+                found.layout = from_note(source.read(note.offset, min(note.length, 63 * 16)))
+            except LayoutError as problem:
+                raise FormatError(source.path, note.offset, str(problem)) from None
+
+
+def _notes(source: Source, start: int, end: int) -> Iterator[Note]:
+    """Yield the notes from `start` to `end`; descriptors are not read."""
+    window, base = b"", start
+    while start + 12 <= end:
+        if start + 12 + NAME_LIMIT > base + len(window):
+            base = start
+            window = source.read(start, min(WINDOW, end - start))
+        name_size, length, kind = struct.unpack_from("<3I", window, start - base)
+        offset = start + 12 + (name_size + 3 & ~3)
+        if offset + length > end:
+            raise FormatError(
+                source.path,
+                start,
+                f"found a note of {name_size} + {length} bytes, needed at most {end - start - 12}",
+            )
+        name = window[start - base + 12 :][: min(name_size, NAME_LIMIT)].rstrip(b"\0")
+        yield Note(name.decode("latin-1"), kind, offset, length)
+        start = offset + (length + 3 & ~3)
+
+
+def _producer(found: Found) -> str:
+    """Tell who wrote the core: gdb puts NT_PRPSINFO first, Linux NT_PRSTATUS."""
+    if "GDB" in found.names or ("CORE" in found.names and found.first == NT_PRPSINFO):
+        return "gdb"
+    return "kernel" if found.first == NT_PRSTATUS or "FreeBSD" in found.names else ""
+
+
+def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Layout | None) -> Vcpu:
+    area = np.frombuffer(source.read(note.offset, note.length), np.uint8)
+    if not infer.plausible(area):
+        raise FormatError(
+            source.path, note.offset + 512, "found an XSAVE header with unknown components"
+        )
+    mask = infer.software_mask(area)
+    if given is None and noted is not None:
+        place = infer.Place(noted, "note")
+    elif given is None and _debugger_guessed(area, mask):
+        place = infer.Place(
+            None,
+            "unknown",
+            "layout ambiguous: gdb before 14 writes Intel's offsets on AMD too, and this core "
+            "has neither NT_X86_XSAVE_LAYOUT nor an MXCSR_MASK to tell",
+        )
+    else:
+        place = infer.place(area, given=given, size=note.length)
+    return Vcpu(
+        index=tid,
+        area=area,
+        layout=place.layout,
+        layout_source=place.source,
+        layout_note=place.note,
+        xcr0=mask or None,
+        where={"area": (note.offset, note.length)},
+    )
+
+
+def _debugger_guessed(area: NDArray[np.uint8], mask: int) -> bool:
+    """Tell whether gdb may have written Intel's offsets for another machine's components.
+
+    gdb before 14 knew Intel's layout only, and its notes have an MXCSR_MASK of 0 as those of
+    later ones do; the kernel's have the CPU's.
+
+    *Source*: gdb commit 054f25955c2b ("gdb: Support variable XSAVE layouts").
+    """
+    intel = PRESETS["intel"]
+    (mxcsr_mask,) = struct.unpack_from("<I", area.data, infer.MXCSR_MASK_OFFSET)
+    if mxcsr_mask or not mask or area.size != intel.standard_size(mask):
+        return False
+    present = infer.header(area)[0]
+    return any(intel.moved(PRESETS[name], present) for name in candidates(mask))
+
+
+def splices(
+    source: Source, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
+) -> list[Splice]:
+    """Return the edits that put `areas` into their notes.
+
+    Parameters
+    ----------
+    areas : mapping of int to (size,) uint8
+        New areas by position in ``snapshot.vcpus``; shorter ones are filled up with zeros.
+
+    Raises
+    ------
+    PolicyError
+        If an area is longer than its note, whose length other offsets in the core build on.
+    """
+    found: list[Splice] = []
+    for i, area in areas.items():
+        vcpu = snapshot.vcpus[i]
+        new = edit.fitted(area, vcpu.area.size, f"{source.path}: thread {vcpu.index}")
+        found += edit.changes(vcpu.where["area"][0], vcpu.area, new, f"thread {vcpu.index}")
+    return found
+
+
+def note(area: NDArray[np.uint8]) -> bytes:
+    """Return an area as an NT_X86_XSTATE note: header, name and descriptor."""
+    padding = bytes(-area.size % 4)
+    header = struct.pack("<3I8s", 6, area.size, NT_X86_XSTATE, b"LINUX")
+    return header + area.tobytes() + padding

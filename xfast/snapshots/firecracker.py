@@ -1,0 +1,314 @@
+"""Firecracker's vmstate file of releases 1.8 to 1.14 (bincode): found by the shape of KVM's data.
+
+The file is a serialized MicrovmState whose fields differ from release to release; but since 1.8
+every KVM structure in it is a blob behind its length, so that a vCPU is recognised by its
+kvm_xcrs followed by its kvm_xsave. The CRC64 at the end is checked, and renewed by edits.
+Other releases are named, not guessed at.
+
+*Source*: Firecracker src/vmm/src/snapshot/mod.rs and crc.rs; src/vmm/src/arch/x86_64/vcpu.rs
+(struct VcpuState), tags v1.8.0 to v1.14.0; rust-vmm kvm-bindings src/x86_64/serialize.rs.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.cpuid import ENTRY, Cpuid, Entry
+from xfast.errors import FormatError, LayoutError
+from xfast.features import KVM_XSAVE_SIZE
+from xfast.layout import Layout
+from xfast.snapshots import edit, infer, raw
+from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.source import Source
+
+MAGIC = 0x0710_1984_8664_0000
+"""Its low 16 bits are the version of the format before 1.7 (versionize), 0 since."""
+MAGIC_ARM = 0x0710_1984_AAAA_0000
+
+SIZE_LIMIT = 10 << 20
+"""Firecracker reads no larger file either."""
+
+SNIFF_LIMIT = 1 << 20
+"""Files without a magic are counted through up to this size (bytes)."""
+
+MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1.13 or 1.14"}
+"""Snapshot versions that are read, and the releases that write them."""
+
+POLYNOMIAL = 0x95AC_9329_AC4B_C9B5
+"""CRC-64/Jones, reflected."""
+
+XCRS = struct.pack("<QI", 392, 1)
+"""A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
+XCRS_SIZE = 8 + 392
+XSAVE2_SIZE = 8 + KVM_XSAVE_SIZE
+
+CPUID_HEADER = struct.Struct("<QIIQ")
+CPUID_ENTRY = 8 + ENTRY.size
+CPUID_LENGTH = struct.pack("<Q", 8)
+MSR_IA32_XFD = 0x1C4
+MSR_IA32_XSS = 0xDA0
+
+SREGS_BEFORE_XCRS = 8 + 64 + 8 + 312
+"""vcpu_events and sregs precede xcrs, each behind its length."""
+CR4_OFFSET = 8 + 248
+CR4_PKE = 1 << 22
+
+WAY_OUT = (
+    "this can't be judged; print it with that release's snapshot-editor (info-vmstate "
+    "vcpu-states) and give the XSAVE areas as a raw file"
+)
+
+
+class Hit(NamedTuple):
+    """Where a vCPU's data lie: offsets in the file, bytes."""
+
+    start: int
+    xcrs: int
+    area: int
+    extra: int
+    extra_size: int
+    end: int
+
+
+@cache
+def _table() -> tuple[int, ...]:
+    """Return the CRC of every byte."""
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
+        table.append(crc)
+    return tuple(table)
+
+
+def crc64(data: bytes) -> int:
+    """Return the CRC-64/Jones of `data`; that of data with its own CRC behind it is 0.
+
+    *Source*: Firecracker src/vmm/src/snapshot/crc.rs; the crate crc64.
+    """
+    table = _table()
+    crc = 0
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc
+
+
+def sniff(source: Source) -> bool:
+    """Tell whether a file has Firecracker's magic, or ends with its CRC64 (1.15 and later)."""
+    if source.size < 16:
+        return False
+    (magic,) = source.unpack("<Q", 0)
+    if magic & ~0xFFFF in (MAGIC, MAGIC_ARM):
+        return True
+    return source.size <= SNIFF_LIMIT and _sealed(source)
+
+
+def _sealed(source: Source) -> bool:
+    """Tell whether a file without the magic ends with its CRC64, as bitcode snapshots do."""
+    return any(source.read(source.size - 8, 8)) and not crc64(source.read(0, source.size))
+
+
+def read(
+    source: Source, *, layout: Layout | None = None, size: int | None = None
+) -> list[Snapshot]:
+    """Read the vCPUs of a vmstate file.
+
+    Parameters
+    ----------
+    source : Source
+    layout : Layout, optional
+        The layout of every area; default: from each vCPU's CPUID.
+    size : None
+        The file tells the size of its areas.
+
+    Returns
+    -------
+    list of Snapshot
+        One, the vCPUs in the file's order; ``facts["xss_saved"]`` of a vCPU tells whether
+        IA32_XSS is among its MSRs.
+
+    Raises
+    ------
+    FormatError
+        If it is of a release that can't be read, or damaged.
+    """
+    version = _version(source)
+    data = source.read(0, source.size)
+    stored, counted = struct.unpack_from("<Q", data, len(data) - 8)[0], crc64(data[:-8])
+    if stored != counted:
+        raise FormatError(
+            source.path, len(data) - 8, f"found the CRC64 {stored:#x}, needed {counted:#x}"
+        )
+    vcpus = [_vcpu(source.path, data, i, hit, layout) for i, hit in enumerate(_hits(data))]
+    if not vcpus:
+        raise FormatError(
+            source.path, None, "found no vCPU (kvm_xcrs followed by kvm_xsave), needed one or more"
+        )
+    facts = {"version": version, "release": MAJORS[int(version.split(".")[0])]}
+    return [Snapshot(source.path, "firecracker", "vm", "kvm", vcpus, source.container, facts)]
+
+
+def _version(source: Source) -> str:
+    """Return the snapshot version of a file that can be read.
+
+    Raises
+    ------
+    FormatError
+        If it can't; says which release wrote it.
+    """
+    (magic,) = source.unpack("<Q", 0)
+    if magic & ~0xFFFF == MAGIC_ARM:
+        raise FormatError(source.path, 0, "found an aarch64 snapshot, needed x86_64")
+    if magic & ~0xFFFF != MAGIC:
+        what = "a bitcode snapshot (Firecracker 1.15 or later)" if _sealed(source) else "no magic"
+        raise FormatError(source.path, 0, f"found {what}, needed 1.8 to 1.14: {WAY_OUT}")
+    if magic != MAGIC:
+        raise FormatError(
+            source.path,
+            0,
+            f"found a versionize snapshot (Firecracker 1.6 or before), needed 1.8 to 1.14: "
+            f"{WAY_OUT}",
+        )
+    (length,) = source.unpack("<Q", 8)
+    text = source.read(16, length).decode("latin-1") if length <= 64 else ""
+    if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", text):
+        raise FormatError(source.path, 8, "found no version text, needed MAJOR.MINOR.PATCH")
+    if int(text.split(".")[0]) not in MAJORS:
+        raise FormatError(
+            source.path,
+            16,
+            f"found snapshot version {text}, needed {', '.join(f'{m}.x' for m in MAJORS)} "
+            f"(Firecracker 1.8 to 1.14): {WAY_OUT}",
+        )
+    if source.size > SIZE_LIMIT:
+        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
+    return text
+
+
+def _hits(data: bytes) -> Iterator[Hit]:
+    """Yield the vCPUs, in the file's order."""
+    start = 0
+    xcrs = data.find(XCRS)
+    while xcrs >= 0:
+        hit = _hit(data, start, xcrs)
+        if hit:
+            yield hit
+            start = hit.end
+        xcrs = data.find(XCRS, hit.end if hit else xcrs + 1)
+
+
+def _hit(data: bytes, start: int, xcrs: int) -> Hit | None:
+    """Return the vCPU whose kvm_xcrs blob lies at `xcrs`, if kvm_xsave and tsc_khz follow."""
+    position = xcrs + XCRS_SIZE
+    size = _u64(data, position)
+    if size == KVM_XSAVE_SIZE:
+        area, extra, words = position + 8, position + 8 + KVM_XSAVE_SIZE, 0
+        end = extra
+    elif size == XSAVE2_SIZE:
+        area = position + 16
+        extra = area + KVM_XSAVE_SIZE + 8
+        words = _u64(data, extra - 8)
+        end = extra + 4 * words
+        if _u64(data, position + 8) != words:
+            return None
+    else:
+        return None
+    tsc_khz_tag = data[end : end + 1]
+    return Hit(start, xcrs, area, extra, 4 * words, end) if tsc_khz_tag in (b"\0", b"\1") else None
+
+
+def _u64(data: bytes, offset: int) -> int:
+    """Return the u64 at `offset`, or -1 past the end."""
+    return int.from_bytes(data[offset : offset + 8], "little") if offset + 8 <= len(data) else -1
+
+
+def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) -> Vcpu:
+    cpuid = _cpuid(data, hit.start, hit.xcrs)
+    xcr0 = raw.xcr0_of(data[hit.xcrs + 8 : hit.xcrs + XCRS_SIZE])
+    area = np.frombuffer(_area(data, hit), np.uint8)
+    try:
+        place = infer.place(area, given=given, cpuid=cpuid, mask=xcr0 or 0)
+    except LayoutError as problem:
+        raise FormatError(path, hit.start, f"CPUID of vCPU {index}: {problem}") from None
+    sregs = hit.xcrs - SREGS_BEFORE_XCRS
+    cr4 = _u64(data, sregs + CR4_OFFSET) if _u64(data, sregs) == 312 else None
+    xss = _msr(data, hit, MSR_IA32_XSS)
+    return Vcpu(
+        index=index,
+        area=area,
+        layout=place.layout,
+        layout_source=place.source,
+        layout_note=place.note,
+        xcr0=xcr0,
+        xss=xss,
+        xfd=_msr(data, hit, MSR_IA32_XFD),
+        cpuid=cpuid,
+        pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
+        where={"area": (hit.area, KVM_XSAVE_SIZE), "extra": (hit.extra, hit.extra_size)},
+        facts={"xss_saved": xss is not None},
+    )
+
+
+def _area(data: bytes, hit: Hit) -> bytes:
+    extra = data[hit.extra : hit.extra + hit.extra_size]
+    return data[hit.area : hit.area + KVM_XSAVE_SIZE] + extra
+
+
+def _cpuid(data: bytes, start: int, end: int) -> Cpuid | None:
+    """Return the CPUID that lies between `start` and `end`, or None."""
+    at = data.find(CPUID_LENGTH, start, end)
+    while 0 <= at <= end - CPUID_HEADER.size:
+        _, count, padding, again = CPUID_HEADER.unpack_from(data, at)
+        rows = data[at + CPUID_HEADER.size : at + CPUID_HEADER.size + CPUID_ENTRY * count]
+        if 0 < count == again <= raw.CPUID_LIMIT and not padding and len(rows) % CPUID_ENTRY == 0:
+            entries = [rows[i : i + CPUID_ENTRY] for i in range(0, len(rows), CPUID_ENTRY)]
+            if all(_u64(entry, 0) == ENTRY.size for entry in entries):
+                return Cpuid(tuple(Entry(*ENTRY.unpack_from(entry, 8)) for entry in entries))
+        at = data.find(CPUID_LENGTH, at + 1, end)
+    return None
+
+
+def _msr(data: bytes, hit: Hit, index: int) -> int | None:
+    """Return an MSR that was saved with a vCPU, or None."""
+    at = data.find(struct.pack("<QII", 16, index, 0), hit.start, hit.xcrs)
+    return None if at < 0 else _u64(data, at + 16)
+
+
+def splices(
+    source: Source, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
+) -> list[Splice]:
+    """Return the edits that put `areas` into the file, and its new CRC64.
+
+    Parameters
+    ----------
+    areas : mapping of int to (size,) uint8
+        New areas by position in ``snapshot.vcpus``; shorter ones are filled up with zeros.
+
+    Raises
+    ------
+    PolicyError
+        If an area is longer than the one in the file.
+    """
+    found: list[Splice] = []
+    for i, area in areas.items():
+        vcpu = snapshot.vcpus[i]
+        name = f"vcpu {vcpu.index}"
+        new = edit.fitted(area, vcpu.area.size, f"{source.path}: {name}")
+        for part, begin in (("area", 0), ("extra", KVM_XSAVE_SIZE)):
+            offset, length = vcpu.where[part]
+            piece = slice(begin, begin + length)
+            found += edit.changes(offset, vcpu.area[piece], new[piece], f"{name} {part}")
+    if found:
+        data = bytearray(source.read(0, source.size))
+        for splice in found:
+            data[splice.offset : splice.offset + len(splice.new)] = splice.new
+        crc = struct.pack("<Q", crc64(bytes(data[:-8])))
+        found.append(Splice(source.size - 8, bytes(data[-8:]), crc, "crc64"))
+    return found

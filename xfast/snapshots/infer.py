@@ -1,0 +1,228 @@
+"""Where the components of a bare area lie, from what the area itself and its CPUID tell.
+
+"Standard format" is several layouts. What fixes the layout is used first (given, or CPUID leaf
+0xD); the rest is evidence, and each answer names it. Where evidence is missing or contradicts
+itself the layout stays unknown.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.cpuid import Cpuid
+from xfast.features import (
+    COMPONENTS,
+    EXTENDED_OFFSET,
+    MXCSR_MASK_AMD,
+    MXCSR_MASK_INTEL,
+    XCOMP_BV_COMPACTED,
+    names_of,
+)
+from xfast.layout import PRESETS, Layout, candidates
+
+KNOWN_MASK = sum(c.bit for c in COMPONENTS)
+MXCSR_MASK_OFFSET = 28
+SOFTWARE_OFFSET = 464
+"""Where Linux and FreeBSD note the user components that the kernel knows (sw_bytes.xfeatures)."""
+
+VENDORS = {
+    b"GenuineIntel": "intel",
+    b"CentaurHauls": "intel",
+    b"  Shanghai  ": "intel",
+    b"AuthenticAMD": "amd",
+    b"HygonGenuine": "amd",
+}
+"""CPUID's vendor text -> the beginning of the names of its presets."""
+
+
+class Place(NamedTuple):
+    """A layout and how it is known: the fields `layout*` of Vcpu."""
+
+    layout: Layout | None
+    source: str
+    note: str = ""
+
+
+def header(area: NDArray[np.uint8]) -> tuple[int, int]:
+    """Return XSTATE_BV and XCOMP_BV of one area of at least 576 bytes."""
+    xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area.data, 512)
+    return xstate_bv, xcomp_bv
+
+
+def software_mask(area: NDArray[np.uint8]) -> int:
+    """Return the kernel's word of user components at byte 464, or 0 where it is implausible.
+
+    *Source*: Linux arch/x86/include/uapi/asm/sigcontext.h struct _fpx_sw_bytes.
+    """
+    (mask,) = struct.unpack_from("<Q", area.data, SOFTWARE_OFFSET)
+    plausible = mask & 3 == 3 and not mask & ~KNOWN_MASK and not header(area)[0] & ~mask
+    return int(mask) if plausible else 0
+
+
+def plausible(area: NDArray[np.uint8], *, strict: bool = False) -> bool:
+    """Tell whether bytes may be an XSAVE area: its header names known components only.
+
+    Parameters
+    ----------
+    strict : bool
+        Nothing else says that they are one: ask for a clean header and for control words that
+        a CPU can have written too (FCW bit 6 is always set; SDM vol. 1 section 8.1.5).
+    """
+    xstate_bv, xcomp_bv = header(area)
+    compacted = xcomp_bv & XCOMP_BV_COMPACTED
+    known = not (xstate_bv | xcomp_bv & ~XCOMP_BV_COMPACTED) & ~KNOWN_MASK
+    if not known or not (compacted or not xcomp_bv):
+        return False
+    fcw, mxcsr = struct.unpack_from("<H22xI", area.data)
+    clean = fcw & 0xE0C0 == 0x40 and not mxcsr & ~MXCSR_MASK_AMD and not any(area[528:576])
+    return clean or not strict
+
+
+def place(
+    area: NDArray[np.uint8],
+    *,
+    given: Layout | None = None,
+    cpuid: Cpuid | None = None,
+    mask: int = 0,
+    size: int | None = None,
+) -> Place:
+    """Find the layout of one area.
+
+    Parameters
+    ----------
+    area : (size,) uint8
+    given : Layout, optional
+        What the user says; nothing else is asked then.
+    cpuid : Cpuid, optional
+        The guest's CPUID. KVM writes areas in the host's layout, and gives guests the host's
+        leaf 0xD; a component that the guest may not have is sought by inference.
+    mask : int
+        Components that the area was made for, where something tells (XCR0).
+    size : int, optional
+        Bytes, where the producer made the area exactly as long as `mask` needs.
+
+    Returns
+    -------
+    Place
+
+    Raises
+    ------
+    LayoutError
+        If leaf 0xD describes an impossible layout.
+    """
+    if given is not None:
+        return Place(given, "given")
+    xstate_bv, _ = header(area)
+    known = cpuid.layout if cpuid else Layout(())
+    vendor = _vendor(cpuid)
+    if known.slots and not xstate_bv & ~known.mask:
+        return Place(known, "cpuid")
+    wanted = mask | software_mask(area) | xstate_bv | known.user_mask
+    found = infer(area, wanted, size=size, agrees=known, vendor=vendor)
+    if found.layout is None:
+        present = xstate_bv | known.user_mask
+        fewer = infer(area, present, agrees=known, vendor=vendor) if present != wanted else found
+        if fewer.layout is not None:
+            found = fewer
+    if found.layout is None and known.slots:
+        missing = names_of(xstate_bv & ~known.mask)
+        return Place(known, "cpuid", f"it has no place for {missing}, and {found.note}")
+    return found
+
+
+def _vendor(cpuid: Cpuid | None) -> str:
+    row = cpuid.find(0) if cpuid else None
+    text = struct.pack("<3I", row.ebx, row.edx, row.ecx) if row else b""
+    return VENDORS.get(text, "")
+
+
+def infer(
+    area: NDArray[np.uint8],
+    mask: int,
+    *,
+    size: int | None = None,
+    agrees: Layout | None = None,
+    vendor: str = "",
+) -> Place:
+    """Find which of the known layouts can have produced an area with the components in `mask`.
+
+    Layouts that put all of `mask` in the same places count as one. In this order: the size, the
+    vendor by CPUID, the vendor by MXCSR_MASK, and where the bytes lie (a producer zeroes what
+    belongs to no component).
+
+    *Source*: CPUID dumps of 404 machines; Linux arch/x86/kernel/fpu/xstate.c
+    __copy_xstate_to_uabi_buf().
+    """
+    compacted = bool(header(area)[1] & XCOMP_BV_COMPACTED)
+    names = [
+        name
+        for name in candidates(mask, None if compacted else size)
+        if agrees is None or not PRESETS[name].moved(agrees, mask)
+    ]
+    if not names:
+        size_clause = f" in {size} bytes" if size else ""
+        return Place(
+            None, "unknown", f"no known layout holds {mask:#x} ({names_of(mask)}){size_clause}"
+        )
+    everywhere = len(_groups(list(candidates(mask)), mask, compacted)) == 1
+    evidence = []
+    if size and not compacted:
+        evidence.append(f"{size} bytes")
+    for clue, fits in _clues(area, mask, vendor, compacted):
+        if len(_groups(names, mask, compacted)) == 1:
+            break
+        left = [name for name in names if fits(name)]
+        if left and len(left) < len(names):
+            names = left
+            evidence.append(clue)
+    groups = _groups(names, mask, compacted)
+    if len(groups) > 1:
+        return Place(
+            None, "unknown", f"mask {mask:#x} fits each of {', '.join(g[0] for g in groups)}"
+        )
+    name = names[0] if len(names) == 1 else "common"
+    layout = PRESETS[names[0]].restricted(mask)
+    why = " and ".join([f"mask {mask:#x}", *evidence])
+    who = "the same on every known machine" if everywhere else ", ".join(names)
+    return Place(Layout(layout.slots, name), "inferred", f"from {why}: {who}")
+
+
+def _groups(names: list[str], mask: int, compacted: bool) -> list[list[str]]:
+    """Put together the presets that agree on where `mask` lies (compacted: on its sizes)."""
+    groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+    for name in names:
+        slots = PRESETS[name].restricted(mask).slots
+        key = tuple((s.nr, s.size) if compacted else (s.nr, s.size, s.offset) for s in slots)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _clues(
+    area: NDArray[np.uint8], mask: int, vendor: str, compacted: bool
+) -> list[tuple[str, Callable[[str], bool]]]:
+    """Return what tells layouts apart, the firmest first: its name, and which presets fit."""
+    (mxcsr_mask,) = struct.unpack_from("<I", area.data, MXCSR_MASK_OFFSET)
+    maker = {MXCSR_MASK_INTEL: "intel", MXCSR_MASK_AMD: "amd"}.get(mxcsr_mask, "")
+    clues: list[tuple[str, Callable[[str], bool]]] = [
+        ("CPUID's vendor", lambda name: name.startswith(vendor)),
+        (f"MXCSR_MASK {mxcsr_mask:#x}", lambda name: name.startswith(maker)),
+    ]
+    if not compacted:
+        filled = np.flatnonzero(area[EXTENDED_OFFSET:]) + EXTENDED_OFFSET
+        clues.append(
+            ("where its bytes lie", lambda name: _explains(PRESETS[name].restricted(mask), filled))
+        )
+    return clues
+
+
+def _explains(layout: Layout, filled: NDArray[np.intp]) -> bool:
+    """Tell whether every byte that is not zero belongs to a component."""
+    rest = filled
+    for slot in layout.slots:
+        rest = rest[(rest < slot.offset) | (rest >= slot.offset + slot.size)]
+    return not rest.size

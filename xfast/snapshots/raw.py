@@ -1,0 +1,279 @@
+"""Raw KVM_GET_XSAVE(2) areas: plain files, .npy stacks, and what lies beside them.
+
+A plain file has no header: it is n areas of one size. A file ``NAME.xsave`` may have
+``NAME.xcrs`` (struct kvm_xcrs) and ``NAME.cpuid2`` (struct kvm_cpuid2) beside it; areas
+``NAME-VARIANT.xsave`` may share those of NAME.
+
+*Source*: Linux include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h (struct kvm_xsave,
+kvm_xcrs, kvm_cpuid2); numpy.lib.format for .npy.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from xfast.cpuid import ENTRY, Cpuid, Entry
+from xfast.errors import FormatError, LayoutError, PolicyError
+from xfast.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
+from xfast.layout import Layout
+from xfast.snapshots import edit, infer
+from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.source import Source
+
+T = TypeVar("T")
+
+NPY_MAGIC = b"\x93NUMPY"
+NPY_HEADER_LIMIT = 4096
+AREA_LIMIT = 1 << 20
+CPUID_LIMIT = 256
+"""KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
+COMPRESSION = (".gz", ".xz", ".zst")
+COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
+MAP_FROM = 64 << 20
+"""Files from this size on (bytes) are mapped, not read: a map costs a file descriptor."""
+
+
+class Beside(NamedTuple):
+    """What the companion files tell; None where there are none."""
+
+    xcr0: int | None
+    cpuid: Cpuid | None
+
+
+def xcr0_of(data: bytes) -> int | None:
+    """Return XCR0 from a struct kvm_xcrs, or None where it holds none.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are no such structure.
+    """
+    if len(data) < 392:
+        raise ValueError(f"found {len(data)} bytes, needed struct kvm_xcrs: 392")
+    (count,) = struct.unpack_from("<I", data)
+    if count > 16:
+        raise ValueError(f"found {count} registers, needed at most 16")
+    for i in range(count):
+        register, _, value = struct.unpack_from("<2IQ", data, 8 + 16 * i)
+        if register == 0:
+            return int(value)
+    return None
+
+
+def cpuid_of(data: bytes) -> Cpuid:
+    """Return the CPUID that a struct kvm_cpuid2 holds.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are no such structure.
+    """
+    if len(data) < 8:
+        raise ValueError(f"found {len(data)} bytes, needed struct kvm_cpuid2: 8 or more")
+    (count,) = struct.unpack_from("<I", data)
+    if count > CPUID_LIMIT or len(data) < 8 + ENTRY.size * count:
+        raise ValueError(
+            f"found {count} entries in {len(data)} bytes, needed 40 bytes each, "
+            f"at most {CPUID_LIMIT}"
+        )
+    rows = ENTRY.iter_unpack(data[8 : 8 + ENTRY.size * count])
+    return Cpuid(tuple(Entry(*row) for row in rows))
+
+
+def sniff(source: Source) -> bool:
+    """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
+    if source.read(0, min(6, source.size)) == NPY_MAGIC or _name(source).endswith(".xsave"):
+        return True
+    if source.size < KVM_XSAVE_SIZE or source.size % KVM_XSAVE_SIZE:
+        return False
+    return infer.plausible(_bytes(source, 0, KVM_XSAVE_SIZE), strict=True)
+
+
+def read(
+    source: Source, *, layout: Layout | None = None, size: int | None = None
+) -> list[Snapshot]:
+    """Read raw areas.
+
+    Parameters
+    ----------
+    source : Source
+    layout : Layout, optional
+        The layout of every area; default: from the CPUID beside the file, or inferred.
+    size : int, optional
+        Bytes of an area in a plain file; default: 4096, or the whole file where its first area
+        has AMX tiles and so needs more.
+
+    Returns
+    -------
+    list of Snapshot
+        One, with an area a vCPU, in the file's order.
+
+    Raises
+    ------
+    FormatError
+        If the file does not hold areas of that size, or a companion is damaged.
+    """
+    beside = _beside(source)
+    areas, start = _stack(source) if _is_npy(source) else _plain(source, size, beside)
+    vcpus = []
+    for i, area in enumerate(areas):
+        if not infer.plausible(area):
+            bits = infer.header(area)
+            raise FormatError(
+                source.path,
+                start + i * areas.shape[1] + 512,
+                f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
+            )
+        try:
+            place = infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
+        except LayoutError as problem:
+            raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
+        vcpus.append(
+            Vcpu(
+                index=i,
+                area=area,
+                layout=place.layout,
+                layout_source=place.source,
+                layout_note=place.note,
+                xcr0=beside.xcr0,
+                cpuid=beside.cpuid,
+                where={"area": (start + i * areas.shape[1], areas.shape[1])},
+            )
+        )
+    return [Snapshot(source.path, "raw", "vm", "kvm", vcpus, source.container)]
+
+
+def _name(source: Source) -> str:
+    """Return the file's name without what says that it is compressed."""
+    name = os.path.basename(source.path)
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix in COMPRESSION else name
+
+
+def _is_npy(source: Source) -> bool:
+    return source.size >= 6 and source.read(0, 6) == NPY_MAGIC
+
+
+def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np.uint8], int]:
+    if size is None:
+        size = KVM_XSAVE_SIZE
+        if source.size > size:
+            head = _bytes(source, 0, size)
+            mask = infer.header(head)[0] | infer.software_mask(head) | (beside.xcr0 or 0)
+            size = source.size if mask & TILEDATA else size
+    if not EXTENDED_OFFSET <= size <= AREA_LIMIT:
+        raise FormatError(
+            source.path, None, f"found areas of {size} bytes, needed {EXTENDED_OFFSET} to 1 MiB"
+        )
+    if not source.size or source.size % size:
+        raise FormatError(
+            source.path, 0, f"found {source.size} bytes, needed a multiple of {size}; see --size"
+        )
+    return _bytes(source, 0, source.size).reshape(-1, size), 0
+
+
+def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
+    """Read a .npy file: an (n, size) or (size,) array of uint8."""
+    start = io.BytesIO(source.read(0, min(source.size, NPY_HEADER_LIMIT)))
+    try:
+        version = npy.read_magic(start)
+        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = reader(start, max_header_size=NPY_HEADER_LIMIT)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise FormatError(source.path, 0, f"found a damaged .npy header: {reason}") from None
+    if dtype != np.uint8 or fortran or len(shape) not in (1, 2):
+        raise FormatError(
+            source.path, 0, f"found an array {shape} of {dtype}, needed (n, size) of uint8, by rows"
+        )
+    size = shape[-1]
+    offset = start.tell()
+    if not EXTENDED_OFFSET <= size <= AREA_LIMIT or min(shape) < 1:
+        raise FormatError(
+            source.path, 0, f"found an array {shape}, needed rows of {EXTENDED_OFFSET} to 1 MiB"
+        )
+    if math.prod(shape) != source.size - offset:
+        raise FormatError(
+            source.path,
+            offset,
+            f"found {source.size - offset} bytes, needed {math.prod(shape)} for {shape}",
+        )
+    return _bytes(source, offset, math.prod(shape)).reshape(-1, size), offset
+
+
+def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
+    """Return part of a file: a copy, or where it is large a read-only map."""
+    if length <= MAP_FROM:
+        return np.frombuffer(source.read(offset, length), np.uint8)
+    return np.memmap(os.fdopen(os.dup(source.fd), "rb"), np.uint8, "r", offset, (length,))
+
+
+def _beside(source: Source) -> Beside:
+    """Read the companion files, where there are any."""
+    return Beside(_companion(source, ".xcrs", xcr0_of), _companion(source, ".cpuid2", cpuid_of))
+
+
+def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
+    folder = os.path.dirname(source.path)
+    stem = os.path.splitext(_name(source))[0]
+    for base in (stem, stem.rpartition("-")[0]):
+        path = os.path.join(folder, base + suffix)
+        if source.path == "-" or not os.path.isfile(path):
+            continue
+        with Source.open(path) as file:
+            data = file.read(0, min(file.size, COMPANION_LIMIT))
+        try:
+            return parse(data)
+        except ValueError as problem:
+            raise FormatError(path, 0, str(problem)) from None
+    return None
+
+
+def splices(
+    source: Source, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
+) -> list[Splice]:
+    """Return the edits that put `areas` into the file.
+
+    Parameters
+    ----------
+    areas : mapping of int to (size,) uint8
+        New areas by position in ``snapshot.vcpus``. They may be of another size if all are.
+
+    Raises
+    ------
+    PolicyError
+        If only some of the areas change their size, so that the file would no longer hold
+        areas of one size.
+    """
+    size = snapshot.vcpus[0].area.size
+    sizes = {areas[i].size if i in areas else size for i in range(len(snapshot.vcpus))}
+    if len(sizes) > 1:
+        raise PolicyError(f"{source.path}: got areas of {sorted(sizes)} bytes, needed one size")
+    if sizes == {size}:
+        return [
+            splice
+            for i, area in areas.items()
+            for splice in edit.changes(
+                snapshot.vcpus[i].where["area"][0], snapshot.vcpus[i].area, area, f"area {i}"
+            )
+        ]
+    start = snapshot.vcpus[0].where["area"][0]
+    whole = np.stack([areas[i] for i in range(len(areas))])
+    old = source.read(0, source.size)
+    return [Splice(0, old, stacked(whole) if start else whole.tobytes(), "areas")]
+
+
+def stacked(areas: NDArray[np.uint8]) -> bytes:
+    """Return (n, size) areas as the bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, areas, allow_pickle=False)
+    return file.getvalue()
