@@ -11,7 +11,13 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "_loops_plain": ["-DXFAST_PLAIN"],
     "_loops_avx2": ["-mavx2", "-mbmi2"],
-    "_loops_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mbmi2", "-mprefer-vector-width=512"],
+    "_loops_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mbmi2",
+        "-mprefer-vector-width=512",
+    ],
 }
 """The same loops once for each instruction set; `_core` takes one when it is imported."""
 

@@ -24,7 +24,7 @@ cdef struct Config:
     uint32_t mxcsr_mask
     uint64_t software
     # merge only
-    bint mxcsr  # MXCSR comes in any case; else with x87, SSE or AVX
+    int mxcsr  # 1: MXCSR comes over, 0: it does not, -1: with x87, SSE or AVX
 
 cdef class Plans:
     cdef Config config

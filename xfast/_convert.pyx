@@ -20,7 +20,7 @@ from xfast._area cimport (
     AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, SSE, Place, bit, compacted,
     has_mxcsr, place, take_lowest,
 )
-from xfast._core cimport Rows, Table, loops, overlap, rows, vector
+from xfast._core cimport Rows, Table, loops, overlap, rows, stream_above, vector
 from xfast._plan cimport (
     BLEND, CACHE, CARRY, COPY, PACKED, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
     Plan, Range, Step,
@@ -36,8 +36,6 @@ cdef enum:
     ROWS_AHEAD = 4  # whose data are fetched ahead
     LONG_ROW = 8192  # the hardware fetches these ahead better than we do
     SMALL = 1 << 16  # bytes below which letting go of the GIL costs more than it gives
-
-cdef Py_ssize_t stream_above = 16 << 20
 
 
 cdef struct Part:
@@ -69,8 +67,9 @@ cdef void add_part(Draft *draft, uint32_t dst, uint32_t src, uint32_t size) noex
     """Add a part; parts stay in the order of the target, and those that touch become one."""
     cdef Part *part = draft.part
     cdef uint32_t i = draft.parts
-    if i and part[i - 1].dst + part[i - 1].size == dst and part[i - 1].src + part[i - 1].size == src:
-        part[i - 1].size += size
+    cdef Part *last = &part[i - 1]
+    if i and last.dst + last.size == dst and last.src + last.size == src:
+        last.size += size
         return
     while i and part[i - 1].dst > dst:
         part[i] = part[i - 1]
@@ -116,7 +115,7 @@ cdef void choose(
     draft.plan.lost = want & ~have
 
     if config.merge:
-        mxcsr = config.mxcsr or want & (FP | SSE | AVX) != 0
+        mxcsr = config.mxcsr > 0 or (config.mxcsr < 0 and want & (FP | SSE | AVX) != 0)
     else:
         mxcsr = have & (SSE | AVX) != 0 and (config.kernel or has_mxcsr(bv, key[1]))
     if have & FP:
@@ -176,7 +175,9 @@ cdef Blend *add_blend(Draft *draft, uint32_t dst) noexcept nogil:
     return blend
 
 
-cdef uint32_t write_constants(Draft *draft, uint32_t line, uint32_t phase, Blend *blend) noexcept nogil:
+cdef uint32_t write_constants(
+    Draft *draft, uint32_t line, uint32_t phase, Blend *blend
+) noexcept nogil:
     """Put the constants that fall into `line` into a blend; return how many there are."""
     cdef uint32_t i, n = 0
     cdef uint32_t at
@@ -236,19 +237,20 @@ cdef void draw(
     cdef uint32_t line, p = 0, i, start
     cdef uint32_t end = draft.end + phase
     cdef Part *part
+    cdef bint plain
     for line in range(0, end, 64):
         while p < draft.parts and draft.part[p].dst + draft.part[p].size + phase <= line:
             p += 1
         part = &draft.part[p]
-        if p < draft.parts and part.dst + phase >= line + LINE or p == draft.parts:
+        plain = write_constants(draft, line, phase, NULL) == 0
+        if p == draft.parts or part.dst + phase >= line + LINE:
             if config.merge:
                 continue
-            if line >= phase and line + LINE <= end and not write_constants(draft, line, phase, NULL):
+            if line >= phase and line + LINE <= end and plain:
                 add_run(draft, ZERO, line, 0)
                 continue
         elif (
-            part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
-            and not write_constants(draft, line, phase, NULL)
+            plain and part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
         ):
             add_run(draft, COPY, line, part.src + line - part.dst - phase)
             continue
@@ -291,7 +293,7 @@ cdef Plan *miss(
     cdef uint32_t phase = third & (LINE - 1) if packed else 0
     cdef Draft draft
     cdef Plan *plan
-    cdef Plan **place = &cache.plan[home & (CACHE - 1)]
+    cdef Plan **slot = &cache.plan[home & (CACHE - 1)]
     cdef Plan **retired
     cdef int i
     memset(&draft.plan, 0, sizeof(Plan))
@@ -306,14 +308,14 @@ cdef Plan *miss(
         return NULL
     for i in range(PROBES):
         if cache.plan[(home + i) & (CACHE - 1)] == NULL:
-            place = &cache.plan[(home + i) & (CACHE - 1)]
+            slot = &cache.plan[(home + i) & (CACHE - 1)]
             break
     else:
         retired = &cache.retired[cache.retirements & (RING - 1)]
         free(retired[0])
-        retired[0] = place[0]
+        retired[0] = slot[0]
         cache.retirements += 1
-    place[0] = cache.last = plan
+    slot[0] = cache.last = plan
     return plan
 
 
@@ -426,7 +428,9 @@ cdef class Converter(Plans):
                 f"target: got PKRU at {target.slots.offset[9]}, needed a multiple of 8"
             )
 
-    def convert(self, cnp.ndarray src, cnp.ndarray out, cnp.ndarray lost=None, cnp.ndarray pkru=None):
+    def convert(
+        self, cnp.ndarray src, cnp.ndarray out, cnp.ndarray lost=None, cnp.ndarray pkru=None
+    ):
         """Convert `src` into `out`, row by row.
 
         Returns
@@ -475,21 +479,21 @@ cdef class Merger(Plans):
     ----------
     source, target : Table
     mask : int
-    mxcsr : bool
-        MXCSR comes over in any case; otherwise if x87, SSE or AVX does.
+    mxcsr : bool, optional
+        Whether MXCSR comes over. Default: if x87, SSE or AVX does.
     user_xfeatures, mxcsr_mask : int, optional
         Validate the source as KVM_SET_XSAVE does: a row with a fault is left alone.
     """
 
     def __init__(
-        self, Table source not None, Table target not None, uint64_t mask, *, bint mxcsr=False,
+        self, Table source not None, Table target not None, uint64_t mask, *, mxcsr=None,
         user_xfeatures=None, uint32_t mxcsr_mask=0,
     ):
         self.config.merge = True
         self.config.src = source.slots
         self.config.dst = target.slots
         self.config.mask = mask
-        self.config.mxcsr = mxcsr
+        self.config.mxcsr = -1 if mxcsr is None else bool(mxcsr)
         self.validates = user_xfeatures is not None
         if self.validates:
             self.user_xfeatures = user_xfeatures

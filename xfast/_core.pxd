@@ -12,6 +12,7 @@ from xfast._area cimport Slots
 from xfast._loops cimport Loops
 
 cdef const Loops *loops
+cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches
 
 cdef class Table:
     cdef Slots slots

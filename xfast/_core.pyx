@@ -17,7 +17,7 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
-from xfast._area cimport EXTENDED, FP, LEGACY, PKRU, SSE, Slots, bit, load32, load64
+from xfast._area cimport EXTENDED, FP, LEGACY, SSE, Slots, bit, load32, load64
 from xfast._loops cimport Loops, Scan
 from xfast._simd cimport widest_isa
 
@@ -45,8 +45,13 @@ loops = <const Loops *>PyCapsule_GetPointer(
     import_module(f"xfast._loops_{ISA}").loops(), "xfast.loops"
 )
 
-# Batches whose memory exceeds this bypass the caches and are fetched ahead (bytes).
-_stream_above = 16 << 20
+stream_above = 16 << 20
+
+
+def set_stream_above(Py_ssize_t limit):
+    """Bypass the caches in batches that read and write more bytes than this."""
+    global stream_above
+    stream_above = limit
 
 
 cdef class Table:
@@ -160,7 +165,7 @@ cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table, int ah
     scan.stride = r.stride
     if table is not None:
         scan.slots = &(<Table?>table).slots
-    if r.n * r.size > <Py_ssize_t>_stream_above:
+    if r.n * r.size > stream_above:
         scan.stream = True
         scan.ahead = ahead
     return scan
@@ -192,14 +197,14 @@ def headers(
 
 
 def classify(cnp.ndarray areas, Table table not None, cnp.ndarray masks):
-    """Compare every component with its init value; `masks`: (4, n) uint64.
+    """Compare every component with its init value; `masks`: 4 times n uint64.
 
     In use: XSTATE_BV bit set, and the data are not the init value. Default: of those, PKRU
     with Linux's default value. Stale: bit clear, and yet other than init data lie there.
     Unreadable: bit set, and the component is not in the layout or not inside the row.
     """
     cdef Scan scan = scan_of(areas, "areas", False, table, 0)
-    scan.out = vector(masks.reshape(-1), "masks", cnp.NPY_UINT64, 4 * scan.n)
+    scan.out = vector(masks, "masks", cnp.NPY_UINT64, 4 * scan.n)
     with nogil:
         loops.classify(&scan)
 
@@ -212,6 +217,7 @@ def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray sta
     scan.out = vector(status, "status", cnp.NPY_UINT8, scan.n)
     with nogil:
         loops.audit(&scan)
+    return 0
 
 
 def xinuse(cnp.ndarray areas, Table table not None, bint early, cnp.ndarray inuse):
@@ -224,6 +230,7 @@ def xinuse(cnp.ndarray areas, Table table not None, bint early, cnp.ndarray inus
     scan.out = vector(inuse, "inuse", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.xinuse(&scan)
+    return 0
 
 
 def diff(
@@ -242,6 +249,7 @@ def diff(
     scan.out = vector(differing, "differing", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.diff(&scan)
+    return 0
 
 
 def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp.ndarray dropped):
@@ -252,6 +260,7 @@ def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp
     scan.out = vector(dropped, "dropped", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.keep(&scan)
+    return 0
 
 
 # --- what comes in --------------------------------------------------------------------------
@@ -320,3 +329,32 @@ cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil:
     else:
         b_last += (two.n - 1) * two.stride
     return a < b_last + two.size and b < a_last + one.size
+
+
+# --- the limits of the machine --------------------------------------------------------------
+
+
+def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream):
+    """Copy whole lines, for benchmarks: the limit of every operation that writes."""
+    cdef Py_ssize_t n = min(cnp.PyArray_NBYTES(src), cnp.PyArray_NBYTES(out)) // 64 * 64
+    cdef uint8_t *s = <uint8_t *>cnp.PyArray_DATA(src)
+    cdef uint8_t *d = <uint8_t *>cnp.PyArray_DATA(out)
+    if not (
+        cnp.PyArray_IS_C_CONTIGUOUS(src) and cnp.PyArray_IS_C_CONTIGUOUS(out)
+        and cnp.PyArray_ISWRITEABLE(out) and <size_t>d % 64 == 0
+    ):
+        raise ValueError("copy: needed contiguous arrays, `out` writable and 64-byte aligned")
+    with nogil:
+        loops.copy(d, s, n, stream)
+
+
+def read(cnp.ndarray src not None):
+    """Read all bytes, for benchmarks: the limit of every operation that only reads."""
+    cdef Py_ssize_t n = cnp.PyArray_NBYTES(src)
+    cdef uint8_t *s = <uint8_t *>cnp.PyArray_DATA(src)
+    cdef bint any
+    if not cnp.PyArray_IS_C_CONTIGUOUS(src):
+        raise ValueError("read: needed a contiguous array")
+    with nogil:
+        any = loops.read(s, n)
+    return any

@@ -6,8 +6,9 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
-    AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place, Slots, bit,
-    compacted, has_mxcsr, load16, load32, load64, locate, place, store32, store64, take_lowest,
+    AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place,
+    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, place, store32, store64,
+    take_lowest,
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
@@ -165,14 +166,14 @@ cdef inline Plan *plan_of(const Job *job, Py_ssize_t i, bint packed) noexcept no
 cdef inline void convert_row(
     Job *job, Py_ssize_t i, Plan *plan, uint8_t *carry, bint stream
 ) noexcept nogil:
+    cdef uint32_t phase = plan.key[2] & (LINE - 1)
     if job.pkru:
         set_pkru(plan, job.pkru[i])
     if job.lost:
         job.lost[i] = plan.lost
     job.failed |= plan.lost
     follow(
-        plan, job.src + i * job.src_stride, job.dst + i * job.dst_stride - (plan.key[2] & (LINE - 1)),
-        carry, stream,
+        plan, job.src + i * job.src_stride, job.dst + i * job.dst_stride - phase, carry, stream
     )
 
 
