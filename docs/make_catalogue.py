@@ -19,7 +19,7 @@ from xfast.hosts import Host, load
 from xfast.hosts.baseline import QEMU_NAMES
 from xfast.hosts.derive import from_cpuid
 from xfast.hosts.description import to_toml
-from xfast.layout import PRESETS, Layout
+from xfast.layout import PRESETS
 
 DUMPS = {
     "intel-core2": "libvirt/x86_64-cpuid-Core2-E6850.xml",

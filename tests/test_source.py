@@ -218,7 +218,7 @@ def test_splices_that_do_not_fit_change_nothing(tmp_path):
     with Source.open(path) as source, open(path, "r+b") as file:
         with pytest.raises(FormatError, match="found other bytes than mxcsr had"):
             source.patch([Splice(0, b"x", b"y", "mxcsr")], file.fileno())
-        with pytest.raises(ValueError, match="needed edits apart"):
+        with pytest.raises(FormatError, match="found edits that change its length"):
             source.patch([Splice(0, PAYLOAD[:1], b"yy")], file.fileno())
         with pytest.raises(ValueError, match="needed edits apart"):
             source.patch([Splice(0, PAYLOAD[:2], b"yy"), Splice(1, b"\1", b"z")], file.fileno())

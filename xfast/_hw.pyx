@@ -42,6 +42,7 @@ OPS = (
 
 cdef dict _CODES = {name: code for code, name in enumerate(OPS)}
 cdef tuple _RESTORES = ("xrstor64", "xrstor")
+cdef dict _NEEDS = {"set_xmm15": 2, "set_ymm15": 4, "set_k7": 0x20, "fldz": 1}
 
 
 def available():
@@ -121,6 +122,8 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
         op, memory, mask = steps[i]
         if op not in _CODES:
             raise ValueError(f"steps[{i}]: got {op!r}, needed one of: {', '.join(OPS)}")
+        if _NEEDS.get(op, 0) & ~xfast_hw_xgetbv(0):
+            raise ValueError(f"steps[{i}]: {op} needs components {_NEEDS[op]:#x} in XCR0")
         if op in _RESTORES:
             mask &= ~PKRU
         program[i].op = _CODES[op]

@@ -18,6 +18,9 @@ from typing import NamedTuple
 from xfast.features import (
     AVX,
     BY_NAME,
+    SSE,
+    X87,
+    XFEATURE_MASK_AVX512,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_XTILE,
@@ -452,3 +455,25 @@ def refusal(
     if mxcsr & ~mxcsr_mask and (not core or xstate_bv & (XFEATURE_MASK_FPSSE | AVX)):
         return Refusal("mxcsr", mxcsr & ~mxcsr_mask)
     return None
+
+
+def xcr0_problem(value: int, limit: int) -> str:
+    """Return the first rule of XSETBV that `value` breaks, or an empty string.
+
+    `limit` holds the bits that the guest may set (mask).
+
+    *Source*: Linux arch/x86/kvm/x86.c __kvm_set_xcr(); Intel SDM vol. 1 section 13.3.
+    """
+    avx512, mpx, xtile = XFEATURE_MASK_AVX512, XFEATURE_MASK_MPX, XFEATURE_MASK_XTILE
+    rules = (
+        (not value & X87, "x87 can't be off"),
+        (value & AVX and not value & SSE, "AVX needs SSE"),
+        (value & ~(limit | X87), f"CPUID does not announce {value & ~(limit | X87):#x}"),
+        (value & mpx not in (0, mpx), "MPX needs both of its components"),
+        (
+            value & avx512 and value & (avx512 | AVX) != avx512 | AVX,
+            "AVX-512 needs AVX and all three of its components",
+        ),
+        (value & xtile not in (0, xtile), "AMX needs both of its components"),
+    )
+    return next((why for broken, why in rules if broken), "")

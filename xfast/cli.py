@@ -78,14 +78,15 @@ def snapshots_of(args: argparse.Namespace, failed: list[str]) -> Iterator[Snapsh
 
 def hosts_of(specs: Sequence[str]) -> list[Host]:
     """Return the hosts that `specs` name; a directory stands for the descriptions in it."""
-    from xfast.hosts import resolve
+    from xfast.hosts import resolve_all
 
-    hosts = []
+    hosts: list[Host] = []
     for spec in specs:
         names = [spec]
         if os.path.isdir(spec):
             names = sorted(entry.path for entry in os.scandir(spec) if entry.is_file())
-        hosts += [resolve(name) for name in names]
+        for name in names:
+            hosts += resolve_all(name)
     return hosts
 
 

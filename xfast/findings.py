@@ -90,12 +90,15 @@ def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
                 "unless the guest's CPUID has it, others accept it: this host's kernel, or the "
                 "guest's CPUID, is not known"
             )
-        elif target.hidden & bit:
-            severity, ref = "note", BEHAVIOURS["get-trims"].ref
-            what += "this kernel accepts it and drops it at the next KVM_GET_XSAVE"
-        else:
+        elif target.kept & bit:
             severity, ref = "risky", BEHAVIOURS["fpu-core-uabi"].ref
             what += "this kernel accepts it and hands it on with the next KVM_GET_XSAVE"
+        else:
+            severity, ref = "note", BEHAVIOURS["get-trims"].ref
+            what += "this kernel accepts it and drops it at the next KVM_GET_XSAVE"
+            what += (
+                "" if state.guest_cpuid_mask is not None else ", unless the guest's CPUID has it"
+            )
         yield _finding(
             state,
             "LEAK",
@@ -128,7 +131,7 @@ def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> I
             "HOST-MISSING",
             "note" if default and not policy.asks("strict") else "blocks",
             (f"{state.bv:#x}", values),
-            f"{name_of(nr)} ({_data(state, nr)}) is in the area and the host lacks it"
+            f"{name_of(nr)} ({_data(state, nr)}) in the area, and not on the host"
             + ("" if state.kind == "process" else ": KVM_SET_XSAVE fails with EINVAL"),
             component=nr,
             fix=_drop(state, nr),
@@ -229,8 +232,8 @@ def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]
 
 def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     vcpu = state.vcpu
-    extended = state.bv & ~XFEATURE_MASK_FPSSE
-    if vcpu.portable or not extended or state.kind == "process":
+    extended = state.bv & ~XFEATURE_MASK_FPSSE & ~leaked(state)
+    if vcpu.portable or not extended:
         return
     if vcpu.layout is None or host.layout is None:
         whose = "area" if vcpu.layout is None else "host"
@@ -244,7 +247,11 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             open=True,
         )
         return
-    moved = vcpu.layout.moved(host.layout, extended)
+    moved = (
+        0
+        if state.kind == "process"
+        else vcpu.layout.moved(host.layout, extended & (target.host or extended))
+    )
     for nr in bits(moved):
         ours, theirs = vcpu.layout.slot(nr), host.layout.slot(nr)
         yield _finding(
@@ -420,27 +427,18 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             ref=BEHAVIOURS["user-xfeatures-guest"].ref,
         )
     for nr in bits(target.doubtful & others):
-        known = host.kernel is not None
+        until = "a1020a25e697 (6.0)" if nr < 2 else "8647c52e9504 (6.6)"
         yield _finding(
             state,
             "KERNEL",
-            "risky" if known else "note",
+            "note" if host.kernel is None else "risky",
             (f"{state.bv:#x}", host.kernel.release if host.kernel else "unknown"),
-            f"{name_of(nr)}: kernels from ad856280ddea (5.17) until 8647c52e9504 (6.6) refuse it "
-            "unless the guest's CPUID has it, which the file does not tell",
+            f"{name_of(nr)}: kernels from ad856280ddea (5.17) until {until} refuse it where the "
+            "guest's CPUID lacks it",
             component=nr,
             fix=_drop(state, nr),
             ref=BEHAVIOURS["user-xfeatures-guest"].ref,
             open=not (state.may or 0) >> nr & 1,
-        )
-    for nr in bits(target.hidden & others & ~(state.may or 0)):
-        yield _finding(
-            state,
-            "KERNEL",
-            "note",
-            (f"{state.bv:#x}", f"{state.bv & ~target.hidden:#x}"),
-            f"{name_of(nr)} is accepted, and the next KVM_GET_XSAVE does not report it",
-            component=nr,
         )
 
 
@@ -464,9 +462,9 @@ def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator
 
 
 def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if state.vcpu.cpuid is None or host.cpuid is None:
+    if state.vcpu.cpuid is None or host.features is None:
         return
-    missing = sorted(state.vcpu.cpuid.features - host.cpuid.features)
+    missing = sorted(state.vcpu.cpuid.features - host.features)
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
         yield _finding(

@@ -295,7 +295,7 @@ def _save_compacted(cpu: Processor, area: Area, rfbm: int, modified: int, rex_w:
     _check_size(area, layout.compacted_size(rfbm))
     inuse = _with_mxcsr(cpu, cpu.xinuse & ~cpu.xfd) & rfbm
     offsets = {**cpu.offsets, **layout.compacted_offsets(rfbm)}
-    if inuse & modified & SSE:
+    if inuse & SSE:  # modified or not, as XSAVEOPT does: recorded under KVM on Zen 4
         _store_mxcsr(cpu, area)
     for nr in bits(inuse & modified):
         cpu.store(area, nr, offsets[nr], init=False, rex_w=rex_w)
@@ -313,10 +313,10 @@ def _restore_standard(cpu: Processor, area: Area, rfbm: int, address: int, rex_w
         raise Fault("header-8-23")
     load = rfbm & xstate_bv
     _check_size(area, layout.standard_size(load))
+    _check_xfd(cpu, load)
     mxcsr = _load32(area, 24)
     if rfbm & (SSE | AVX):
         _check_mxcsr(cpu, mxcsr)
-    _check_xfd(cpu, load)
     offsets = {nr: layout.slot(nr).offset for nr in bits(load & ~XFEATURE_MASK_FPSSE)}
     if rfbm & (SSE | AVX):
         cpu.mxcsr = mxcsr
@@ -339,9 +339,9 @@ def _restore_compacted(
     load = rfbm & xstate_bv
     offsets = {**cpu.offsets, **layout.compacted_offsets(xcomp_bv)}
     _check_size(area, layout.compacted_size(xcomp_bv))
+    _check_xfd(cpu, load)
     if load & SSE:
         _check_mxcsr(cpu, _load32(area, 24))
-    _check_xfd(cpu, load)
     _check_supervisor(cpu, area, load, offsets)
     if rfbm & SSE:
         cpu.mxcsr = _load32(area, 24) if load & SSE else MXCSR_INIT

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from xfast.area import classify, headers
 from xfast.errors import XfastError
 from xfast.features import bits, name_of
 from xfast.layout import Layout, recognise
 from xfast.registers import REGISTERS, as_integers
-from xfast.rules import SEVERITIES
+from xfast.rules import RULES
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.verdict import Verdict
 
@@ -23,12 +24,8 @@ if TYPE_CHECKING:
 SCHEMA = "xfast/1"
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 
-MARKS = {
-    "identical": ("identical", "green"),
-    "superset": ("superset", "green"),
-    "incompatible": ("incompatible", "red"),
-    "unknown": ("unknown", "yellow"),
-}
+COLOURS = {"identical": "green", "superset": "green", "incompatible": "red", "unknown": "yellow"}
+"""The verdicts, and how a terminal shows them."""
 
 
 def console(file: TextIO) -> Console:
@@ -120,68 +117,88 @@ def matrix_text(verdicts: list[Verdict], out: Console, *, notes: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    hosts = list(dict.fromkeys(v.host for v in verdicts))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("snapshot", overflow="fold")
-    for host in hosts:
-        table.add_column(host, overflow="fold")
+    labels = _labels({v.snapshot: None for v in verdicts})
     cells: dict[str, dict[str, Verdict]] = {}
     for verdict in verdicts:
         cells.setdefault(verdict.snapshot, {})[verdict.host] = verdict
+    hosts = list(dict.fromkeys(v.host for v in verdicts))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("snapshot", *hosts):
+        table.add_column(title, overflow="fold")
     for snapshot, row in cells.items():
         words = []
         for host in hosts:
-            word, colour = MARKS[row[host].verdict]
-            fix = row[host].fixable
-            if word == "incompatible" and fix != "none":
-                word += f" ({fix} fix)"
-            words.append(Text(word, style=colour))
-        table.add_row(snapshot, *words)
+            verdict = row[host]
+            fix = verdict.fixable if verdict.verdict == "incompatible" else "none"
+            word = verdict.verdict + (f" ({fix} fix)" if fix != "none" else "")
+            words.append(Text(word, style=COLOURS[verdict.verdict]))
+        table.add_row(labels[snapshot], *words)
     out.print(table)
-    for line in _reasons(verdicts, notes=notes):
+    for line in _reasons(verdicts, labels, notes=notes):
         out.print(line)
 
 
-class Reason(NamedTuple):
-    """The part of a finding that many pairs share."""
-
-    severity: str
-    code: str
-    component: str
-    fix: str
-    why: str
-    ref: str
+def _labels(paths: Iterable[str]) -> dict[str, str]:
+    """Return what to call each path: without the folder that all of them share."""
+    names = list(paths)
+    parents = {os.path.dirname(name) for name in names}
+    shared = os.path.commonpath(parents) if len(names) > 1 and "" not in parents else ""
+    return {name: os.path.relpath(name, shared) if shared else name for name in names}
 
 
-def _reasons(verdicts: list[Verdict], *, notes: bool) -> Iterator[str]:
-    """Yield the findings, each text once, with the pairs that it is about."""
-    about: dict[Reason, dict[str, set[str]]] = {}
+def _reasons(verdicts: list[Verdict], labels: Mapping[str, str], *, notes: bool) -> Iterator[str]:
+    """Yield the findings by rule: each text once, and the pairs that it is about."""
+    about: dict[str, dict[tuple[str, str, str], dict[str, set[str]]]] = {}
+    refs: dict[str, dict[str, None]] = {}
     for verdict in verdicts:
         for f in verdict.findings:
             if f.severity != "note" or notes:
-                reason = Reason(f.severity, f.code, f.component, f.fix, f.why, f.ref)
-                about.setdefault(reason, {}).setdefault(verdict.host, set()).add(verdict.snapshot)
-    for reason in sorted(about, key=lambda r: -SEVERITIES.index(r.severity)):
-        yield ""
-        subject = f" {reason.component}" if 0 < len(reason.component) < 40 else ""
-        fix = f", {reason.fix} fix" if reason.fix != "none" else ""
-        yield f"{reason.code}{subject}: {reason.severity}{fix}"
-        yield f"  {reason.why}"
-        together: dict[frozenset[str], list[str]] = {}
-        for host, where in about[reason].items():
-            together.setdefault(frozenset(where), []).append(host)
-        for snapshots, hosts in together.items():
-            some = sorted(snapshots)
-            more = f" and {len(some) - 3} more" if some[3:] else ""
-            yield f"  in {', '.join(some[:3])}{more} on {', '.join(hosts)}"
-        yield f"  {reason.ref}"
+                fix = "" if f.fix == "none" else f", {f.fix} fix"
+                text = (f.component, f.severity + fix, f.why)
+                pairs = about.setdefault(f.code, {}).setdefault(text, {})
+                pairs.setdefault(verdict.host, set()).add(labels[verdict.snapshot])
+                refs.setdefault(f.code, {})[f.ref] = None
+    for code in (code for code in RULES if code in about):
+        yield f"\n{code}: {RULES[code].title}"
+        for where, texts in _together(about[code]).items():
+            yield from (f"  {text}" for text in texts)
+            yield where
+        yield from (f"    source: {ref}" for ref in refs[code])
+        yield f"    next: {RULES[code].next}"
+
+
+def _together(
+    about: Mapping[tuple[str, str, str], Mapping[str, set[str]]],
+) -> dict[str, list[str]]:
+    """Return {pairs: texts}; texts that differ in nothing but the component become one."""
+    names: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for (component, weight, why), hosts in about.items():
+        template = why.replace(component, "\0", 1) if component else why
+        alike = names.setdefault(_pairs(hosts), {}).setdefault((weight, template), [])
+        alike.append(component)
+    return {
+        where: [f"{w}: {t.replace(chr(0), ', '.join(some))}" for (w, t), some in texts.items()]
+        for where, texts in names.items()
+    }
+
+
+def _pairs(hosts: Mapping[str, set[str]]) -> str:
+    """Say which snapshots on which hosts; hosts with the same snapshots together."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for host, snapshots in hosts.items():
+        together.setdefault(tuple(sorted(snapshots)), []).append(host)
+    lines = []
+    for some, names in together.items():
+        more = f" and {len(some) - 4} more" if some[4:] else ""
+        lines.append(f"    in {', '.join(some[:4])}{more} on {', '.join(names)}")
+    return "\n".join(lines)
 
 
 def summary(verdicts: list[Verdict], unread: int) -> str:
     """Return the closing line: how many pairs of each kind."""
     counts = Counter(v.verdict for v in verdicts)
     fixable = sum(v.verdict == "incompatible" and v.fixable == "safe" for v in verdicts)
-    parts = [f"{counts[word]} {word}" for word in MARKS if counts[word]]
+    parts = [f"{counts[word]} {word}" for word in COLOURS if counts[word]]
     text = f"{len(verdicts)} pairs: " + (", ".join(parts) or "none judged")
     text += f"; {fixable} can be fixed without loss" if fixable else ""
     return text + (f"; {unread} inputs could not be read" if unread else "")

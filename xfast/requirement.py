@@ -103,14 +103,14 @@ class Target:
     """What one host does with one vCPU's XSTATE_BV. Masks are ints.
 
     `host` holds the components the host can give; `refused` the bits that its KVM_SET_XSAVE
-    refuses for certain; `doubtful` those that it may refuse; `hidden` those that it accepts and
-    that no KVM_GET_XSAVE will report again.
+    refuses for certain; `doubtful` those that it may refuse; `kept` those that it accepts for
+    certain and that the next KVM_GET_XSAVE reports again.
     """
 
     host: int | None
     refused: int
     doubtful: int
-    hidden: int
+    kept: int
 
 
 def target_of(state: State, host: Host) -> Target:
@@ -119,19 +119,21 @@ def target_of(state: State, host: Host) -> Target:
     if supported is None:
         return Target(None, 0, state.bv, 0)
     if state.kind != "vm":
-        return Target(supported, state.bv & ~supported, 0, 0)
+        return Target(supported, state.bv & ~supported, 0, state.bv & supported)
     user = supported if host.xcr0 is None else host.xcr0
     known = state.guest_cpuid_mask
     guests = (known,) if known is not None else ((state.vcpu.xcr0 or 0), ALL)
-    all_take, any_takes, all_hide = ALL, 0, ALL
+    all_take, any_takes, all_report = ALL, 0, ALL
     for kernel in (host.kernel,) if host.kernel is not None else TYPICAL:
         for guest in guests:
             takes, reports = kernel_masks(kernel, user, supported, guest & supported)
             all_take &= takes
             any_takes |= takes
-            all_hide &= takes & ~reports
+            all_report &= reports
     refused = state.bv & ~any_takes
-    return Target(supported, refused, state.bv & ~all_take & ~refused, state.bv & all_hide)
+    return Target(
+        supported, refused, state.bv & ~all_take & ~refused, state.bv & all_take & all_report
+    )
 
 
 def kernel_masks(kernel: Behaviours, user: int, supported: int, guest: int) -> tuple[int, int]:

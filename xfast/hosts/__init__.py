@@ -127,7 +127,9 @@ def parse_kernel(text: str) -> Behaviours:
         names = frozenset(words) - frozenset(releases)
         return Behaviours(names.union(*(of_release(word).names for word in releases)))
     except ValueError as error:
-        raise XfastError(str(error)) from None
+        raise XfastError(
+            f"kernel: got {text!r}, needed a release such as 6.1.60, or behaviour names ({error})"
+        ) from None
 
 
 def _find(spec: str) -> list[Host]:

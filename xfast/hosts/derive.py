@@ -35,11 +35,19 @@ NEWEST = Behaviours(frozenset(BEHAVIOURS))
 
 
 def known_features(cpuid: Cpuid) -> frozenset[str] | None:
-    """Return the features that these rows announce, or None where the rows needed are missing."""
+    """Return the features that these rows announce, or None where they can't be believed.
+
+    That is where leaf 1, or a leaf 7 that must be there, is missing; or where leaf 0xD has
+    components while XSAVE is not announced, as some out-of-tree KVMs do.
+    """
     first = cpuid.find(0)
     if cpuid.find(1) is None or (first and first.eax >= 7 and cpuid.find(7) is None):
         return None
-    return cpuid.features - RUNTIME_FEATURES
+    if cpuid.xcr0 and "xsave" not in cpuid.features:
+        return None
+    features = cpuid.features - RUNTIME_FEATURES
+    # Intel announces SYSCALL to 64-bit code only, and dumps are often made by 32-bit programs.
+    return features | {"syscall"} if "lm" in features else features
 
 
 def enabled_by_kernel(mask: int, features: frozenset[str] | None) -> int:

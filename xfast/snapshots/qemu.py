@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, PolicyError
+from xfast.layout import Layout
 from xfast.snapshots import libvirt, qcow2
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.snapshots.qemu_cpu import CR4_PKE, INTEL, Section
@@ -34,25 +35,16 @@ def sniff(source: Source) -> bool:
     return qcow2.is_qcow2(source) or _libvirt(source) is not None or start_of(source) is not None
 
 
-def read(source: Source) -> Snapshot:
-    """Read the vCPUs of the one snapshot that a file holds.
-
-    Raises
-    ------
-    FormatError
-        If it is none, or damaged, or a qcow2 image with more than one snapshot (`read_all`).
-    """
-    streams = _streams(source)
-    if len(streams) > 1:
-        names = ", ".join(stream.internal[1] for stream in streams if stream.internal)
-        raise FormatError(
-            source.path, None, f"found {len(streams)} snapshots ({names}), needed one"
-        )
-    return _read(streams[0])
-
-
-def read_all(source: Source) -> list[Snapshot]:
+def read(
+    source: Source, *, layout: Layout | None = None, size: int | None = None
+) -> list[Snapshot]:
     """Read every snapshot of a file: one of a stream, any number of a qcow2 image.
+
+    Parameters
+    ----------
+    source : Source
+    layout, size
+        Not used: the stream holds registers, not areas.
 
     Raises
     ------
@@ -70,7 +62,7 @@ def splices(
     Parameters
     ----------
     snapshot : Snapshot
-        What `read` or `read_all` returned for `source`.
+        What `read` returned for `source`.
     areas : mapping of int to (size,) uint8
         By position in `snapshot.vcpus`; standard format, Intel's layout, size as read.
 
@@ -137,13 +129,9 @@ def _streams(source: Source) -> list[_Stream]:
         if not found:
             raise FormatError(source.path, 60, "found no snapshot with a VM state, needed one")
         return found
-    start = None
     stream = _libvirt(source)
     if stream is None:
-        start = start_of(source)
-        if start is None:
-            raise FormatError(source.path, 0, "found no QEMU stream, needed QEVM and version 3")
-        stream = _Stream(source, start)
+        stream = _Stream(source, start_of(source) or 0)
     return [stream]
 
 

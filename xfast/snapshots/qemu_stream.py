@@ -112,12 +112,14 @@ def configuration(stream: Source, start: int) -> Configuration:
     Raises
     ------
     FormatError
-        If the stream ends within it.
+        If no stream begins there, or it ends within the record.
 
     *Source*: QEMU migration/savevm.c vmstate_configuration.
     """
+    if stream.read(start, len(MAGIC)) != MAGIC:
+        raise FormatError(stream.path, start, "found no QEMU stream, needed QEVM and version 3")
     at = start + len(MAGIC)
-    if stream.size < at + 5 or stream.read(at, 1)[0] != CONFIGURATION:
+    if stream.read(at, 1)[0] != CONFIGURATION:
         return Configuration()
     (length,) = stream.unpack(">I", at + 1)
     if length > 1024:

@@ -247,7 +247,7 @@ class Source:
             If a splice's old bytes are not what the file holds.
         """
         edits = self._checked(splices)
-        if self.outer is None or not edits:
+        if not edits or (self.outer is None and not _moving(edits)):
             base = self
             while base.outer:
                 base = base.outer
@@ -271,12 +271,16 @@ class Source:
         Raises
         ------
         FormatError
-            If the file is compressed, or a splice's old bytes are not what it holds.
+            If the file is compressed, a splice's old bytes are not what it holds, or an edit
+            changes its length.
         """
         edits = self._checked(splices)
-        if self.outer:
+        if self.outer or _moving(edits):
             raise FormatError(
-                self.path, None, f"found {self.codec}, needed a file to edit in place"
+                self.path,
+                None,
+                f"found {self.codec or 'edits that change its length'}, "
+                "needed a file to edit in place",
             )
         for edit in edits:
             os.pwrite(fd, edit.new, edit.offset)
@@ -285,8 +289,8 @@ class Source:
         edits = sorted(splices)
         end = 0
         for edit in edits:
-            if edit.offset < end or len(edit.old) != len(edit.new):
-                raise ValueError(f"splices: got {edit}, needed edits apart and of equal length")
+            if edit.offset < end:
+                raise ValueError(f"splices: got {edit}, needed edits apart from each other")
             if self.read(edit.offset, len(edit.old)) != edit.old:
                 raise FormatError(
                     self.path, edit.offset, f"found other bytes than {edit.field} had when read"
@@ -445,6 +449,11 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
                 ) from None
         spool.flush()
         return os.dup(spool.fileno())
+
+
+def _moving(edits: list[Splice]) -> bool:
+    """Tell whether edits move what lies behind them."""
+    return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
 def _copy(source: int, target: int, size: int) -> None:

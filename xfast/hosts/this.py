@@ -1,0 +1,176 @@
+"""The running machine as a host: its CPUID and XCR0, and what its KVM says and does.
+
+The kernel's release is only a first guess at its behaviour. Where /dev/kvm can be opened, a
+scratch vCPU that never runs shows what KVM_SET_XSAVE accepts and what KVM_GET_XSAVE trims.
+
+*Source*: Linux Documentation/virt/kvm/api.rst; include/uapi/linux/kvm.h; arch/x86/include/uapi/
+asm/kvm.h (KVM_X86_XCOMP_GUEST_SUPP).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from fcntl import ioctl
+from typing import Any
+
+from xfast import _hw
+from xfast.behaviour import of_release
+from xfast.cpuid import ENTRY, Cpuid
+from xfast.errors import XfastError
+from xfast.features import AVX, KVM_XSAVE_SIZE, TILEDATA, XCOMP_BV_COMPACTED, XFEATURE_MASK_FPSSE
+from xfast.hosts.derive import from_cpuid, known_features
+from xfast.hosts.dumps import read_cpuid2
+from xfast.hosts.model import Host
+
+KVM_CREATE_VM = 0xAE01
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_GET_SUPPORTED_CPUID = 0xC008AE05
+KVM_CREATE_VCPU = 0xAE41
+KVM_SET_CPUID2 = 0x4008AE90
+KVM_GET_XSAVE2 = 0x9000AECF
+KVM_GET_XSAVE = 0x9000AEA4
+KVM_SET_XSAVE = 0x5000AEA5
+KVM_GET_DEVICE_ATTR = 0x4018AEE2
+KVM_CAP_XSAVE = 55
+KVM_CAP_XSAVE2 = 208
+KVM_CAP_SYS_ATTRIBUTES = 209
+KVM_MAX_CPUID_ENTRIES = 256
+MXCSR_MASK_OFFSET = 28
+
+PROBED = frozenset(
+    {"fpu-core-uabi", "user-xfeatures-guest", "user-xfeatures-fpsse", "get-trims", "xsave2"}
+)
+"""Behaviours that the probe settles; all others are assumed from the release."""
+
+
+def this_host(name: str = "this") -> Host:
+    """Return the running machine as a host.
+
+    Raises
+    ------
+    XfastError
+        If this is not an x86-64 machine.
+    """
+    if platform.machine() != "x86_64":
+        raise XfastError(f"host this: found {platform.machine()}, needed an x86_64 machine")
+    release = os.uname().release
+    host = from_cpuid(read_cpuid(), name, "this machine", kernel=of_release(release))
+    read_here = {fact: "probed" for fact, how in host.provenance.items() if how == "dump"}
+    host = host.replace(provenance=host.provenance | read_here)
+    if _hw.available():
+        host = _known(host, xcr0=_hw.xgetbv(0))
+    try:
+        with ExitStack() as stack:
+            return _ask_kvm(host, stack)
+    except OSError:
+        return host
+
+
+def _known(host: Host, **facts: Any) -> Host:
+    return host.replace(**facts, provenance=host.provenance | dict.fromkeys(facts, "probed"))
+
+
+def read_cpuid() -> Cpuid:
+    """Return the CPUID rows of the CPU that this runs on: all leaves that features live in."""
+
+    def rows() -> Iterator[tuple[int, int]]:
+        for base in (0, 0x80000000):
+            for leaf in range(base, min(_hw.cpuid(base)[0], base + 0x3F) + 1):
+                yield from ((leaf, subleaf) for subleaf in range(SUBLEAVES.get(leaf, 1)))
+
+    return Cpuid.from_rows({row: _hw.cpuid(*row) for row in rows()})
+
+
+SUBLEAVES = {7: 3, 0xD: 63, 0x1E: 2}
+"""How many sub-leaves to read, where more than one matters."""
+
+
+def _ask_kvm(host: Host, stack: ExitStack) -> Host:
+    """Return `host` with what /dev/kvm tells. Raises OSError where it refuses."""
+
+    def opened(descriptor: int) -> int:
+        stack.callback(os.close, descriptor)
+        return descriptor
+
+    system = opened(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    supported = supported_cpuid(system)
+    features = known_features(supported) or host.features
+    host = _known(host, features=features, kvm_xcr0=supported.xcr0)
+    if ioctl(system, KVM_CHECK_EXTENSION, KVM_CAP_SYS_ATTRIBUTES):
+        kvm_xcr0 = guest_supported(system)
+        host = _known(host, kvm_xcr0=kvm_xcr0, guest_permission=kvm_xcr0 & TILEDATA)
+    size = ioctl(system, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2)
+    if size:
+        host = _known(host, xsave2_size=size)
+    if not ioctl(system, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE):
+        return host
+    vcpu = opened(ioctl(opened(ioctl(system, KVM_CREATE_VM, 0)), KVM_CREATE_VCPU, 0))
+    area = bytearray(max(size, KVM_XSAVE_SIZE))
+    ioctl(vcpu, KVM_GET_XSAVE2 if size else KVM_GET_XSAVE, area)
+    (mxcsr_mask,) = struct.unpack_from("<I", area, MXCSR_MASK_OFFSET)
+    if mxcsr_mask:
+        host = _known(host, mxcsr_mask=mxcsr_mask)
+    if host.kernel is None or not (host.kvm_xcr0 or 0) & AVX:
+        return host
+    names = (host.kernel.names - PROBED) | probe(vcpu, len(area)) | ({"xsave2"} if size else set())
+    return _known(host, kernel=replace(host.kernel, names=names, provenance="probed"))
+
+
+def supported_cpuid(system: int) -> Cpuid:
+    """Return what KVM_GET_SUPPORTED_CPUID lists."""
+    buffer = bytearray(8 + ENTRY.size * KVM_MAX_CPUID_ENTRIES)
+    struct.pack_into("<I", buffer, 0, KVM_MAX_CPUID_ENTRIES)
+    ioctl(system, KVM_GET_SUPPORTED_CPUID, buffer)
+    (nent,) = struct.unpack_from("<I", buffer)
+    return read_cpuid2(bytes(buffer[: 8 + ENTRY.size * nent]))
+
+
+def guest_supported(system: int) -> int:
+    """Return KVM_X86_XCOMP_GUEST_SUPP: kvm_caps.supported_xcr0 (mask)."""
+    value = ctypes.c_uint64()
+    attribute = bytearray(struct.pack("<IIQQ", 0, 0, 0, ctypes.addressof(value)))
+    ioctl(system, KVM_GET_DEVICE_ATTR, attribute)
+    return value.value
+
+
+def probe(vcpu: int, size: int) -> frozenset[str]:
+    """Return which of the PROBED behaviours of SET and GET a fresh vCPU shows.
+
+    The vCPU gets a CPUID without leaf 0xD: its guest may have no component at all. Whether AVX
+    is then refused, kept from GET, or reported, tells the generations apart.
+
+    Parameters
+    ----------
+    vcpu : int
+        File descriptor of a vCPU that has had no KVM_SET_CPUID2, on a host with AVX.
+    size : int
+        Bytes of its XSAVE area.
+    """
+
+    def accepts(xstate_bv: int, xcomp_bv: int = 0) -> bool:
+        area = bytearray(size)
+        struct.pack_into("<HxxxxxxxxxxxxxxxxxxxxxxI", area, 0, 0x37F, 0x1F80)
+        struct.pack_into("<QQ", area, 512, xstate_bv, xcomp_bv)
+        try:
+            ioctl(vcpu, KVM_SET_XSAVE, area)
+        except OSError:
+            return False
+        return True
+
+    ioctl(vcpu, KVM_SET_CPUID2, struct.pack("<II", 1, 0) + ENTRY.pack(0, 0, 0, 0, 0, 0, 0))
+    if accepts(XFEATURE_MASK_FPSSE, XCOMP_BV_COMPACTED):
+        return frozenset()
+    if not accepts(XFEATURE_MASK_FPSSE):
+        return frozenset({"fpu-core-uabi", "user-xfeatures-guest"})
+    if not accepts(XFEATURE_MASK_FPSSE | AVX):
+        return frozenset({"fpu-core-uabi", "user-xfeatures-guest", "user-xfeatures-fpsse"})
+    area = bytearray(size)
+    ioctl(vcpu, KVM_GET_XSAVE2 if size > KVM_XSAVE_SIZE else KVM_GET_XSAVE, area)
+    trims = not struct.unpack_from("<Q", area, 512)[0] & AVX
+    return PROBED - {"xsave2"} if trims else frozenset({"fpu-core-uabi"})

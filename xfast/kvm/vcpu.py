@@ -1,0 +1,472 @@
+"""KVM's half of the model: a vCPU, and the ioctls that touch its FPU.
+
+Methods bear the ioctls' names. An error is an OSError with the kernel's errno, and a call that
+fails has changed nothing. Buffers are struct kvm_xsave, in the host's own layout.
+
+*Source*: Linux arch/x86/kvm/x86.c and cpuid.c; each function names its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xfast.area import Areas, headers, rows_of
+from xfast.behaviour import (
+    CET_S,
+    CET_U,
+    loaded,
+    refusal,
+    reported,
+    user_xfeatures,
+    xcr0_problem,
+)
+from xfast.cpuid import Cpuid, Entry
+from xfast.features import (
+    KVM_XSAVE_SIZE,
+    PKRU,
+    X87,
+    XFEATURE_MASK_MPX,
+    XFEATURE_MASK_USER_DYNAMIC,
+)
+from xfast.kvm.fpu import refuse
+from xfast.processor import Processor
+
+if TYPE_CHECKING:
+    from xfast.kvm.kernel import Kernel
+
+KVM_MAX_CPUID_ENTRIES = 256
+KVM_MAX_XCRS = 16
+KVM_EXIT_HLT = 5
+CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
+MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS = 0x1C4, 0x1C5, 0xDA0
+CET_MSRS = {0x6A0: (11, 0), 0x6A7: (11, 8), 0x6A4: (12, 0), 0x6A5: (12, 8), 0x6A6: (12, 16)}
+"""MSRs that live in a guest's CET components: {index: (component, byte)}."""
+
+KVM_FPU = struct.Struct("<128sHHBxHQQ256sI4x")
+"""struct kvm_fpu: fpr, fcw, fsw, ftwx, last_opcode, last_ip, last_dp, xmm, mxcsr."""
+
+XSAVEC_OR_XSAVES = 0b1010
+"""CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""
+
+
+class Vcpu:
+    """One vCPU.
+
+    Attributes
+    ----------
+    cpuid : Cpuid
+        What KVM_GET_CPUID2 returns.
+    guest_supported_xcr0, guest_supported_xss : int
+        What XCR0 and IA32_XSS may become (masks).
+    xcr0, xss, pkru, cr4 : int
+        The guest's registers, as KVM holds them while the guest does not run.
+    has_run : bool
+        Whether it has entered the guest.
+    """
+
+    def __init__(self, kernel: Kernel, confidential: bool = False) -> None:
+        self.kernel = kernel
+        self.guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
+        self.guest_fpu.fpstate.is_confidential = confidential
+        self.cpuid = Cpuid(())
+        self.guest_supported_xcr0 = self.guest_supported_xss = 0
+        self.xcr0, self.xss, self.pkru, self.cr4 = X87, 0, 0, 0
+        self.has_run = False
+
+    # CPUID
+
+    def set_cpuid2(self, entries: Cpuid | Iterable[Iterable[int]]) -> None:
+        """KVM_SET_CPUID2.
+
+        Parameters
+        ----------
+        entries : Cpuid, or iterable of (function, index, flags, eax, ebx, ecx, edx)
+
+        Raises
+        ------
+        OSError
+            E2BIG for more than 256 entries; EINVAL for a bad address width, or for another
+            list once the vCPU has run; EPERM for AMX without permission.
+
+        *Source*: Linux arch/x86/kvm/cpuid.c kvm_set_cpuid(), kvm_check_cpuid(),
+        kvm_vcpu_after_set_cpuid().
+        """
+        if not isinstance(entries, Cpuid):
+            entries = Cpuid(tuple(Entry(*entry) for entry in entries))
+        if len(entries.entries) > KVM_MAX_CPUID_ENTRIES:
+            raise refuse(errno.E2BIG, f"{len(entries.entries)} CPUID entries")
+        behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
+        cpuid = self._with_runtime_fields(entries)
+        if self.has_run and "cpuid-frozen" in behaviours:
+            if "cpuid-frozen-equal" not in behaviours or cpuid != self.cpuid:
+                raise refuse(errno.EINVAL, "this vCPU has run")
+            return
+        width = cpuid.find(0x80000008)
+        if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
+            raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
+        if "dynamic-at-cpuid" in behaviours:
+            fpu.fpu_enable_guest_xfd_features(self.guest_fpu, cpuid.xcr0)
+        self.cpuid = cpuid
+        self.guest_supported_xcr0 = cpuid.xcr0 & self.kernel.supported_xcr0
+        self.guest_supported_xss = cpuid.xss & self.kernel.supported_xss
+        fpstate = self.guest_fpu.fpstate
+        fpstate.user_xfeatures = user_xfeatures(
+            behaviours, fpstate.user_xfeatures, self.guest_supported_xcr0
+        )
+
+    def get_cpuid2(self) -> tuple[Entry, ...]:
+        """KVM_GET_CPUID2: the entries, sizes of leaf 0xD as of now."""
+        self.cpuid = self._with_runtime_fields(self.cpuid)
+        return self.cpuid.entries
+
+    def _with_runtime_fields(self, cpuid: Cpuid) -> Cpuid:
+        """Return a list with the fields that KVM itself keeps up to date.
+
+        *Source*: Linux arch/x86/kvm/cpuid.c kvm_update_cpuid_runtime().
+        """
+        entries = list(cpuid.entries)
+        has_pku = bool(self.kernel.fpu.user_cfg.max_features & PKRU)
+        size = self.kernel.xstate_required_size
+        for leaf in ((1, 0), (7, 0), (0xD, 0), (0xD, 1)):
+            entry = Cpuid(tuple(entries)).find(*leaf)
+            if entry is None:
+                continue
+            at = entries.index(entry)
+            if leaf == (1, 0):
+                osxsave = bool(self.cr4 & CR4_OSXSAVE)
+                if self.kernel.fpu.has_xsave:
+                    entry = entry._replace(ecx=entry.ecx & ~(1 << 27) | osxsave << 27)
+                entry = entry._replace(edx=entry.edx | 1 << 9)  # the APIC is enabled at reset
+            elif leaf == (7, 0) and has_pku:
+                ospke = bool(self.cr4 & CR4_PKE)
+                entry = entry._replace(ecx=entry.ecx & ~(1 << 4) | ospke << 4)
+            elif leaf == (0xD, 0):
+                entry = entry._replace(ebx=size(self.xcr0))
+            elif leaf == (0xD, 1) and entry.eax & XSAVEC_OR_XSAVES:
+                entry = entry._replace(ebx=size(self.xcr0 | self.xss, True))
+            entries[at] = entry
+        return Cpuid(tuple(entries))
+
+    # XSAVE areas
+
+    def get_xsave(self, out: Any = None) -> bytes:
+        """KVM_GET_XSAVE: 4096 bytes, in the host's standard layout.
+
+        Parameters
+        ----------
+        out : writable buffer, optional
+            Where userspace wants them.
+
+        Raises
+        ------
+        OSError
+            EINVAL if the vCPU's area is larger (AMX), EFAULT if `out` is too short or read-only.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_get_xsave().
+        """
+        if self.guest_fpu.uabi_size > KVM_XSAVE_SIZE:
+            raise refuse(errno.EINVAL, f"the area has {self.guest_fpu.uabi_size} bytes")
+        return self._get_xsave(KVM_XSAVE_SIZE, out)
+
+    def get_xsave2(self, out: Any = None) -> bytes:
+        """KVM_GET_XSAVE2: as `get_xsave`, but all the bytes that the vCPU's area has."""
+        if "xsave2" not in self.kernel.behaviours:
+            raise refuse(errno.EINVAL, "KVM_GET_XSAVE2 came with Linux 5.17")
+        return self._get_xsave(self.guest_fpu.uabi_size, out)
+
+    def _get_xsave(self, size: int, out: Any) -> bytes:
+        guest = self.guest_fpu
+        mask = reported(
+            self.kernel.behaviours, guest.fpstate.user_xfeatures, self.guest_supported_xcr0
+        )
+        if guest.fpstate.is_confidential:
+            area = np.zeros(size, np.uint8)
+        else:
+            area = self.kernel.fpu.fpu_copy_guest_fpstate_to_uabi(guest, size, mask, self.pkru)
+        if out is not None:
+            view = memoryview(out).cast("B")
+            if view.readonly or len(view) < size:
+                raise refuse(errno.EFAULT, f"needed {size} writable bytes")
+            view[:size] = area.data
+        return area.tobytes()
+
+    def set_xsave(self, buffer: Any) -> None:
+        """KVM_SET_XSAVE.
+
+        Parameters
+        ----------
+        buffer : (size,) uint8, or buffer
+            In the host's standard layout; bytes after the vCPU's own size are not looked at.
+
+        Raises
+        ------
+        OSError
+            EFAULT if the buffer is shorter than the vCPU's area; EINVAL if it breaks a rule,
+            see `xfast.behaviour.refusal`.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave().
+        """
+        size, kernel, fpstate = self.guest_fpu.uabi_size, self.kernel, self.guest_fpu.fpstate
+        (row,), _ = rows_of(buffer, "buffer")
+        if len(row) < size:
+            raise refuse(errno.EFAULT, f"{len(row)} readable bytes, needed {size}")
+        if fpstate.is_confidential:
+            return
+        row = self._parse(row[:size])
+        header = headers(row)
+        broken = refusal(
+            kernel.behaviours,
+            xstate_bv=header.xstate_bv,
+            xcomp_bv=header.xcomp_bv,
+            reserved=header.reserved,
+            mxcsr=header.mxcsr,
+            user=fpstate.user_xfeatures,
+            kvm_xcr0=kernel.supported_xcr0,
+            mxcsr_mask=kernel.fpu.mxcsr_mask,
+            xsave=kernel.fpu.has_xsave,
+        )
+        if broken:
+            raise refuse(errno.EINVAL, f"{broken.rule} {broken.bits:#x}")
+        kernel.fpu.fpu_copy_uabi_to_guest_fpstate(self.guest_fpu, row)
+        if header.xstate_bv & PKRU:
+            at = kernel.fpu.layout.slot(9).offset
+            self.pkru = int(row[at : at + 4].view("<u4")[0])
+
+    def _parse(self, row: Areas) -> Areas:
+        """Return a buffer as KVM_SET_XSAVE goes on with it: XFD may clear bits of the header."""
+        header = headers(row)
+        kept = loaded(self.kernel.behaviours, header.xstate_bv, self.guest_fpu.fpstate.xfd)
+        if kept != header.xstate_bv:
+            row = row.copy()
+            row[512:520].view("<u8")[0] = kept
+        return row
+
+    # XCR0
+
+    def get_xcrs(self) -> list[tuple[int, int]]:
+        """KVM_GET_XCRS: [(0, XCR0)], or nothing on a host without XSAVE."""
+        return [(0, self.xcr0)] if self.kernel.fpu.has_xsave else []
+
+    def set_xcrs(
+        self, xcrs: Iterable[tuple[int, int]], *, nr: int | None = None, flags: int = 0
+    ) -> None:
+        """KVM_SET_XCRS.
+
+        Parameters
+        ----------
+        xcrs : iterable of (number, value)
+        nr : int, optional
+            nr_xcrs, if it is to differ from their count.
+
+        Raises
+        ------
+        OSError
+            EINVAL without XSAVE, for more than 16 registers, flags, or an XCR0 that the guest
+            may not have.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xcrs().
+        """
+        xcrs = list(xcrs)
+        nr = len(xcrs) if nr is None else nr
+        if not self.kernel.fpu.has_xsave or nr > KVM_MAX_XCRS or flags:
+            raise refuse(errno.EINVAL, f"nr_xcrs {nr}, flags {flags:#x}")
+        value = next((value for number, value in xcrs[:nr] if number == 0), None)
+        if value is not None:
+            problem = xcr0_problem(value, self.xcr0_limit)
+            if problem:
+                raise refuse(errno.EINVAL, f"XCR0 {value:#x}: {problem}")
+            self.xcr0 = value
+
+    @property
+    def xcr0_limit(self) -> int:
+        """The bits that XCR0 may have (mask); IA32_XFD, the dynamic ones of them."""
+        behaviours = self.kernel.behaviours
+        if "xcr0-by-user-xfeatures" in behaviours and "guest-supported-xcr0" not in behaviours:
+            return self.guest_fpu.fpstate.user_xfeatures
+        return self.guest_supported_xcr0
+
+    # x87 and SSE, the old way
+
+    def get_fpu(self) -> bytes:
+        """KVM_GET_FPU: struct kvm_fpu, straight from the image; XSTATE_BV does not matter.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_get_fpu().
+        """
+        regs = self.guest_fpu.fpstate.regs
+        if self.guest_fpu.fpstate.is_confidential:
+            return bytes(KVM_FPU.size)
+        fcw, fsw, ftw, fop, fip, fdp = struct.unpack("<HHBxHQQ", regs[:24].tobytes())
+        st, xmm = regs[32:160].tobytes(), regs[160:416].tobytes()
+        return KVM_FPU.pack(st, fcw, fsw, ftw, fop, fip, fdp, xmm, 0)
+
+    def set_fpu(self, buffer: Any) -> None:
+        """KVM_SET_FPU: struct kvm_fpu (416 bytes) into the image; MXCSR is ignored.
+
+        Raises
+        ------
+        OSError
+            EFAULT if `buffer` is shorter.
+        """
+        data = memoryview(buffer).cast("B")
+        if len(data) < KVM_FPU.size:
+            raise refuse(errno.EFAULT, f"{len(data)} readable bytes, needed {KVM_FPU.size}")
+        if self.guest_fpu.fpstate.is_confidential:
+            return
+        st, fcw, fsw, ftw, fop, fip, fdp, xmm, _ = KVM_FPU.unpack_from(data)
+        regs = self.guest_fpu.fpstate.regs
+        head = struct.pack("<HHBxHQQ", fcw, fsw, ftw, fop, fip, fdp)
+        for at, part in ((0, head), (32, st), (160, xmm)):
+            regs[at : at + len(part)] = np.frombuffer(part, np.uint8)
+
+    # MSRs
+
+    def get_msr(self, index: int) -> int:
+        """Read IA32_XFD, IA32_XFD_ERR, IA32_XSS or a CET MSR (KVM_GET_MSRS of one)."""
+        if index in CET_MSRS:
+            nr, at = self._cet(index)
+            return int(self._with_guest_fpu(lambda p: _word(p, nr, at)[0]))
+        guest = self.guest_fpu
+        msrs = {
+            MSR_IA32_XFD: guest.fpstate.xfd,
+            MSR_IA32_XFD_ERR: guest.xfd_err,
+            MSR_IA32_XSS: self.xss,
+        }
+        self._check_msr(index, 0, known=msrs)
+        return msrs[index]
+
+    def set_msr(self, index: int, value: int) -> None:
+        """Write an MSR of those that `get_msr` reads (KVM_SET_MSRS of one).
+
+        Raises
+        ------
+        OSError
+            EINVAL where KVM_SET_MSRS would not take it, and the guest would get #GP.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_set_msr_common(), kvm_set_xstate_msr().
+        """
+        if index in CET_MSRS:
+            nr, at = self._cet(index)
+            self._with_guest_fpu(lambda p: _store(p, nr, at, value))
+            return
+        dynamic = self.xcr0_limit & XFEATURE_MASK_USER_DYNAMIC
+        limits = {
+            MSR_IA32_XFD: dynamic,
+            MSR_IA32_XFD_ERR: dynamic,
+            MSR_IA32_XSS: self.guest_supported_xss,
+        }
+        self._check_msr(index, value, known=limits)
+        if index == MSR_IA32_XFD:
+            self.kernel.fpu.fpu_update_guest_xfd(self.guest_fpu, value)
+        elif index == MSR_IA32_XFD_ERR:
+            self.guest_fpu.xfd_err = value
+        else:
+            self.xss = value
+
+    def _check_msr(self, index: int, value: int, known: dict[int, int]) -> None:
+        xfd = index in (MSR_IA32_XFD, MSR_IA32_XFD_ERR)
+        if index not in known or (xfd and "kvm-xfd" not in self.kernel.behaviours):
+            raise refuse(errno.EINVAL, f"MSR {index:#x} is not here")
+        if value & ~known[index] and value:
+            raise refuse(errno.EINVAL, f"MSR {index:#x} can't be {value:#x}")
+
+    def _cet(self, index: int) -> tuple[int, int]:
+        nr, at = CET_MSRS[index]
+        if not self.kernel.supported_xss >> nr & 1:
+            raise refuse(errno.EINVAL, f"MSR {index:#x} is not here")
+        return nr, at
+
+    def _with_guest_fpu(self, action: Callable[[Processor], Any]) -> Any:
+        """Do something to the registers while they are the guest's."""
+        fpu = self.kernel.fpu
+        fpu.fpu_swap_kvm_fpstate(self.guest_fpu, True)
+        try:
+            return action(fpu.processor)
+        finally:
+            fpu.fpu_swap_kvm_fpstate(self.guest_fpu, False)
+
+    # running
+
+    def run(
+        self, guest: Callable[[Processor], Any] | None = None, *, immediate_exit: bool = False
+    ) -> int:
+        """KVM_RUN: enter the guest until it halts.
+
+        Parameters
+        ----------
+        guest : callable, optional
+            What the guest does to the processor: move its registers, execute instructions of
+            `xfast.instructions`. Default: HLT at once.
+        immediate_exit : bool
+            kvm_run.immediate_exit: swap the FPU and return without an entry.
+
+        Returns
+        -------
+        int
+            KVM_EXIT_HLT.
+
+        Raises
+        ------
+        OSError
+            EINTR for an immediate exit.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_run(), vcpu_enter_guest().
+        """
+        self._with_guest_fpu(lambda p: None if immediate_exit else self._enter(p, guest))
+        if immediate_exit:
+            raise refuse(errno.EINTR, "immediate_exit")
+        return KVM_EXIT_HLT
+
+    def _enter(self, processor: Processor, guest: Callable[[Processor], Any] | None) -> None:
+        """Switch what KVM switches around the entry: XCR0, IA32_XSS and PKRU.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_load_guest_xsave_state(),
+        kvm_load_host_xsave_state().
+        """
+        fpu = self.kernel.fpu
+        self.has_run = True
+        host = processor.xcr0, processor.xss, processor.cpl
+        has_pku = bool(fpu.user_cfg.max_features & PKRU)
+        host_pkru = fpu.rdpkru() if has_pku else 0
+        if self.cr4 & CR4_OSXSAVE:
+            processor.xcr0, processor.xss = self.xcr0, self.xss
+        switches = has_pku and bool(self.xcr0 & PKRU or self.cr4 & CR4_PKE)
+        if switches and self.pkru != host_pkru:
+            fpu.wrpkru(self.pkru)
+        try:
+            if guest:
+                guest(processor)
+        finally:
+            if switches:
+                self.pkru = fpu.rdpkru()
+                if self.pkru != host_pkru:
+                    fpu.wrpkru(host_pkru)
+            processor.xcr0, processor.xss, processor.cpl = host
+
+    def init(self) -> None:
+        """Take an INIT: registers other than CPUID's and most of the FPU's start anew.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_reset(), kvm_xstate_reset().
+        """
+        supported = self.kernel.supported_xcr0 | self.kernel.supported_xss
+        zeroed = XFEATURE_MASK_MPX
+        if "init-by-features" in self.kernel.behaviours:
+            zeroed |= CET_U | CET_S
+        self.kernel.fpu.zero(self.guest_fpu, supported & zeroed)
+        self.cr4 = 0
+
+
+def _word(processor: Processor, nr: int, at: int) -> Any:
+    """Return a u64 view of a component's byte `at`."""
+    start = processor.offsets[nr] + at
+    return processor.values[start : start + 8].view("<u8")
+
+
+def _store(processor: Processor, nr: int, at: int, value: int) -> None:
+    _word(processor, nr, at)[0] = value
+    processor.tracked |= 1 << nr
+    processor.xmodified |= 1 << nr
