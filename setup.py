@@ -1,10 +1,25 @@
 """Build the extensions, one for each ``xfast/*.pyx``; everything else is in pyproject.toml."""
 
+import platform
 from pathlib import Path
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISA_FLAGS = {
+    "_loops_plain": ["-DXFAST_PLAIN"],
+    "_loops_avx2": ["-mavx2", "-mbmi2"],
+    "_loops_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mbmi2",
+        "-mprefer-vector-width=512",
+    ],
+}
+"""The same loops once for each instruction set; `_core` takes one when it is imported."""
 
 EXTENSIONS = [
     Extension(
@@ -15,9 +30,11 @@ EXTENSIONS = [
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
         ],
-        extra_compile_args=["-O3"],
+        extra_compile_args=["-O3", *ISA_FLAGS.get(path.stem, ())],
+        depends=["xfast/_simd.h", "xfast/_loops.pxi"],
     )
     for path in sorted(Path("xfast").glob("*.pyx"))
+    if X86 or not path.stem.startswith("_loops_") or path.stem == "_loops_plain"
 ]
 
 setup(ext_modules=cythonize(EXTENSIONS, language_level=3))

@@ -13,10 +13,10 @@ PACKAGE = Path(xfast.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    {"features", "errors", "_core", "_cpu", "_hw"},
+    {"features", "errors", "_convert", "_core", "_cpu", "_hw", "_memory"},
     {"layout"},
     {"cpuid", "rules"},
-    {"area", "behaviour", "verdict"},
+    {"area", "behaviour", "rows", "verdict"},
     {"registers", "processor", "instructions", "hosts", "snapshots"},
     {"kvm"},
     {"requirement"},

@@ -7,95 +7,17 @@ components lie. Results of a batch are arrays with one element a row; of a singl
 
 from __future__ import annotations
 
-import mmap
 from enum import IntEnum, IntFlag
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from xfast import _core
+from xfast import _convert, _core
 from xfast.errors import LayoutError
 from xfast.features import KVM_XSAVE_SIZE, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, bits
 from xfast.layout import Layout
-
-Areas = NDArray[np.uint8]
-Masks = NDArray[np.uint64]
-
-ALL = (1 << 63) - 1
-PAGE = 4096
-
-
-@lru_cache(maxsize=512)
-def table_of(layout: Layout) -> _core.Table:
-    """Return the engine's form of a layout."""
-    return _core.Table(layout.slots)
-
-
-def empty(n: int, layout: Layout | int) -> Areas:
-    """Return `n` areas of zeros, 4 KiB aligned, each in its own row.
-
-    Parameters
-    ----------
-    n : int
-    layout : Layout or int
-        Bytes of a row, or the layout whose standard-format size they are to have, at least
-        4096 (struct kvm_xsave). Rows start at multiples of 4096 bytes.
-
-    Returns
-    -------
-    (n, size) uint8
-        A view whose row stride is `size` rounded up to 4096.
-
-    Raises
-    ------
-    ValueError
-        If `n` is negative or `size` is below 576.
-    """
-    size = layout if isinstance(layout, int) else max(layout.standard_size(), KVM_XSAVE_SIZE)
-    if n < 0 or size < 576:
-        raise ValueError(f"empty: got n={n}, size={size}, needed n >= 0 and size >= 576")
-    stride = -(-size // PAGE) * PAGE
-    block = np.frombuffer(mmap.mmap(-1, max(n, 1) * stride), np.uint8)
-    return block.reshape(-1, stride)[:n, :size]
-
-
-def rows_of(areas: Any, name: str = "areas") -> tuple[Areas, bool]:
-    """Return `areas` as a 2-D array, and whether it was a single area.
-
-    Raises
-    ------
-    ValueError
-        If it is neither a 1-D or 2-D uint8 array nor a C-contiguous buffer.
-    """
-    if not isinstance(areas, np.ndarray):
-        try:
-            areas = np.frombuffer(areas, np.uint8)
-        except (TypeError, BufferError) as problem:
-            raise ValueError(
-                f"{name}: got {type(areas).__name__}, needed areas: {problem}"
-            ) from None
-    if areas.dtype != np.uint8:
-        raise ValueError(f"{name}: got dtype {areas.dtype}, needed uint8")
-    if areas.ndim == 1:
-        return areas[np.newaxis], True
-    if areas.ndim != 2:
-        raise ValueError(f"{name}: got {areas.ndim} dimensions, needed (n, size) or (size,)")
-    return areas, False
-
-
-def check_mask(mask: int, name: str = "mask") -> int:
-    """Return `mask` if it is one of components 0 to 62.
-
-    Raises
-    ------
-    ValueError
-        If it is negative or has bit 63 or above.
-    """
-    if not 0 <= mask <= ALL:
-        raise ValueError(f"{name}: got {mask:#x}, needed bits 0 to 62 only")
-    return int(mask)
+from xfast.rows import ALL, Areas, Masks, check_mask, empty, rows_of, spread, table_of, tune
 
 
 class UabiFault(IntEnum):
@@ -198,8 +120,9 @@ def classify(areas: Any, layout: Layout) -> Classes:
     where only AVX's bit is set.
     """
     rows, single = rows_of(areas)
-    out = Classes(headers(rows).xstate_bv, *(np.empty(len(rows), "u8") for _ in range(4)))
-    _core.classify(rows, table_of(layout), *out[1:])
+    masks = np.empty((4, len(rows)), "u8")
+    _core.classify(rows, table_of(layout), masks.reshape(-1))
+    out = Classes(headers(rows).xstate_bv, *masks)
     return Classes(*(column[0].item() for column in out)) if single else out
 
 
@@ -218,8 +141,85 @@ def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
     """
     rows, single = rows_of(areas)
     dropped = np.empty(len(rows), "u8")
-    _core.keep(rows, table_of(layout), check_mask(mask), scrub, dropped)
+    table, mask = table_of(layout), check_mask(mask)
+    spread(rows, lambda part: _core.keep(rows[part], table, mask, scrub, dropped[part]))
     return dropped[0].item() if single else dropped
+
+
+@lru_cache(maxsize=256)
+def converter(
+    layout: Layout,
+    to: Layout,
+    *,
+    mask: int = ALL,
+    xcomp_bv: int | None = None,
+    mxcsr_mask: int = 0,
+    software: int = 0,
+    kernel: bool = False,
+    foreign_pkru: bool = False,
+) -> _convert.Converter:
+    """Return what `relayout` and `get_uabi` call, for callers to whom microseconds count.
+
+    Its method ``convert(src, out, lost=None, pkru=None)`` takes arrays of one area or of many,
+    always needs `out`, and returns the mask of components lost instead of raising.
+
+    Parameters
+    ----------
+    kernel : bool
+        Take MXCSR from the area with SSE or AVX whatever its format, as the kernel does.
+    foreign_pkru : bool
+        Each call gives PKRU, a (n,) uint32 array.
+
+    Other parameters are those of `relayout`.
+    """
+    fmt = 0 if xcomp_bv is None else check_mask(xcomp_bv & ALL, "xcomp_bv") | XCOMP_BV_COMPACTED
+    if fmt & ~to.mask & ALL:
+        raise LayoutError(
+            f"xcomp_bv: got {fmt:#x}, needed components of layout {to.name}: {to.mask:#x}"
+        )
+    return _convert.Converter(
+        table_of(layout),
+        table_of(to),
+        check_mask(mask),
+        xcomp_bv=fmt,
+        ragged=fmt == XCOMP_BV_COMPACTED,
+        kernel=kernel,
+        foreign_pkru=foreign_pkru,
+        mxcsr_mask=mxcsr_mask,
+        software=software,
+    )
+
+
+def _convert_rows(
+    areas: Any,
+    how: _convert.Converter,
+    where: str,
+    size: int,
+    out: Areas | None,
+    *,
+    zero: bool = False,
+    lossy: bool = False,
+    pkru: Any = None,
+) -> Areas:
+    """Convert areas into `out`, or into new ones of `size` bytes."""
+    rows, single = rows_of(areas)
+    if out is None:
+        into = empty(len(rows), size, zero=zero)
+        out = into[0] if single else into
+    else:
+        into, _ = rows_of(out, "out")
+    if len(into) != len(rows):
+        raise ValueError(f"out: got {len(into)} areas, needed {len(rows)}, as many as areas")
+    values = None if pkru is None else np.full(len(rows), pkru, np.uint32)
+    lost = np.zeros(len(rows), "u8")
+
+    def run(part: slice) -> int:
+        each = values if values is None else values[part]
+        return how.convert(rows[part], into[part], lost[part], each)
+
+    if spread(rows, run) and not lossy:
+        refuse_lost(lost, "areas", f"{where} in {into.shape[1]} bytes; lossy=True drops them")
+    return out
 
 
 def relayout(
@@ -234,8 +234,6 @@ def relayout(
     mxcsr_mask: int = 0,
     software: int = 0,
     lossy: bool = False,
-    kernel: bool = False,
-    pkru: Any = None,
 ) -> Areas:
     """Copy areas into another layout or format.
 
@@ -248,10 +246,13 @@ def relayout(
     mask : int
         Components to bring over; the rest become absent.
     xcomp_bv : int, optional
-        Components of a compacted result (bit 63 need not be set). Default: standard format.
+        Components of a compacted result (bit 63 need not be set). 0: see `compact`. Default:
+        standard format.
     size : int, optional
         Bytes of a result row; default: that of `out`, else the standard size of `to` or the
         compacted size of `xcomp_bv`.
+    out : (n, size) uint8, optional
+        Where to write; must not overlap `areas`.
     mxcsr_mask : int
         MXCSR_MASK to write where the source has no MXCSR.
     software : int
@@ -259,10 +260,6 @@ def relayout(
     lossy : bool
         Drop what `to` can't hold, or what the source announces but does not hold, instead of
         raising.
-    kernel : bool
-        Take MXCSR from the area with SSE or AVX whatever its format, as the kernel does.
-    pkru : int or (n,) uint32, optional
-        PKRU to write where the component is present; default: the area's own.
 
     Returns
     -------
@@ -273,42 +270,18 @@ def relayout(
     LayoutError
         If a component of `mask` would be lost; names area, component and both layouts.
     """
-    rows, single = rows_of(areas)
-    fmt = 0 if xcomp_bv is None else check_mask(xcomp_bv & ALL, "xcomp_bv") | XCOMP_BV_COMPACTED
-    if fmt & ~to.mask & ALL:
-        raise LayoutError(
-            f"xcomp_bv: got {fmt:#x}, needed components of layout {to.name}: {to.mask:#x}"
-        )
-    if out is None:
-        need = to.compacted_size(fmt & ALL or to.mask) if fmt else to.standard_size()
-        out = empty(len(rows), need if size is None else size)
-        result = out[0] if single else out
-    else:
-        result = out
-        out, _ = rows_of(out, "out")
-    check_apart(rows, out, "out")
-    if pkru is not None:
-        pkru = np.full(len(rows), pkru, np.uint32)
-    lost = np.empty(len(rows), "u8")
-    tables = table_of(layout), table_of(to)
-    _core.relayout(
-        rows,
-        tables[0],
-        out,
-        tables[1],
-        check_mask(mask),
-        fmt,
-        mxcsr_mask,
-        software,
-        lost,
-        kernel,
-        pkru,
+    how = converter(
+        layout, to, mask=mask, xcomp_bv=xcomp_bv, mxcsr_mask=mxcsr_mask, software=software
     )
-    if not lossy:
-        refuse_lost(
-            lost, "areas", f"layout {to.name} in {out.shape[1]} bytes; lossy=True drops them"
+    if size is None:
+        size = (
+            to.standard_size()
+            if xcomp_bv is None
+            else to.compacted_size(xcomp_bv & ALL or mask & to.mask)
         )
-    return result
+    where = f"layout {to.name} from {layout.name}"
+    ragged = xcomp_bv is not None and not xcomp_bv & ALL
+    return _convert_rows(areas, how, where, size, out, zero=ragged, lossy=lossy)
 
 
 def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -> Any:
@@ -322,7 +295,10 @@ def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -
     a, single = rows_of(one, "one")
     b, _ = rows_of(two, "two")
     differing = np.empty(len(a), "u8")
-    _core.diff(a, table_of(layout), b, table_of(two_layout or layout), differing)
+    if len(a) != len(b):
+        raise ValueError(f"two: got {len(b)} areas, needed {len(a)}, as many as one")
+    tables = table_of(layout), table_of(two_layout or layout)
+    spread(a, lambda part: _core.diff(a[part], tables[0], b[part], tables[1], differing[part]))
     return differing[0].item() if single else differing
 
 
@@ -337,7 +313,8 @@ def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
     """
     rows, single = rows_of(areas)
     status = np.empty(len(rows), np.uint8)
-    _core.audit(rows, check_mask(mask), mxcsr_mask, status)
+    mask = check_mask(mask)
+    spread(rows, lambda part: _core.audit(rows[part], mask, mxcsr_mask, status[part]))
     return status[0].item() if single else status
 
 
@@ -358,7 +335,8 @@ def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
     """
     rows, single = rows_of(areas)
     inuse = np.empty(len(rows), "u8")
-    _core.xinuse(rows, table_of(layout), early, inuse)
+    table = table_of(layout)
+    spread(rows, lambda part: _core.xinuse(rows[part], table, early, inuse[part]))
     return inuse[0].item() if single else inuse
 
 
@@ -426,19 +404,50 @@ def get_uabi(
     *Source*: Linux arch/x86/kernel/fpu/xstate.c __copy_xstate_to_uabi_buf().
     """
     to = to or layout
-    if size is None and out is None:
-        size = max(to.standard_size(), KVM_XSAVE_SIZE)
-    return relayout(
-        areas,
+    how = converter(
         layout,
         to,
         mask=mask,
-        size=size,
-        out=out,
         mxcsr_mask=mxcsr_mask,
         software=features,
         kernel=True,
-        pkru=pkru,
+        foreign_pkru=pkru is not None,
+    )
+    if size is None:
+        size = max(to.standard_size(), KVM_XSAVE_SIZE)
+    return _convert_rows(areas, how, f"layout {to.name}", size, out, pkru=pkru)
+
+
+@lru_cache(maxsize=256)
+def merger(
+    layout: Layout,
+    into_layout: Layout,
+    *,
+    mask: int = ALL & ~SUPERVISOR_MASK,
+    mxcsr: bool | None = None,
+    user_xfeatures: int | None = None,
+    mxcsr_mask: int = 0,
+) -> _convert.Merger:
+    """Return what `set_uabi` and `swap` call, for callers to whom microseconds count.
+
+    Its method ``merge(src, into, status=None)`` copies the components in XSTATE_BV and `mask`,
+    sets XSTATE_BV to (old & ~mask) | (source & mask) and leaves all other bytes alone. It
+    returns the `UabiFault` codes of all rows, combined by or.
+
+    Parameters
+    ----------
+    mxcsr : bool, optional
+        Whether MXCSR comes over. Default: with x87, SSE or AVX.
+    user_xfeatures, mxcsr_mask : int
+        Validate as `set_uabi` does.
+    """
+    return _convert.Merger(
+        table_of(layout),
+        table_of(into_layout),
+        check_mask(mask),
+        mxcsr=mxcsr,
+        user_xfeatures=user_xfeatures,
+        mxcsr_mask=mxcsr_mask,
     )
 
 
@@ -479,19 +488,18 @@ def set_uabi(
     *Source*: Linux arch/x86/kernel/fpu/xstate.c copy_uabi_to_xstate().
     """
     rows, single = rows_of(uabi, "uabi")
-    image, _ = rows_of(into, "into")
-    check_apart(rows, image, "into")
-    status = np.empty(len(rows), "u4")
-    _core.set_uabi(
-        rows,
-        table_of(layout),
-        image,
-        table_of(into_layout or layout),
-        check_mask(user_xfeatures, "user_xfeatures"),
-        mxcsr_mask,
-        check_mask(supervisor, "supervisor"),
-        status,
+    images, _ = rows_of(into, "into")
+    if len(images) != len(rows):
+        raise ValueError(f"into: got {len(images)} areas, needed {len(rows)}, as many as uabi")
+    how = merger(
+        layout,
+        into_layout or layout,
+        mask=ALL & ~check_mask(supervisor, "supervisor"),
+        user_xfeatures=check_mask(user_xfeatures, "user_xfeatures"),
+        mxcsr_mask=mxcsr_mask,
     )
+    status = np.empty(len(rows), "u4")
+    spread(rows, lambda part: how.merge(rows[part], images[part], status[part]))
     return status[0].item() if single else status
 
 
@@ -530,28 +538,11 @@ def swap(
         rows_of(area, name)[0]
         for area, name in ((registers, "registers"), (leave, "leave"), (enter, "enter"))
     )
-    check_apart(live, out, "leave")
-    check_apart(live, load, "enter")
-    check_apart(load, out, "leave")
+    save = merger(layout, leave_layout or layout, mask=save_mask, mxcsr=save_mask & 6 != 0)
+    restore = merger(enter_layout or layout, layout, mask=restore_mask, mxcsr=restore_mask & 6 != 0)
     lost = np.empty(len(live), "u8")
-    _core.swap(
-        live,
-        table_of(layout),
-        out,
-        table_of(leave_layout or layout),
-        check_mask(save_mask, "save_mask"),
-        load,
-        table_of(enter_layout or layout),
-        check_mask(restore_mask, "restore_mask"),
-        lost,
-    )
-    refuse_lost(lost, "registers", "its target")
-
-
-def check_apart(one: Areas, two: Areas, name: str) -> None:
-    """Raise ValueError if two arrays use the same memory."""
-    if np.may_share_memory(one, two):
-        raise ValueError(f"{name}: got memory that the other areas use too, needed separate memory")
+    if _convert.swap(save, restore, live, out, load, lost):
+        refuse_lost(lost, "registers", "where they are to go")
 
 
 def refuse_lost(lost: Masks, name: str, where: str) -> None:
@@ -560,3 +551,33 @@ def refuse_lost(lost: Masks, name: str, where: str) -> None:
         row = int(np.flatnonzero(lost)[0])
         numbers = ", ".join(str(nr) for nr in bits(int(lost[row])))
         raise LayoutError(f"{name}[{row}]: components {numbers} can't be brought to {where}")
+
+
+__all__ = [
+    "ALL",
+    "Areas",
+    "Audit",
+    "Classes",
+    "Headers",
+    "Masks",
+    "UabiFault",
+    "audit",
+    "check_mask",
+    "classify",
+    "compact",
+    "converter",
+    "diff",
+    "empty",
+    "expand",
+    "get_uabi",
+    "headers",
+    "keep",
+    "merger",
+    "relayout",
+    "rows_of",
+    "set_uabi",
+    "swap",
+    "table_of",
+    "tune",
+    "xinuse",
+]

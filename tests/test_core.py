@@ -1,0 +1,244 @@
+"""Every operation of the engine against the slow reference, on areas of all kinds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from xfast import _core, area
+from xfast.features import SUPERVISOR_MASK
+from xfast.layout import PRESETS, Layout, Slot
+
+COMPACTED = 1 << 63
+ODD = Layout(
+    (Slot(2, 256, 576), Slot(5, 12, 835), Slot(7, 130, 900), Slot(9, 8, 1096),
+     Slot(11, 16, 0, True), Slot(17, 64, 1152, False, True), Slot(30, 77, 1301)),
+    "odd",
+)  # fmt: skip
+LAYOUTS = [*PRESETS.values(), ODD]
+MASKS = (0, 1, 2, 3, 4, 7, 0x207, 0x2E7, 0x2FF, 0x602E7, 0xE00E7, 0x1A07, 0x18, 0x203, 0x80007)
+
+
+def random_areas(rng, layout, n, size, compacted):
+    """Areas with random headers and non-zero data everywhere, and some with much of it zero."""
+    areas = rng.integers(1, 256, (n, size), np.uint8)
+    mxcsr = (0x1F80, 0, 0x1FA0, 0x2FFFF)
+    for i, row in enumerate(areas):
+        if i % 3 == 0:
+            zeros = rng.integers(0, size, 12)
+            for start in zeros:
+                row[start : start + 300] = 0
+        if i % 5 == 0:
+            row[:512] = 0
+            row[:2] = (0x7F, 0x03) if i % 2 else (0, 0)
+        row[24:28] = np.frombuffer(np.uint32(mxcsr[i % 4]).tobytes(), np.uint8)
+        bv = int(rng.choice(MASKS)) & layout.mask
+        xcomp = 0
+        if compacted and i % 2:
+            xcomp = COMPACTED | bv | int(rng.choice(MASKS)) & layout.mask
+        else:
+            bv &= layout.user_mask
+        row[512:528] = np.frombuffer(np.array([bv, xcomp], "<u8").tobytes(), np.uint8)
+        if i % 7:
+            row[528:576] = 0
+    return areas
+
+
+CASES = [
+    (layout, size, compacted)
+    for layout in LAYOUTS
+    for size, compacted in ((2696, False), (4096, True), (2752, True), (11008, True))
+]
+IDS = [f"{layout.name}-{size}-{compacted}" for layout, size, compacted in CASES]
+
+
+@pytest.fixture(params=["cached", "streamed"])
+def streamed(request):
+    """Run with and without streaming stores and fetching ahead."""
+    if request.param == "streamed":
+        area.tune(stream_above=0)
+    yield request.param
+    area.tune(stream_above=16 << 20)
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_readers(layout, size, compacted):
+    rng = np.random.default_rng(size)
+    areas = random_areas(rng, layout, 60, size, compacted)
+    rows = [row.tobytes() for row in areas]
+    mask = int(rng.choice(MASKS))
+    assert area.audit(areas, mask, 0xFFFF).tolist() == [
+        reference.audit(row, mask, 0xFFFF) for row in rows
+    ]
+    for early in (False, True):
+        assert area.xinuse(areas, layout, early).tolist() == [
+            reference.xinuse(row, layout, early) for row in rows
+        ]
+    classes = area.classify(areas, layout)
+    assert list(zip(*(m.tolist() for m in classes[1:]), strict=True)) == [
+        reference.classify(row, layout) for row in rows
+    ]
+    other = random_areas(rng, layout, 60, size, compacted)
+    for i in range(0, 60, 2):
+        other[i] = areas[i]
+        if i % 4:
+            other[i, rng.integers(0, 512)] ^= 1
+    assert area.diff(areas, other, layout).tolist() == [
+        reference.diff(a, layout, b.tobytes(), layout) for a, b in zip(rows, other, strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_keep(layout, size, compacted):
+    rng = np.random.default_rng(size)
+    for scrub in (False, True):
+        areas = random_areas(rng, layout, 40, size, compacted)
+        rows = [row.tobytes() for row in areas]
+        mask = int(rng.choice(MASKS))
+        dropped = area.keep(areas, layout, mask, scrub=scrub)
+        expected = [reference.keep(row, layout, mask, scrub) for row in rows]
+        assert [row.tobytes() for row in areas] == [row for row, _ in expected]
+        assert dropped.tolist() == [drop for _, drop in expected]
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("to", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_relayout(layout, size, compacted, to):
+    rng = np.random.default_rng(size)
+    areas = random_areas(rng, layout, 30, size, compacted)
+    for out_size in (576, 2696, 4096, 11008, 1001):
+        xcomp = int(rng.choice(MASKS)) & to.mask
+        xcomp = COMPACTED | xcomp if xcomp and out_size % 3 else 0
+        mask = int(rng.choice(MASKS)) | 0x207
+        backing = area.empty(30, 12288).reshape(-1)
+        backing[:] = 0xEE
+        for stride in (out_size, -(-out_size // 64) * 64):
+            out = np.lib.stride_tricks.as_strided(backing, (30, out_size), (stride, 1))
+            area.relayout(
+                areas, layout, to, mask=mask, xcomp_bv=xcomp or None, out=out, mxcsr_mask=0xFFFF,
+                software=0x2E7, lossy=True,
+            )  # fmt: skip
+            for row, got in zip(areas, out, strict=True):
+                expected, _ = reference.relayout(
+                    row.tobytes(), layout, to, out_size, mask=mask, xcomp=xcomp,
+                    mxcsr_mask=0xFFFF, software=0x2E7,
+                )  # fmt: skip
+                assert got.tobytes() == expected
+            end = stride * 29 + out_size
+            assert (backing[end : end + 4096] == 0xEE).all()
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_ragged_compact(layout, size, compacted):
+    rng = np.random.default_rng(size)
+    areas = random_areas(rng, layout, 30, size, compacted)
+    out = area.empty(30, 12288)
+    out[:] = 0xEE
+    area.relayout(areas, layout, layout, xcomp_bv=0, out=out, lossy=True)
+    for row, got in zip(areas, out, strict=True):
+        bv, _ = reference.header(got.tobytes())
+        expected, _ = reference.relayout(
+            row.tobytes(), layout, layout, 12288, xcomp=COMPACTED | bv, mask=bv
+        )
+        reach = -(-layout.compacted_size(bv) // 64) * 64
+        assert got[:reach].tobytes() == expected[:reach]
+        assert (got[reach:] == 0xEE).all()
+        come = reference.header(row.tobytes())[0] & layout.mask
+        found = reference.offsets(layout, reference.header(row.tobytes())[1], size)
+        assert bv == come & (3 | sum(1 << nr for nr in found))
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("pkru", [None, 0x55555554, 0])
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_get_uabi(layout, size, compacted, pkru):
+    rng = np.random.default_rng(size)
+    areas = random_areas(rng, layout, 30, size, compacted)
+    mask = 0x2E7 & layout.user_mask
+    areas = areas[
+        [not reference.movable(r.tobytes(), layout, layout, mask, 0, 4096)[1] for r in areas]
+    ]
+    got = area.get_uabi(areas, layout, mask=mask, features=0xE7, mxcsr_mask=0x2FFFF, pkru=pkru)
+    for row, out in zip(areas, got, strict=True):
+        expected, lost = reference.relayout(
+            row.tobytes(), layout, layout, max(4096, layout.standard_size()), mask=mask,
+            mxcsr_mask=0x2FFFF, software=0xE7, kernel=True, pkru=pkru,
+        )  # fmt: skip
+        assert not lost
+        assert out.tobytes() == expected
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("into_layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_set_uabi(layout, size, compacted, into_layout):
+    rng = np.random.default_rng(size)
+    areas = random_areas(rng, layout, 40, size, compacted)
+    into = random_areas(rng, into_layout, 40, 4096, True)
+    images = [row.tobytes() for row in into]
+    status = area.set_uabi(
+        areas, layout, into, into_layout=into_layout, user_xfeatures=0xE02FF, mxcsr_mask=0x1FFFF
+    )
+    expected = [
+        reference.set_uabi(
+            row.tobytes(), layout, image, into_layout, 0xE02FF, 0x1FFFF, SUPERVISOR_MASK
+        )
+        for row, image in zip(areas, images, strict=True)
+    ]
+    assert status.tolist() == [code for code, _ in expected]
+    assert [row.tobytes() for row in into] == [image for _, image in expected]
+
+
+@pytest.mark.usefixtures("streamed")
+def test_swap():
+    rng = np.random.default_rng(1)
+    layout = PRESETS["intel"]
+    for save_mask, restore_mask in ((0x2E7, 0xE7), (7, 0x2E7), (0x200, 1), (0, 0)):
+        live = random_areas(rng, layout, 40, 4096, False)
+        leave = random_areas(rng, layout, 40, 4096, False)
+        enter = random_areas(rng, layout, 40, 2752, False)
+        rows = [[r.tobytes() for r in areas] for areas in (live, leave, enter)]
+        enough = [not reference.header(r)[0] & restore_mask & 0x60000 for r in rows[2]]
+        assert all(enough)
+        area.swap(live, leave, enter, layout, save_mask=save_mask, restore_mask=restore_mask)
+        for i, (regs, out, load) in enumerate(zip(*rows, strict=True)):
+            left, _ = reference.merge(regs, layout, out, layout, save_mask, save_mask & 6)
+            after, _ = reference.merge(load, layout, regs, layout, restore_mask, restore_mask & 6)
+            assert leave[i].tobytes() == left
+            assert live[i].tobytes() == after
+
+
+def available():
+    return _core.ISAS[: _core.ISAS.index(os.environ.get("XFAST_ISA", _core.ISA))]
+
+
+@pytest.mark.skipif("XFAST_ISA" in os.environ, reason="this is the run for one instruction set")
+@pytest.mark.parametrize("isa", available())
+def test_other_instruction_sets(isa):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "XFAST_ISA": isa},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_an_instruction_set_that_is_not_there():
+    run = subprocess.run(
+        [sys.executable, "-c", "import xfast._core"],
+        env={**os.environ, "XFAST_ISA": "avx10"},
+        capture_output=True,
+        text=True,
+    )
+    assert "XFAST_ISA: got 'avx10', needed one of plain" in run.stderr

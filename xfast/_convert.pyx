@@ -1,0 +1,602 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, binding=False, embedsignature=False
+# cython: freethreading_compatible=True
+"""The engine's writers: plans made and kept, and the calls that follow them over rows.
+
+A Converter writes whole areas in another layout or format, a Merger copies what is present
+into areas that are already there. Each keeps the plan for every header that it has met.
+
+*Source*: Linux arch/x86/kernel/fpu/xstate.c __copy_xstate_to_uabi_buf(),
+copy_uabi_to_xstate(); Intel SDM vol. 1 section 13.4.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+cimport numpy as cnp
+
+from xfast._area cimport (
+    AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, SSE, Place, bit, compacted,
+    has_mxcsr, place, take_lowest,
+)
+from xfast._core cimport Rows, Table, loops, overlap, rows, stream_above, vector
+from xfast._plan cimport (
+    BLEND, CACHE, CARRY, COPY, PACKED, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
+    Plan, Range, Step,
+)
+from xfast._simd cimport LINE, pointer_exchange
+
+cnp.import_array()
+
+cdef enum:
+    PARTS = COMPONENTS + 4
+    STEPS = 4 * PARTS + 16
+    BLENDS = 2 * PARTS + 16
+    ROWS_AHEAD = 4  # whose data are fetched ahead
+    LONG_ROW = 8192  # the hardware fetches these ahead better than we do
+    SMALL = 1 << 16  # bytes below which letting go of the GIL costs more than it gives
+
+
+cdef struct Part:
+    # Bytes that come from the source
+    uint32_t dst, src, size
+
+cdef struct Constant:
+    # Bytes that are the same in every row with this header
+    uint32_t dst
+    uint64_t value
+
+cdef struct Draft:
+    # A plan in the making
+    Part part[PARTS]
+    Constant constant[8]
+    Step step[STEPS]
+    Blend blend[BLENDS]
+    Range read[PARTS]
+    Range hold[BLENDS]
+    uint32_t parts, constants
+    uint32_t end  # bytes of the row that the plan decides on
+    Plan plan
+
+
+# --- which components, from where to where ----------------------------------------------------
+
+
+cdef void add_part(Draft *draft, uint32_t dst, uint32_t src, uint32_t size) noexcept nogil:
+    """Add a part; parts stay in the order of the target, and those that touch become one."""
+    cdef Part *part = draft.part
+    cdef uint32_t i = draft.parts
+    cdef Part *last = &part[i - 1]
+    if i and last.dst + last.size == dst and last.src + last.size == src:
+        last.size += size
+        return
+    while i and part[i - 1].dst > dst:
+        part[i] = part[i - 1]
+        i -= 1
+    part[i] = Part(dst, src, size)
+    draft.parts += 1
+
+
+cdef void add_constant(Draft *draft, uint32_t dst, uint64_t value) noexcept nogil:
+    if value:
+        draft.constant[draft.constants] = Constant(dst, value)
+        draft.constants += 1
+
+
+cdef void choose(
+    const Config *config, const Cache *cache, const uint64_t *key, Draft *draft
+) noexcept nogil:
+    """Decide which components come over, and what else the row holds."""
+    cdef uint64_t bv = key[0], want = key[0] & config.mask
+    cdef uint64_t xcomp = key[2] if config.merge else config.xcomp
+    cdef uint64_t have, rest
+    cdef bint mxcsr
+    cdef Place at, to
+    cdef int c
+    draft.end = <uint32_t>cache.dst_size
+    place(&config.src, bv, key[1], cache.src_size, &at)
+    if config.ragged:
+        xcomp = bit(63) | (want & at.found & config.dst.known)
+    place(&config.dst, bv, xcomp, cache.dst_size, &to)
+    have = want & at.found & to.found
+    if compacted(xcomp):
+        have &= xcomp
+    else:
+        rest = have
+        while rest:  # MPX and APX have one place between them: the first comes over
+            c = take_lowest(&rest)
+            if config.dst.overlap[c] & have & (bit(c) - 1):
+                have ^= bit(c)
+    if config.ragged:
+        xcomp = bit(63) | have
+        draft.end = EXTENDED
+    draft.plan.stored = have
+    draft.plan.lost = want & ~have
+
+    if config.merge:
+        mxcsr = config.mxcsr > 0 or (config.mxcsr < 0 and want & (FP | SSE | AVX) != 0)
+    else:
+        mxcsr = have & (SSE | AVX) != 0 and (config.kernel or has_mxcsr(bv, key[1]))
+    if have & FP:
+        add_part(draft, 0, 0, 24)
+    if mxcsr:
+        add_part(draft, 24, 24, 8)
+    if have & FP:
+        add_part(draft, 32, 32, 128)
+    if have & SSE:
+        add_part(draft, 160, 160, 256)
+    rest = have & ~<uint64_t>(FP | SSE)
+    while rest:
+        c = take_lowest(&rest)
+        if config.ragged:
+            draft.end = to.offset[c] + config.dst.size[c]
+        if c != 9 or not config.foreign_pkru:
+            add_part(
+                draft, to.offset[c], at.offset[c], min(config.src.size[c], config.dst.size[c])
+            )
+    if config.ragged:
+        draft.end = min((draft.end + LINE - 1) & ~<uint32_t>(LINE - 1), cache.dst_size)
+    if config.merge:
+        return
+    add_constant(draft, 0, 0 if have & FP else FCW_INIT)
+    if not mxcsr:
+        add_constant(draft, 24, MXCSR_INIT | <uint64_t>config.mxcsr_mask << 32)
+    add_constant(draft, 464, config.software)
+    add_constant(draft, LEGACY, have)
+    add_constant(draft, LEGACY + 8, xcomp)
+    if have & bit(9) and config.foreign_pkru:
+        draft.plan.pkru_at = to.offset[9]
+        add_constant(draft, to.offset[9], 1)  # any but 0: the line has to be blended
+
+
+# --- line by line ---------------------------------------------------------------------------
+
+
+cdef void add_run(Draft *draft, Kind kind, uint32_t dst, uint32_t src) noexcept nogil:
+    """Add a line that is copied or zeroed whole, to the run before it if it goes on from there."""
+    cdef Step *last = &draft.step[draft.plan.steps - 1]
+    if (
+        draft.plan.steps and last.kind == kind and last.dst + last.lines * LINE == dst
+        and (kind == ZERO or last.src + last.lines * LINE == src)
+    ):
+        last.lines += 1
+    else:
+        draft.step[draft.plan.steps] = Step(kind, dst, src, 1)
+        draft.plan.steps += 1
+
+
+cdef Blend *add_blend(Draft *draft, uint32_t dst) noexcept nogil:
+    cdef Blend *blend = &draft.blend[draft.plan.blends]
+    memset(blend, 0, sizeof(Blend))
+    draft.step[draft.plan.steps] = Step(BLEND, dst, draft.plan.blends, 1)
+    draft.plan.steps += 1
+    draft.plan.blends += 1
+    return blend
+
+
+cdef uint32_t write_constants(
+    Draft *draft, uint32_t line, uint32_t phase, Blend *blend
+) noexcept nogil:
+    """Put the constants that fall into `line` into a blend; return how many there are."""
+    cdef uint32_t i, n = 0
+    cdef uint32_t at
+    for i in range(draft.constants):
+        at = draft.constant[i].dst + phase
+        if at & ~<uint32_t>(LINE - 1) == line:
+            n += 1
+            if blend != NULL:
+                memcpy(blend.value + at - line, &draft.constant[i].value, 8)
+                if draft.plan.pkru_at and draft.constant[i].dst == draft.plan.pkru_at:
+                    draft.plan.pkru = draft.plan.blends
+                    draft.plan.pkru_at = at - line
+                    memset(blend.value + at - line, 0, 8)
+    return n
+
+
+cdef void blend_line(
+    Draft *draft, const Config *config, const Cache *cache, uint32_t line, uint32_t phase,
+    bint packed, uint32_t p,
+) noexcept nogil:
+    """Add the blends of one line: its constants, then part after part from `p` on."""
+    cdef uint32_t end = draft.end + phase
+    cdef uint32_t dst
+    cdef Part *part
+    cdef Blend *blend = add_blend(draft, line)
+    blend.opens = True
+    write_constants(draft, line, phase, blend)
+    if config.merge:
+        blend.base = TARGET
+        draft.hold[draft.plan.holds] = Range(line, 1)
+        draft.plan.holds += 1
+    elif line < phase:
+        blend.base = CARRY
+    else:
+        blend.base = VALUE
+    blend.room = min(<uint32_t>LINE, end - line)
+    while p < draft.parts and draft.part[p].dst + phase < line + LINE:
+        part = &draft.part[p]
+        dst = part.dst + phase
+        if blend.to:
+            blend = add_blend(draft, line)
+            blend.base = TARGET if config.merge else VALUE
+            blend.room = min(<uint32_t>LINE, end - line)
+        blend.first = dst - line if dst > line else 0
+        blend.to = min(dst + part.size - line, <uint32_t>LINE)
+        blend.src = <Py_ssize_t>part.src + line - dst
+        blend.whole = blend.src >= 0 and blend.src + LINE <= cache.src_size
+        p += 1
+    blend.closes = True
+    blend.carries = packed and blend.room < LINE
+
+
+cdef void draw(
+    Draft *draft, const Config *config, const Cache *cache, uint32_t phase, bint packed
+) noexcept nogil:
+    """Turn parts and constants into steps, one line after the other."""
+    cdef uint32_t line, p = 0, i, start
+    cdef uint32_t end = draft.end + phase
+    cdef Part *part
+    cdef bint plain
+    for line in range(0, end, 64):
+        while p < draft.parts and draft.part[p].dst + draft.part[p].size + phase <= line:
+            p += 1
+        part = &draft.part[p]
+        plain = write_constants(draft, line, phase, NULL) == 0
+        if p == draft.parts or part.dst + phase >= line + LINE:
+            if config.merge:
+                continue
+            if line >= phase and line + LINE <= end and plain:
+                add_run(draft, ZERO, line, 0)
+                continue
+        elif (
+            plain and part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
+        ):
+            add_run(draft, COPY, line, part.src + line - part.dst - phase)
+            continue
+        blend_line(draft, config, cache, line, phase, packed, p)
+    for i in range(draft.parts):
+        part = &draft.part[i]
+        start = part.src & ~<uint32_t>(LINE - 1)
+        draft.read[i] = Range(start, (part.src + part.size - start + LINE - 1) // LINE)
+    draft.plan.reads = draft.parts
+
+
+cdef Plan *settle(const Draft *draft) noexcept nogil:
+    """Copy a draft into one block of just the size it needs."""
+    cdef const Plan *p = &draft.plan
+    cdef size_t steps = p.steps * sizeof(Step)
+    cdef size_t blends = p.blends * sizeof(Blend)
+    cdef size_t reads = p.reads * sizeof(Range)
+    cdef size_t holds = p.holds * sizeof(Range)
+    cdef Plan *plan = <Plan *>malloc(sizeof(Plan) + blends + steps + reads + holds)
+    if plan == NULL:
+        return NULL
+    plan[0] = p[0]
+    plan.blend = <Blend *>(plan + 1)
+    plan.step = <Step *>(plan.blend + p.blends)
+    plan.read = <Range *>(plan.step + p.steps)
+    plan.hold = plan.read + p.reads
+    memcpy(plan.blend, draft.blend, blends)
+    memcpy(plan.step, draft.step, steps)
+    memcpy(plan.read, draft.read, reads)
+    memcpy(plan.hold, draft.hold, holds)
+    return plan
+
+
+cdef Plan *miss(
+    Cache *cache, uint64_t home, uint64_t bv, uint64_t xcomp, uint64_t third
+) noexcept nogil:
+    """Make the plan for a header that has not been met before, and keep it."""
+    cdef const Config *config = <const Config *>cache.config
+    cdef bint packed = not config.merge and third & PACKED
+    cdef uint32_t phase = third & (LINE - 1) if packed else 0
+    cdef Draft draft
+    cdef Plan *plan
+    cdef Plan **slot = &cache.plan[home & (CACHE - 1)]
+    cdef Plan **retired
+    cdef int i
+    memset(&draft.plan, 0, sizeof(Plan))
+    draft.parts = draft.constants = 0
+    draft.plan.key[0] = bv
+    draft.plan.key[1] = xcomp
+    draft.plan.key[2] = third
+    choose(config, cache, draft.plan.key, &draft)
+    draw(&draft, config, cache, phase, packed)
+    plan = settle(&draft)
+    if plan == NULL:
+        return NULL
+    for i in range(PROBES):
+        if cache.plan[(home + i) & (CACHE - 1)] == NULL:
+            slot = &cache.plan[(home + i) & (CACHE - 1)]
+            break
+    else:
+        retired = &cache.retired[cache.retirements & (RING - 1)]
+        free(retired[0])
+        retired[0] = slot[0]
+        cache.retirements += 1
+    slot[0] = cache.last = plan
+    return plan
+
+
+cdef void forget(Cache *cache) noexcept nogil:
+    cdef int i
+    for i in range(CACHE):
+        free(cache.plan[i])
+    for i in range(RING):
+        free(cache.retired[i])
+    memset(cache, 0, sizeof(Cache))
+
+
+cdef class Plans:
+    """The plans of one kind of conversion. Any number of threads may use it at a time."""
+
+    def __cinit__(self):
+        self.idle = NULL
+
+    def __dealloc__(self):
+        if self.idle:
+            forget(self.idle)
+            free(self.idle)
+
+    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size) noexcept nogil:
+        """Take the plans for this call alone; a second thread starts with none."""
+        cdef Cache *cache = <Cache *>pointer_exchange(<void **>&self.idle, NULL)
+        if cache == NULL:
+            cache = <Cache *>calloc(1, sizeof(Cache))
+            if cache == NULL:
+                return NULL
+        elif cache.src_size != src_size or cache.dst_size != dst_size:
+            forget(cache)
+        cache.config = &self.config
+        cache.miss = miss
+        cache.src_size = src_size
+        cache.dst_size = dst_size
+        return cache
+
+    cdef void release(self, Cache *cache) noexcept nogil:
+        cache = <Cache *>pointer_exchange(<void **>&self.idle, cache)
+        if cache:
+            forget(cache)
+            free(cache)
+
+
+cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
+    cdef Job job
+    memset(&job, 0, sizeof(job))
+    job.src = src.data
+    job.src_stride = src.stride
+    job.dst = dst.data
+    job.dst_stride = dst.stride
+    job.dst_size = dst.size
+    job.n = src.n
+    if src.n * (src.size + dst.size) > stream_above:
+        job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
+        if src.size < LONG_ROW:
+            job.ahead = ROWS_AHEAD
+    return job
+
+
+cdef int check_pair(const Rows *src, str src_name, const Rows *dst, str dst_name) except -1:
+    if dst.n != src.n:
+        raise ValueError(f"{dst_name}: got {dst.n} areas, needed {src.n}, as many as {src_name}")
+    if overlap(src, dst):
+        raise ValueError(
+            f"{dst_name}: got memory that {src_name} uses too, needed separate memory"
+        )
+    return 0
+
+
+cdef class Converter(Plans):
+    """Write whole areas: the components in XSTATE_BV and `mask`, everything else init.
+
+    Parameters
+    ----------
+    source, target : Table
+    mask : int
+    xcomp_bv : int
+        Format of the result; 0: standard.
+    ragged : bool
+        Compacted results with XCOMP_BV = XSTATE_BV | 1 << 63, each written as far as it goes
+        (up to the next multiple of 64 bytes).
+    kernel : bool
+        MXCSR comes from the area with SSE or AVX, whatever its format.
+    foreign_pkru : bool
+        Each call gives the values of PKRU.
+    mxcsr_mask : int
+        MXCSR_MASK where MXCSR is init.
+    software : int
+        u64 at byte 464.
+    """
+
+    def __init__(
+        self, Table source not None, Table target not None, uint64_t mask, *, uint64_t xcomp_bv=0,
+        bint ragged=False, bint kernel=False, bint foreign_pkru=False, uint32_t mxcsr_mask=0,
+        uint64_t software=0,
+    ):
+        self.config.src = source.slots
+        self.config.dst = target.slots
+        self.config.mask = mask
+        self.config.xcomp = xcomp_bv
+        self.config.ragged = ragged
+        self.config.kernel = kernel
+        self.config.foreign_pkru = foreign_pkru
+        self.config.mxcsr_mask = mxcsr_mask
+        self.config.software = software
+        if foreign_pkru and target.slots.offset[9] % 8:
+            raise ValueError(
+                f"target: got PKRU at {target.slots.offset[9]}, needed a multiple of 8"
+            )
+
+    def convert(
+        self, cnp.ndarray src, cnp.ndarray out, cnp.ndarray lost=None, cnp.ndarray pkru=None
+    ):
+        """Convert `src` into `out`, row by row.
+
+        Returns
+        -------
+        int
+            Components that `out` could not hold or `src` does not hold, of all rows; `lost`,
+            (n,) uint64, receives them row by row.
+        """
+        cdef Rows r = rows(src, "src", False)
+        cdef Rows w = rows(out, "out", True)
+        cdef Job job
+        check_pair(&r, "src", &w, "out")
+        job = job_of(&r, &w)
+        if (
+            job.ahead and not job.stream and not self.config.ragged and w.stride == w.size
+            and (<size_t>w.data | <size_t>w.stride) & 7 == 0
+        ):
+            job.stream = True  # rows that share lines
+        if lost is not None:
+            job.lost = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, r.n)
+        if (pkru is not None) != self.config.foreign_pkru:
+            raise ValueError("pkru: needed with foreign_pkru, and only then")
+        if pkru is not None:
+            job.pkru = <uint32_t *>vector(pkru, "pkru", cnp.NPY_UINT32, r.n)
+        job.cache = self.acquire(r.size, w.size)
+        if job.cache == NULL:
+            raise MemoryError
+        if r.n * r.size < SMALL:
+            loops.convert(&job)
+        else:
+            with nogil:
+                loops.convert(&job)
+        self.release(job.cache)
+        if job.no_memory:
+            raise MemoryError
+        return job.failed
+
+
+cdef class Merger(Plans):
+    """Copy the components in XSTATE_BV and `mask` into areas; all their other bytes stay.
+
+    XSTATE_BV becomes (old & ~mask) | (source & mask); the targets' XCOMP_BV says where their
+    components lie.
+
+    Parameters
+    ----------
+    source, target : Table
+    mask : int
+    mxcsr : bool, optional
+        Whether MXCSR comes over. Default: if x87, SSE or AVX does.
+    user_xfeatures, mxcsr_mask : int, optional
+        Validate the source as KVM_SET_XSAVE does: a row with a fault is left alone.
+    """
+
+    def __init__(
+        self, Table source not None, Table target not None, uint64_t mask, *, mxcsr=None,
+        user_xfeatures=None, uint32_t mxcsr_mask=0,
+    ):
+        self.config.merge = True
+        self.config.src = source.slots
+        self.config.dst = target.slots
+        self.config.mask = mask
+        self.config.mxcsr = -1 if mxcsr is None else bool(mxcsr)
+        self.validates = user_xfeatures is not None
+        if self.validates:
+            self.user_xfeatures = user_xfeatures
+            self.mxcsr_mask = mxcsr_mask
+
+    def merge(self, cnp.ndarray src, cnp.ndarray into, cnp.ndarray status=None):
+        """Merge `src` into `into`, row by row.
+
+        Returns
+        -------
+        int
+            `xfast.area.UabiFault` codes of all rows, combined by or; `status`, (n,) uint32,
+            receives them row by row.
+        """
+        cdef Rows r = rows(src, "src", False)
+        cdef Rows w = rows(into, "into", True)
+        cdef Job job
+        check_pair(&r, "src", &w, "into")
+        job = self.job(&r, &w)
+        if status is not None:
+            job.status = <uint32_t *>vector(status, "status", cnp.NPY_UINT32, r.n)
+        job.cache = self.acquire(r.size, w.size)
+        if job.cache == NULL:
+            raise MemoryError
+        if r.n * r.size < SMALL:
+            loops.merge(&job)
+        else:
+            with nogil:
+                loops.merge(&job)
+        self.release(job.cache)
+        if job.no_memory:
+            raise MemoryError
+        return job.failed
+
+    cdef Job job(self, const Rows *src, const Rows *dst) noexcept nogil:
+        cdef Job job = job_of(src, dst)
+        job.mask = self.config.mask
+        job.validate = self.validates
+        job.user_xfeatures = self.user_xfeatures
+        job.mxcsr_mask = self.mxcsr_mask
+        return job
+
+
+def swap(
+    Merger save not None, Merger load not None, cnp.ndarray registers, cnp.ndarray leave,
+    cnp.ndarray enter, cnp.ndarray lost,
+):
+    """Merge `registers` into `leave`, then `enter` into `registers`, row by row.
+
+    A row in which a component has no place is left alone; `lost`, (n,) uint64, names it.
+    Return the components lost of all rows.
+    """
+    cdef Rows live = rows(registers, "registers", True)
+    cdef Rows old = rows(leave, "leave", True)
+    cdef Rows new = rows(enter, "enter", False)
+    cdef Job out, into
+    check_pair(&live, "registers", &old, "leave")
+    check_pair(&new, "enter", &live, "registers")
+    check_pair(&new, "enter", &old, "leave")
+    out = save.job(&live, &old)
+    into = load.job(&new, &live)
+    out.lost = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, live.n)
+    out.cache = save.acquire(live.size, old.size)
+    into.cache = load.acquire(new.size, live.size)
+    if out.cache == NULL or into.cache == NULL:
+        out.no_memory = True
+    else:
+        with nogil:
+            loops.swap(&out, &into)
+    if out.cache:
+        save.release(out.cache)
+    if into.cache:
+        load.release(into.cache)
+    if out.no_memory:
+        raise MemoryError
+    return out.failed
+
+
+cdef uint64_t convert_one(
+    Converter how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size
+) noexcept nogil:
+    """Write one whole area; not for a Converter with foreign PKRU."""
+    cdef Rows r = Rows(<uint8_t *>src, 1, src_size, src_size)
+    cdef Rows w = Rows(dst, 1, dst_size, dst_size)
+    cdef Job job = job_of(&r, &w)
+    job.cache = how.acquire(src_size, dst_size)
+    if job.cache == NULL:
+        return bit(63)
+    loops.convert(&job)
+    how.release(job.cache)
+    return bit(63) if job.no_memory else job.failed
+
+
+cdef uint64_t merge_one(
+    Merger how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size
+) noexcept nogil:
+    """Copy what is present into one area; return the `xfast.area.UabiFault` code."""
+    cdef Rows r = Rows(<uint8_t *>src, 1, src_size, src_size)
+    cdef Rows w = Rows(dst, 1, dst_size, dst_size)
+    cdef Job job = how.job(&r, &w)
+    job.cache = how.acquire(src_size, dst_size)
+    if job.cache == NULL:
+        return bit(63)
+    loops.merge(&job)
+    how.release(job.cache)
+    return bit(63) if job.no_memory else job.failed

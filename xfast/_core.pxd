@@ -1,0 +1,43 @@
+"""What Cython code elsewhere may cimport: layouts as C structs, and functions on one area.
+
+None of these functions raises; all run without the GIL. `size` is the bytes of the area: not
+one byte beyond is read or written. See also `xfast._convert`.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cimport numpy as cnp
+
+from xfast._area cimport Slots
+from xfast._loops cimport Loops
+
+cdef const Loops *loops
+cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches
+
+cdef class Table:
+    cdef Slots slots
+
+cdef uint32_t audit_one(
+    const uint8_t *area, Py_ssize_t size, uint64_t mask, uint32_t mxcsr_mask
+) noexcept nogil
+cdef uint64_t xinuse_one(
+    const uint8_t *area, Py_ssize_t size, const Slots *slots, bint early
+) noexcept nogil
+cdef uint64_t diff_one(
+    const uint8_t *one, Py_ssize_t size, const Slots *slots,
+    const uint8_t *two, Py_ssize_t two_size, const Slots *two_slots,
+) noexcept nogil
+cdef uint64_t keep_one(
+    uint8_t *area, Py_ssize_t size, const Slots *slots, uint64_t mask, bint scrub
+) noexcept nogil
+
+cdef struct Rows:
+    # An array of areas, checked
+    uint8_t *data
+    Py_ssize_t n
+    Py_ssize_t size
+    Py_ssize_t stride
+
+cdef Rows rows(cnp.ndarray array, str name, bint writes) except *
+cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL
+cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil

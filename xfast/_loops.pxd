@@ -1,0 +1,37 @@
+"""The loops over rows that `_loops.pxi` compiles for each instruction set."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from xfast._area cimport Place, Slots
+from xfast._plan cimport Job
+
+cdef struct Scan:
+    # One call that reads rows, or trims them in place, and fills one value a row.
+    uint8_t *rows
+    Py_ssize_t stride
+    Py_ssize_t size
+    Py_ssize_t n
+    const Slots *slots
+    uint8_t *other  # diff: the rows to compare with
+    Py_ssize_t other_stride
+    Py_ssize_t other_size
+    const Slots *other_slots
+    uint64_t mask
+    uint32_t mxcsr_mask
+    bint flag  # xinuse: stop early; keep: scrub
+    bint stream
+    int ahead
+    void *out
+
+cdef struct Loops:
+    void (*convert)(Job *job) noexcept nogil
+    void (*merge)(Job *job) noexcept nogil
+    void (*swap)(Job *save, Job *load) noexcept nogil
+    void (*audit)(const Scan *scan) noexcept nogil
+    void (*classify)(const Scan *scan) noexcept nogil
+    void (*xinuse)(const Scan *scan) noexcept nogil
+    void (*diff)(const Scan *scan) noexcept nogil
+    void (*keep)(const Scan *scan) noexcept nogil
+    # The limits of the machine, to measure the others against
+    void (*copy)(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noexcept nogil
+    bint (*read)(const uint8_t *src, Py_ssize_t n) noexcept nogil

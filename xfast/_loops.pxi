@@ -1,0 +1,578 @@
+# The loops over rows: nothing here touches Python. Compiled once for each instruction set.
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from cpython.pycapsule cimport PyCapsule_New
+
+from xfast._area cimport (
+    AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place,
+    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, place, store32, store64,
+    take_lowest,
+)
+from xfast._loops cimport Loops, Scan
+from xfast._plan cimport (
+    BLEND, CARRY, COPY, PACKED, RING, TARGET, ZERO, Blend, Cache, Job, Plan, Range, Step, find,
+)
+from xfast._simd cimport (
+    LINE, line_and, line_any, line_load, line_merge, line_or, line_store, line_store_part,
+    line_stream, line_t, line_xor, line_zero, prefetch_far, prefetch_near, stream_fence,
+)
+
+cdef enum:
+    HEADERS_AHEAD = 12  # rows whose header is fetched before the row is planned
+    AUDIT_AHEAD = 32  # rows whose two lines an audit fetches ahead
+
+
+# --- runs of lines --------------------------------------------------------------------------
+
+
+cdef inline void put(uint8_t *dst, line_t line, bint stream) noexcept nogil:
+    if stream:
+        line_stream(dst, line)
+    else:
+        line_store(dst, line)
+
+
+cdef inline void copy_lines(
+    uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
+) noexcept nogil:
+    cdef line_t a, b, c, d
+    while lines >= 4:
+        a = line_load(src)
+        b = line_load(src + LINE)
+        c = line_load(src + 2 * LINE)
+        d = line_load(src + 3 * LINE)
+        put(dst, a, stream)
+        put(dst + LINE, b, stream)
+        put(dst + 2 * LINE, c, stream)
+        put(dst + 3 * LINE, d, stream)
+        src += 4 * LINE
+        dst += 4 * LINE
+        lines -= 4
+    while lines:
+        put(dst, line_load(src), stream)
+        src += LINE
+        dst += LINE
+        lines -= 1
+
+
+cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
+    cdef line_t none = line_zero()
+    while lines:
+        put(dst, none, stream)
+        dst += LINE
+        lines -= 1
+
+
+cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogil:
+    """Whether one of `n` bytes is not 0; `early`: read no further than needed."""
+    cdef line_t any = line_zero()
+    cdef uint64_t rest = 0
+    while n >= LINE:
+        any = line_or(any, line_load(p))
+        if early and line_any(any):
+            return True
+        p += LINE
+        n -= LINE
+    while n >= 8:
+        rest |= load64(p)
+        p += 8
+        n -= 8
+    while n:
+        rest |= p[0]
+        p += 1
+        n -= 1
+    return rest != 0 or line_any(any)
+
+
+cdef inline bint differ(const uint8_t *a, const uint8_t *b, uint32_t n) noexcept nogil:
+    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it."""
+    cdef line_t any = line_zero()
+    while n >= LINE:
+        any = line_or(any, line_xor(line_load(a), line_load(b)))
+        a += LINE
+        b += LINE
+        n -= LINE
+    return line_any(any) or (n and memcmp(a, b, n) != 0)
+
+
+cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noexcept nogil:
+    cdef uint32_t i, j
+    for i in range(n):
+        for j in range(ranges[i].lines):
+            prefetch_far(row + ranges[i].start + j * LINE)
+
+
+# --- following a plan -----------------------------------------------------------------------
+
+
+cdef inline line_t blend_line(
+    line_t line, const Blend *blend, const uint8_t *src, const uint8_t *dst, const uint8_t *carry
+) noexcept nogil:
+    if blend.opens:
+        line = line_load(blend.value)
+        if blend.base == CARRY:
+            line = line_or(line, line_load(carry))
+        elif blend.base == TARGET:
+            line = line_merge(line, dst, 0, blend.room, blend.room == LINE)
+    if blend.to:
+        line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
+    return line
+
+
+cdef inline void follow(
+    const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint stream
+) noexcept nogil:
+    """Write one area; `dst` is where its first line begins."""
+    cdef line_t line = line_zero()
+    cdef const Blend *blend
+    cdef const Step *step = plan.step
+    cdef uint32_t i
+    for i in range(plan.steps):
+        if step.kind == COPY:
+            copy_lines(dst + step.dst, src + step.src, step.lines, stream)
+        elif step.kind == ZERO:
+            zero_lines(dst + step.dst, step.lines, stream)
+        else:
+            blend = plan.blend + step.src
+            line = blend_line(line, blend, src, dst + step.dst, carry)
+            if blend.closes:
+                if blend.carries:
+                    line_store(carry, line)
+                elif blend.room != LINE:
+                    line_store_part(dst + step.dst, line, blend.room)
+                else:
+                    put(dst + step.dst, line, stream and blend.base != TARGET)
+        step += 1
+
+
+cdef inline void set_pkru(Plan *plan, uint32_t value) noexcept nogil:
+    if plan.pkru:
+        store32(plan.blend[plan.pkru - 1].value + plan.pkru_at, value)
+
+
+cdef inline uint32_t phase_of(const Job *job, Py_ssize_t i) noexcept nogil:
+    return (<size_t>job.dst + i * job.dst_stride) & (LINE - 1)
+
+
+cdef inline Plan *plan_of(const Job *job, Py_ssize_t i, bint packed) noexcept nogil:
+    cdef const uint8_t *row = job.src + i * job.src_stride + LEGACY
+    return find(
+        job.cache, load64(row), load64(row + 8), PACKED | phase_of(job, i) if packed and i else 0
+    )
+
+
+cdef inline void convert_row(
+    Job *job, Py_ssize_t i, Plan *plan, uint8_t *carry, bint stream
+) noexcept nogil:
+    cdef uint32_t phase = plan.key[2] & (LINE - 1)
+    if job.pkru:
+        set_pkru(plan, job.pkru[i])
+    if job.lost:
+        job.lost[i] = plan.lost
+    job.failed |= plan.lost
+    follow(
+        plan, job.src + i * job.src_stride, job.dst + i * job.dst_stride - phase, carry, stream
+    )
+
+
+cdef void convert(Job *job) noexcept nogil:
+    """Write whole areas: every byte of a row, or as far as its compacted form reaches."""
+    cdef uint8_t carry[LINE]
+    cdef Plan *ring[RING]
+    cdef Plan *plan
+    cdef Py_ssize_t i, j, n = job.n
+    cdef bint packed = phase_of(job, 1) != 0 or phase_of(job, 0) != 0
+    if not job.stream:
+        for i in range(n):
+            plan = plan_of(job, i, False)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            convert_row(job, i, plan, carry, False)
+        return
+    for j in range(n + job.ahead):
+        i = j - job.ahead
+        if j + HEADERS_AHEAD < n:
+            prefetch_far(job.src + (j + HEADERS_AHEAD) * job.src_stride + LEGACY)
+        if j < n:
+            plan = plan_of(job, j, packed)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            ring[j & (RING - 1)] = plan
+            if job.ahead:
+                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+        if i < 0:
+            continue
+        if packed and i == 0:
+            convert_row(job, i, ring[0], carry, False)
+            open_carry(job, carry)
+        else:
+            convert_row(job, i, ring[i & (RING - 1)], carry, True)
+    if packed and n > 1:
+        close_carry(job, carry)
+    stream_fence()
+
+
+cdef void open_carry(const Job *job, uint8_t *carry) noexcept nogil:
+    """Take back the end of row 0, which the first line of row 1 goes on from."""
+    cdef uint32_t n = phase_of(job, 1)
+    memset(carry, 0, LINE)
+    memcpy(carry, job.dst + job.dst_stride - n, n)
+
+
+cdef void close_carry(const Job *job, const uint8_t *carry) noexcept nogil:
+    """Write the end of the last row."""
+    cdef uint32_t n = phase_of(job, job.n)
+    memcpy(job.dst + job.n * job.dst_stride - n, carry, n)
+
+
+cdef inline uint32_t fault_of(const Job *job, const uint8_t *row) noexcept nogil:
+    """What KVM_SET_XSAVE would object to; codes of `xfast.area.UabiFault`."""
+    cdef uint64_t bv = load64(row + LEGACY)
+    if bv & ~job.user_xfeatures:
+        return 1
+    if load64(row + LEGACY + 8):
+        return 2
+    if line_any(line_merge(line_zero(), row + LEGACY, 16, LINE, True)):
+        return 3
+    if bv & (FP | SSE | AVX) and load32(row + 24) & ~job.mxcsr_mask:
+        return 4
+    return 0
+
+
+cdef inline Plan *merge_plan(const Job *job, Py_ssize_t i) noexcept nogil:
+    cdef const uint8_t *src = job.src + i * job.src_stride + LEGACY
+    cdef const uint8_t *dst = job.dst + i * job.dst_stride + LEGACY
+    return find(job.cache, load64(src), load64(src + 8), load64(dst + 8))
+
+
+cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream) noexcept nogil:
+    cdef const uint8_t *src = job.src + i * job.src_stride
+    cdef uint8_t *dst = job.dst + i * job.dst_stride
+    cdef uint32_t fault = fault_of(job, src) if job.validate else 0
+    if plan.lost and not fault:
+        fault = 5
+    if job.status:
+        job.status[i] = fault
+    if job.lost:
+        job.lost[i] = plan.lost
+    if fault:
+        job.failed |= fault
+        return
+    follow(plan, src, dst, dst, stream)
+    store64(dst + LEGACY, (load64(dst + LEGACY) & ~job.mask) | plan.stored)
+
+
+cdef void merge(Job *job) noexcept nogil:
+    """Copy present components into areas; all other bytes of a row stay."""
+    cdef Plan *ring[RING]
+    cdef Plan *plan
+    cdef Py_ssize_t i, j, n = job.n
+    for j in range(n + job.ahead):
+        i = j - job.ahead
+        if job.ahead and j + HEADERS_AHEAD < n:
+            prefetch_far(job.src + (j + HEADERS_AHEAD) * job.src_stride + LEGACY)
+            prefetch_far(job.dst + (j + HEADERS_AHEAD) * job.dst_stride + LEGACY)
+        if j < n:
+            plan = merge_plan(job, j)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            ring[j & (RING - 1)] = plan
+            if job.ahead:
+                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+                fetch(job.dst + j * job.dst_stride, plan.hold, plan.holds)
+        if i < 0:
+            continue
+        if job.stream:
+            merge_row(job, i, ring[i & (RING - 1)], True)
+        else:
+            merge_row(job, i, ring[i & (RING - 1)], False)
+    if job.stream:
+        stream_fence()
+
+
+cdef void swap(Job *save, Job *load) noexcept nogil:
+    """Merge `load.dst`, the registers, into `save.dst`, and `load.src` into the registers."""
+    cdef const Plan *leave
+    cdef const Plan *enter
+    cdef Py_ssize_t i
+    for i in range(save.n):
+        leave = merge_plan(save, i)
+        enter = merge_plan(load, i)
+        if leave == NULL or enter == NULL:
+            save.no_memory = True
+            return
+        save.lost[i] = leave.lost | enter.lost
+        save.failed |= save.lost[i]
+        if not save.lost[i]:
+            merge_row(save, i, leave, False)
+            merge_row(load, i, enter, False)
+
+
+# --- reading and trimming -------------------------------------------------------------------
+
+
+cdef void audit(const Scan *scan) noexcept nogil:
+    """Branch-free, both lines fetched far ahead: this loop is as fast as memory answers."""
+    cdef const uint8_t *row = scan.rows
+    cdef uint8_t *flags = <uint8_t *>scan.out
+    cdef uint64_t bv, reserved
+    cdef Py_ssize_t i
+    for i in range(scan.n):
+        if i + AUDIT_AHEAD < scan.n:
+            prefetch_far(row + AUDIT_AHEAD * scan.stride)
+            prefetch_far(row + AUDIT_AHEAD * scan.stride + LEGACY)
+        bv = load64(row + LEGACY)
+        reserved = (
+            load64(row + LEGACY + 16) | load64(row + LEGACY + 24) | load64(row + LEGACY + 32)
+            | load64(row + LEGACY + 40) | load64(row + LEGACY + 48) | load64(row + LEGACY + 56)
+        )
+        flags[i] = (
+            (bv & ~scan.mask != 0) | (load64(row + LEGACY + 8) != 0) << 1 | (reserved != 0) << 2
+            | ((bv & (FP | SSE | AVX) != 0) & (load32(row + 24) & ~scan.mxcsr_mask != 0)) << 3
+        )
+        row += scan.stride
+
+
+cdef inline bint x87_in_use(const uint8_t *row, bint clear) noexcept nogil:
+    """Whether the x87 bytes differ from their init value; a `clear` one may also be all zero."""
+    cdef uint64_t any = load64(row) & ~<uint64_t>0xFF000000FFFF  # FCW, and a reserved byte
+    cdef uint32_t fcw = load16(row)
+    cdef int i
+    any |= load64(row + 8) | load64(row + 16)
+    for i in range(8):
+        any |= load64(row + 32 + 16 * i) | load16(row + 40 + 16 * i)
+    return any != 0 or (fcw != FCW_INIT and not (clear and fcw == 0))
+
+
+cdef inline uint64_t xinuse_one(
+    const uint8_t *row, const Place *at, const Slots *slots, bint early
+) noexcept nogil:
+    cdef uint64_t rest = at.found & at.bv if early else at.found
+    cdef uint64_t used = 0
+    cdef int c
+    if rest & FP and x87_in_use(row, not at.bv & FP):
+        used = FP
+    if rest & SSE and nonzero(row + 160, 256, early):
+        used |= SSE
+    rest &= ~<uint64_t>(FP | SSE)
+    while rest:
+        c = take_lowest(&rest)
+        if not nonzero(row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early):
+            continue
+        if at.bv & bit(c) or compacted(at.xcomp) or not slots.overlap[c] & at.bv:
+            used |= bit(c)
+    return used
+
+
+cdef inline uint32_t ranges_of(const Place *at, const Slots *slots, Range *ranges) noexcept nogil:
+    """List the lines that hold components, in the order of their numbers."""
+    cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
+    cdef uint32_t n = 1
+    cdef int c
+    ranges[0] = Range(0, 9)
+    while rest:
+        c = take_lowest(&rest)
+        ranges[n] = Range(at.offset[c], (slots.size[c] + LINE - 1) // LINE)
+        n += 1
+    return n
+
+
+cdef void classify(const Scan *scan) noexcept nogil:
+    """Fill four masks a row: in use, default, stale, unreadable."""
+    cdef const uint8_t *row = scan.rows
+    cdef uint64_t *used = <uint64_t *>scan.out
+    cdef uint64_t *usual = used + scan.n
+    cdef uint64_t *stale = usual + scan.n
+    cdef uint64_t *unreadable = stale + scan.n
+    cdef uint64_t data
+    cdef uint32_t csr
+    cdef Py_ssize_t i
+    cdef Place at
+    at.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, row, scan.size, &at)
+        data = xinuse_one(row, &at, scan.slots, False)
+        csr = load32(row + 24)
+        if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
+            data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
+        used[i] = data & at.bv
+        stale[i] = data & ~at.bv
+        unreadable[i] = at.bv & ~at.found
+        usual[i] = 0
+        if used[i] & PKRU and load32(row + at.offset[9]) == PKRU_DEFAULT:
+            usual[i] = PKRU
+        row += scan.stride
+
+
+cdef void xinuse(const Scan *scan) noexcept nogil:
+    cdef const uint8_t *row = scan.rows
+    cdef const uint8_t *next
+    cdef uint64_t *used = <uint64_t *>scan.out
+    cdef uint64_t rest
+    cdef Range ranges[COMPONENTS]
+    cdef uint32_t n = 0
+    cdef Py_ssize_t i
+    cdef Place at
+    at.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, row, scan.size, &at)
+        if i == 0:
+            n = ranges_of(&at, scan.slots, ranges)
+        if i + scan.ahead < scan.n and scan.ahead:
+            next = row + scan.ahead * scan.stride
+            if not scan.flag:
+                fetch(next, ranges, n)
+            else:
+                if i + 2 * scan.ahead < scan.n:
+                    prefetch_far(next + scan.ahead * scan.stride + LEGACY)
+                rest = load64(next + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
+                prefetch_far(next)
+                prefetch_far(next + 160)
+                while rest:
+                    prefetch_far(next + at.offset[take_lowest(&rest)])
+        if scan.flag:
+            used[i] = xinuse_one(row, &at, scan.slots, True)
+        else:
+            used[i] = xinuse_one(row, &at, scan.slots, False)
+        row += scan.stride
+
+
+cdef inline uint64_t diff_one(
+    const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
+    const Slots *qslots,
+) noexcept nogil:
+    """Compare by value: a clear bit is the init value, whatever bytes lie there."""
+    cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
+    cdef uint64_t both = p.bv & q.bv & ~unread
+    cdef uint64_t out = unread
+    cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
+    cdef uint32_t n
+    cdef int c
+    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128)):
+        out |= FP
+    if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
+        load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
+    ):
+        out |= SSE
+    if both & SSE and differ(a + 160, b + 160, 256):
+        out |= SSE
+    while rest:
+        c = take_lowest(&rest)
+        n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
+        if differ(a + p.offset[c], b + q.offset[c], n):
+            out |= bit(c)
+    if p.bv & ~both:
+        out |= xinuse_one(a, p, pslots, True) & ~both
+    if q.bv & ~both:
+        out |= xinuse_one(b, q, qslots, True) & ~both
+    return out
+
+
+cdef void diff(const Scan *scan) noexcept nogil:
+    cdef const uint8_t *a = scan.rows
+    cdef const uint8_t *b = scan.other
+    cdef uint64_t *out = <uint64_t *>scan.out
+    cdef Range ranges[2][COMPONENTS]
+    cdef uint32_t n = 0, m = 0
+    cdef Place p, q
+    cdef Py_ssize_t i
+    p.found = q.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, a, scan.size, &p)
+        locate(scan.other_slots, b, scan.other_size, &q)
+        if i == 0:
+            n = ranges_of(&p, scan.slots, ranges[0])
+            m = ranges_of(&q, scan.other_slots, ranges[1])
+        if i + scan.ahead < scan.n and scan.ahead:
+            fetch(a + scan.ahead * scan.stride, ranges[0], n)
+            fetch(b + scan.ahead * scan.other_stride, ranges[1], m)
+        out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots)
+        a += scan.stride
+        b += scan.other_stride
+
+
+cdef inline void scrub_one(
+    uint8_t *row, const Place *at, const Slots *slots, uint64_t drop, uint64_t kept, bint stream
+) noexcept nogil:
+    """Give dropped components their init value, and leave the bytes of kept ones alone."""
+    cdef uint64_t rest = drop & at.found & ~<uint64_t>(FP | SSE)
+    cdef uint8_t *start
+    cdef uint32_t whole
+    cdef int c
+    if drop & FP:
+        memset(row, 0, 24)
+        memset(row + 32, 0, 128)
+        row[0] = FCW_INIT & 0xFF
+        row[1] = FCW_INIT >> 8
+    if drop & SSE:
+        memset(row + 160, 0, 256)
+    if drop & (SSE | AVX) and not has_mxcsr(kept, at.xcomp):
+        store32(row + 24, MXCSR_INIT)
+    while rest:
+        c = take_lowest(&rest)
+        if not compacted(at.xcomp) and slots.overlap[c] & kept:
+            continue
+        start = row + at.offset[c]
+        whole = slots.size[c] // LINE
+        zero_lines(start, whole, stream and <size_t>start & (LINE - 1) == 0)
+        memset(start + whole * LINE, 0, slots.size[c] % LINE)
+
+
+cdef void keep(const Scan *scan) noexcept nogil:
+    cdef uint8_t *row = scan.rows
+    cdef uint64_t *dropped = <uint64_t *>scan.out
+    cdef Py_ssize_t i
+    cdef Place at
+    at.found = 0
+    for i in range(scan.n):
+        if i + scan.ahead < scan.n and scan.ahead:
+            prefetch_far(row + scan.ahead * scan.stride + LEGACY)
+        dropped[i] = load64(row + LEGACY) & ~scan.mask
+        if dropped[i] and scan.flag:
+            locate(scan.slots, row, scan.size, &at)
+            scrub_one(row, &at, scan.slots, dropped[i], at.bv & scan.mask, scan.stream)
+        if dropped[i]:
+            store64(row + LEGACY, load64(row + LEGACY) & scan.mask)
+        row += scan.stride
+    if scan.stream:
+        stream_fence()
+
+
+# --- the limits of the machine --------------------------------------------------------------
+
+
+cdef void copy(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noexcept nogil:
+    """Copy `n` bytes, a multiple of 64; the benchmarks' denominator."""
+    if stream:
+        copy_lines(dst, src, <uint32_t>(n // LINE), True)
+        stream_fence()
+    else:
+        copy_lines(dst, src, <uint32_t>(n // LINE), False)
+
+
+cdef bint read(const uint8_t *src, Py_ssize_t n) noexcept nogil:
+    """Read `n` bytes; the benchmarks' other denominator."""
+    return nonzero(src, <uint32_t>n, False)
+
+
+cdef Loops LOOPS
+LOOPS.convert = convert
+LOOPS.merge = merge
+LOOPS.swap = swap
+LOOPS.audit = audit
+LOOPS.classify = classify
+LOOPS.xinuse = xinuse
+LOOPS.diff = diff
+LOOPS.keep = keep
+LOOPS.copy = copy
+LOOPS.read = read
+
+
+def loops():
+    """Return the table of loops, for `_core`."""
+    return PyCapsule_New(&LOOPS, "xfast.loops", NULL)

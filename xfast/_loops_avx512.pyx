@@ -1,0 +1,4 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The loops of `_loops.pxi`, compiled for: avx512."""
+
+include "_loops.pxi"

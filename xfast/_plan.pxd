@@ -1,0 +1,122 @@
+"""What a plan is: how to write one area, line by line, from another with a given header.
+
+Areas with the same header are written alike, so the decisions (which components, where from,
+where to, init or not) are taken once for each header and kept. Data only: `_convert` makes
+plans, `_loops` follow them.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef enum:
+    CACHE = 1024  # plans kept; a power of two
+    PROBES = 8  # neighbours in which a plan may be found
+    PACKED = 64  # in a key: the row goes on in the line where the one before it ended
+    RING = 64  # rows that a loop may look ahead; a power of two
+
+cdef enum Kind:
+    COPY
+    ZERO
+    BLEND
+
+cdef enum Base:
+    # What a blended line holds before parts of the source go over it.
+    VALUE  # init values and header
+    TARGET  # what lies there
+    CARRY  # VALUE, and the end of the row before
+
+cdef struct Step:
+    Kind kind
+    uint32_t dst  # bytes from the target row's first line
+    uint32_t src  # COPY: bytes into the source row; BLEND: which
+    uint32_t lines
+
+cdef struct Blend:
+    uint8_t value[64]
+    Py_ssize_t src  # where the line would begin in the source row
+    uint32_t first, to  # the bytes that come from there
+    uint32_t room  # bytes of the line that belong to the target row
+    Base base
+    bint whole  # the source row holds 64 bytes at `src`
+    bint opens, closes  # the first, the last blend of its line
+    bint carries  # the line is completed by the next row
+
+cdef struct Range:
+    uint32_t start, lines
+
+cdef struct Plan:
+    uint64_t key[3]
+    uint64_t stored  # XSTATE_BV of the result, of components that come from the source
+    uint64_t lost  # components that have no place, in the source or in the target
+    uint32_t steps, blends, reads, holds
+    uint32_t pkru  # 1 + index of the blend into which a PKRU from elsewhere goes
+    uint32_t pkru_at
+    Step *step
+    Blend *blend
+    Range *read  # source lines to fetch
+    Range *hold  # target lines of which a part stays
+
+cdef struct Cache:
+    Plan *last
+    Plan *plan[CACHE]
+    Plan *retired[RING]  # replaced, but a loop may still look at them
+    uint32_t retirements
+    Py_ssize_t src_size, dst_size  # of the rows these plans are for
+    const void *config
+    Plan *(*miss)(
+        Cache *cache, uint64_t home, uint64_t bv, uint64_t xcomp, uint64_t third
+    ) noexcept nogil
+
+
+cdef extern from *:
+    """
+    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
+    """
+    const uint64_t ODD
+
+
+cdef inline bint matches(
+    const Plan *plan, uint64_t bv, uint64_t xcomp, uint64_t third
+) noexcept nogil:
+    return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
+
+
+cdef inline Plan *find(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
+    """Return the plan for a header; NULL only if memory is out."""
+    cdef uint64_t mixed
+    cdef Plan *plan
+    cdef int i
+    if cache.last and matches(cache.last, bv, xcomp, third):
+        return cache.last
+    mixed = (bv ^ xcomp * ODD ^ (third << 32 | third >> 32) * ODD) * ODD >> 54
+    for i in range(PROBES):
+        plan = cache.plan[(mixed + i) & (CACHE - 1)]
+        if plan == NULL:
+            break
+        if matches(plan, bv, xcomp, third):
+            cache.last = plan
+            return plan
+    return cache.miss(cache, mixed, bv, xcomp, third)
+
+
+cdef struct Job:
+    # One call: rows to read, rows to write, and how.
+    const uint8_t *src
+    Py_ssize_t src_stride
+    uint8_t *dst
+    Py_ssize_t dst_stride
+    Py_ssize_t dst_size
+    Py_ssize_t n
+    Cache *cache
+    bint stream  # past the caches
+    int ahead  # rows whose data to fetch ahead
+    bint no_memory  # out: stopped early
+    uint64_t failed  # out: of all rows, what is lost, or the first status
+    uint64_t *lost  # out, or NULL: components lost, n masks
+    # convert only
+    const uint32_t *pkru  # n values, or NULL
+    # merge only
+    uint32_t *status  # out, or NULL: UabiFault, n codes
+    uint64_t mask  # what `dst` has of these is replaced
+    bint validate
+    uint64_t user_xfeatures
+    uint32_t mxcsr_mask

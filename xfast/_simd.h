@@ -1,0 +1,175 @@
+/* The vocabulary of the loops: one 64-byte line, in the widest registers the compiler may use.
+ *
+ * Compiled once for each instruction set (see setup.py); XFAST_PLAIN forces portable C, which is
+ * also what other architectures get. Unaligned unless a name says otherwise.
+ */
+#ifndef XFAST_SIMD_H
+#define XFAST_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LINE 64
+
+#if defined(XFAST_PLAIN) || !defined(__SSE2__)
+
+typedef struct { uint64_t w[8]; } line_t;
+
+#define EACH(expression) \
+    line_t r; \
+    for (int i = 0; i < 8; i++) r.w[i] = (expression); \
+    return r
+
+static inline line_t line_load(const void *p) { line_t r; memcpy(&r, p, LINE); return r; }
+static inline void line_store(void *p, line_t a) { memcpy(p, &a, LINE); }
+static inline void line_stream(void *p, line_t a) { memcpy(p, &a, LINE); }
+static inline line_t line_zero(void) { EACH(0); }
+static inline line_t line_or(line_t a, line_t b) { EACH(a.w[i] | b.w[i]); }
+static inline line_t line_and(line_t a, line_t b) { EACH(a.w[i] & b.w[i]); }
+static inline line_t line_xor(line_t a, line_t b) { EACH(a.w[i] ^ b.w[i]); }
+static inline int line_any(line_t a)
+{
+    uint64_t any = 0;
+    for (int i = 0; i < 8; i++) any |= a.w[i];
+    return any != 0;
+}
+static inline void stream_fence(void) {}
+static inline void prefetch_near(const void *p) { (void)p; }
+static inline void prefetch_far(const void *p) { (void)p; }
+#undef EACH
+
+#else /* x86 */
+
+#include <immintrin.h>
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+
+typedef __m512i line_t;
+
+static inline line_t line_load(const void *p) { return _mm512_loadu_si512(p); }
+static inline void line_store(void *p, line_t a) { _mm512_storeu_si512(p, a); }
+static inline void line_stream(void *p, line_t a) { _mm512_stream_si512((__m512i *)p, a); }
+static inline line_t line_zero(void) { return _mm512_setzero_si512(); }
+static inline line_t line_or(line_t a, line_t b) { return _mm512_or_si512(a, b); }
+static inline line_t line_and(line_t a, line_t b) { return _mm512_and_si512(a, b); }
+static inline line_t line_xor(line_t a, line_t b) { return _mm512_xor_si512(a, b); }
+static inline int line_any(line_t a) { return _mm512_test_epi64_mask(a, a) != 0; }
+
+#else /* 2 x AVX2 or 4 x SSE2 registers a line */
+
+#ifdef __AVX2__
+#define N 2
+typedef __m256i vec_t;
+#define V(op) _mm256_##op##_si256
+#else
+#define N 4
+typedef __m128i vec_t;
+#define V(op) _mm_##op##_si128
+#endif
+
+typedef struct { vec_t v[N]; } line_t;
+
+#define EACH(expression) \
+    line_t r; \
+    for (int i = 0; i < N; i++) r.v[i] = (expression); \
+    return r
+
+static inline line_t line_load(const void *p) { EACH(V(loadu)((const vec_t *)p + i)); }
+static inline void line_store(void *p, line_t a)
+{
+    for (int i = 0; i < N; i++) V(storeu)((vec_t *)p + i, a.v[i]);
+}
+static inline void line_stream(void *p, line_t a)
+{
+    for (int i = 0; i < N; i++) V(stream)((vec_t *)p + i, a.v[i]);
+}
+static inline line_t line_zero(void) { EACH(V(setzero)()); }
+static inline line_t line_or(line_t a, line_t b) { EACH(V(or)(a.v[i], b.v[i])); }
+static inline line_t line_and(line_t a, line_t b) { EACH(V(and)(a.v[i], b.v[i])); }
+static inline line_t line_xor(line_t a, line_t b) { EACH(V(xor)(a.v[i], b.v[i])); }
+static inline int line_any(line_t a)
+{
+#ifdef __AVX2__
+    vec_t any = _mm256_or_si256(a.v[0], a.v[1]);
+    return !_mm256_testz_si256(any, any);
+#else
+    vec_t any = _mm_or_si128(_mm_or_si128(a.v[0], a.v[1]), _mm_or_si128(a.v[2], a.v[3]));
+    return _mm_movemask_epi8(_mm_cmpeq_epi8(any, _mm_setzero_si128())) != 0xFFFF;
+#endif
+}
+#undef EACH
+#undef V
+#undef N
+
+#endif
+
+static inline void stream_fence(void) { _mm_sfence(); }
+static inline void prefetch_near(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+
+#endif
+
+/* Parts of a line: bytes `from` to `to` - 1 alone are read or written. line_merge() takes them
+ * from `p` and the others from `a`; `whole` says that reading the whole line does no harm.
+ */
+#if !defined(XFAST_PLAIN) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+static inline __mmask64 window(unsigned from, unsigned to)
+{
+    return (to < LINE ? _bzhi_u64(~0ull, to) : ~0ull) & ~0ull << from;
+}
+static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsigned to, int whole)
+{
+    (void)whole;
+    return _mm512_mask_loadu_epi8(a, window(from, to), p);
+}
+static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
+{
+    _mm512_mask_storeu_epi8(p, window(0, to), a);
+}
+
+#else
+
+static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsigned to, int whole)
+{
+    static const uint8_t step[3 * LINE] = {[LINE ... 2 * LINE - 1] = 0xFF};
+    uint8_t bytes[LINE] = {0};
+    if (!whole) {
+        memcpy(bytes + from, p + from, to - from);
+        p = bytes;
+    }
+    line_t taken = line_and(line_load(step + LINE - from), line_load(step + 2 * LINE - to));
+    return line_xor(a, line_and(taken, line_xor(a, line_load(p))));
+}
+static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
+{
+    uint8_t bytes[LINE];
+    line_store(bytes, a);
+    memcpy(p, bytes, to);
+}
+
+#endif
+
+/* Ownership of a pointer that several threads may want: who gets non-NULL has it. */
+static inline void *pointer_exchange(void **p, void *value)
+{
+    return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL);
+}
+
+/* The widest of the instruction sets that the CPU has and the kernel has enabled. */
+static inline const char *widest_isa(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("bmi2"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2"))
+        return "avx2";
+    return "baseline";
+#else
+    return "plain";
+#endif
+}
+
+#endif
