@@ -24,6 +24,7 @@ cdef struct Slots:
     uint32_t size[COMPONENTS]
     uint32_t offset[COMPONENTS]
     uint64_t overlap[COMPONENTS]
+    uint64_t shared  # components that overlap another
     uint64_t known
     uint64_t align64
 

@@ -41,6 +41,7 @@ cdef class Merger(Plans):
     cdef bint validates
     cdef Job job(self, const Rows *src, const Rows *dst) noexcept nogil
 
+cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil
 cdef uint64_t convert_one(
     Converter how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size
 ) noexcept nogil

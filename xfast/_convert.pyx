@@ -20,7 +20,7 @@ from xfast._area cimport (
     AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, SSE, Place, bit, compacted,
     has_mxcsr, place, take_lowest,
 )
-from xfast._core cimport Rows, Table, loops, overlap, rows, stream_above, vector
+from xfast._core cimport Rows, Table, loops, overlap, rows, rows_ahead, stream_above, vector
 from xfast._plan cimport (
     BLEND, CACHE, CARRY, COPY, PACKED, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
     Plan, Range, Step,
@@ -33,7 +33,6 @@ cdef enum:
     PARTS = COMPONENTS + 4
     STEPS = 4 * PARTS + 16
     BLENDS = 2 * PARTS + 16
-    ROWS_AHEAD = 4  # whose data are fetched ahead
     LONG_ROW = 8192  # the hardware fetches these ahead better than we do
     SMALL = 1 << 16  # bytes below which letting go of the GIL costs more than it gives
 
@@ -373,7 +372,7 @@ cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
     if src.n * (src.size + dst.size) > stream_above:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
         if src.size < LONG_ROW:
-            job.ahead = ROWS_AHEAD
+            job.ahead = rows_ahead
     return job
 
 

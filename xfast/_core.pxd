@@ -13,6 +13,7 @@ from xfast._loops cimport Loops
 
 cdef const Loops *loops
 cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches
+cdef int rows_ahead  # whose data such a batch fetches ahead
 
 cdef class Table:
     cdef Slots slots

@@ -19,6 +19,7 @@ cimport numpy as cnp
 
 from xfast._area cimport EXTENDED, FP, LEGACY, SSE, Slots, bit, load32, load64
 from xfast._loops cimport Loops, Scan
+from xfast._plan cimport RING
 from xfast._simd cimport widest_isa
 
 import os
@@ -45,13 +46,23 @@ loops = <const Loops *>PyCapsule_GetPointer(
     import_module(f"xfast._loops_{ISA}").loops(), "xfast.loops"
 )
 
+cdef enum:
+    SCAN_AHEAD = 12  # rows, where every line is read
+
 stream_above = 16 << 20
+rows_ahead = 4
 
 
-def set_stream_above(Py_ssize_t limit):
-    """Bypass the caches in batches that read and write more bytes than this."""
-    global stream_above
-    stream_above = limit
+def tune(Py_ssize_t stream_above_, int rows_ahead_):
+    """Set from how many bytes on a batch bypasses the caches, and how far it fetches ahead.
+
+    A negative number leaves a setting as it is.
+    """
+    global stream_above, rows_ahead
+    if stream_above_ >= 0:
+        stream_above = stream_above_
+    if rows_ahead_ >= 0:
+        rows_ahead = min(rows_ahead_, RING - 1)
 
 
 cdef class Table:
@@ -85,6 +96,7 @@ cdef class Table:
                     and s.offset[j] < s.offset[i] + s.size[i]
                 ):
                     s.overlap[i] |= bit(j)
+                    s.shared |= bit(i)
 
 
 # --- one area -------------------------------------------------------------------------------
@@ -155,7 +167,7 @@ cdef uint64_t keep_one(
 # --- many areas -----------------------------------------------------------------------------
 
 
-cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table, int ahead) except *:
+cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table) except *:
     cdef Scan scan
     cdef Rows r = rows(areas, name, writes)
     memset(&scan, 0, sizeof(scan))
@@ -167,7 +179,7 @@ cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table, int ah
         scan.slots = &(<Table?>table).slots
     if r.n * r.size > stream_above:
         scan.stream = True
-        scan.ahead = ahead
+        scan.ahead = rows_ahead
     return scan
 
 
@@ -203,7 +215,7 @@ def classify(cnp.ndarray areas, Table table not None, cnp.ndarray masks):
     with Linux's default value. Stale: bit clear, and yet other than init data lie there.
     Unreadable: bit set, and the component is not in the layout or not inside the row.
     """
-    cdef Scan scan = scan_of(areas, "areas", False, table, 0)
+    cdef Scan scan = scan_of(areas, "areas", False, table)
     scan.out = vector(masks, "masks", cnp.NPY_UINT64, 4 * scan.n)
     with nogil:
         loops.classify(&scan)
@@ -211,7 +223,7 @@ def classify(cnp.ndarray areas, Table table not None, cnp.ndarray masks):
 
 def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray status):
     """Check header and MXCSR of every area; `status` receives `xfast.area.Audit` flags."""
-    cdef Scan scan = scan_of(areas, "areas", False, None, 0)
+    cdef Scan scan = scan_of(areas, "areas", False, None)
     scan.mask = mask
     scan.mxcsr_mask = mxcsr_mask
     scan.out = vector(status, "status", cnp.NPY_UINT8, scan.n)
@@ -225,8 +237,10 @@ def xinuse(cnp.ndarray areas, Table table not None, bint early, cnp.ndarray inus
 
     `early`: look only at components in XSTATE_BV.
     """
-    cdef Scan scan = scan_of(areas, "areas", False, table, 8)
+    cdef Scan scan = scan_of(areas, "areas", False, table)
     scan.flag = early
+    if scan.stream and not early:
+        scan.ahead = SCAN_AHEAD
     scan.out = vector(inuse, "inuse", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.xinuse(&scan)
@@ -238,7 +252,7 @@ def diff(
     cnp.ndarray differing,
 ):
     """Find the components whose values differ, row by row; what can't be read differs."""
-    cdef Scan scan = scan_of(one, "one", False, one_table, 4)
+    cdef Scan scan = scan_of(one, "one", False, one_table)
     cdef Rows other = rows(two, "two", False)
     if other.n != scan.n:
         raise ValueError(f"two: got {other.n} areas, needed {scan.n}, as many as one")
@@ -246,6 +260,8 @@ def diff(
     scan.other_size = other.size
     scan.other_stride = other.stride
     scan.other_slots = &two_table.slots
+    if scan.stride % 4096:
+        scan.ahead = 0  # rows without holes between them: the hardware does better
     scan.out = vector(differing, "differing", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.diff(&scan)
@@ -254,7 +270,7 @@ def diff(
 
 def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp.ndarray dropped):
     """Clear the XSTATE_BV bits outside `mask` in place; `scrub` wipes their data as well."""
-    cdef Scan scan = scan_of(areas, "areas", True, table, 12)
+    cdef Scan scan = scan_of(areas, "areas", True, table)
     scan.mask = mask
     scan.flag = scrub
     scan.out = vector(dropped, "dropped", cnp.NPY_UINT64, scan.n)
@@ -329,32 +345,3 @@ cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil:
     else:
         b_last += (two.n - 1) * two.stride
     return a < b_last + two.size and b < a_last + one.size
-
-
-# --- the limits of the machine --------------------------------------------------------------
-
-
-def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream):
-    """Copy whole lines, for benchmarks: the limit of every operation that writes."""
-    cdef Py_ssize_t n = min(cnp.PyArray_NBYTES(src), cnp.PyArray_NBYTES(out)) // 64 * 64
-    cdef uint8_t *s = <uint8_t *>cnp.PyArray_DATA(src)
-    cdef uint8_t *d = <uint8_t *>cnp.PyArray_DATA(out)
-    if not (
-        cnp.PyArray_IS_C_CONTIGUOUS(src) and cnp.PyArray_IS_C_CONTIGUOUS(out)
-        and cnp.PyArray_ISWRITEABLE(out) and <size_t>d % 64 == 0
-    ):
-        raise ValueError("copy: needed contiguous arrays, `out` writable and 64-byte aligned")
-    with nogil:
-        loops.copy(d, s, n, stream)
-
-
-def read(cnp.ndarray src not None):
-    """Read all bytes, for benchmarks: the limit of every operation that only reads."""
-    cdef Py_ssize_t n = cnp.PyArray_NBYTES(src)
-    cdef uint8_t *s = <uint8_t *>cnp.PyArray_DATA(src)
-    cdef bint any
-    if not cnp.PyArray_IS_C_CONTIGUOUS(src):
-        raise ValueError("read: needed a contiguous array")
-    with nogil:
-        any = loops.read(s, n)
-    return any

@@ -20,8 +20,8 @@ from xfast._simd cimport (
 )
 
 cdef enum:
-    HEADERS_AHEAD = 12  # rows whose header is fetched before the row is planned
-    AUDIT_AHEAD = 32  # rows whose two lines an audit fetches ahead
+    HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
+    AUDIT_AHEAD = 64  # rows whose two lines an audit fetches ahead
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -83,18 +83,25 @@ cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogi
         rest |= p[0]
         p += 1
         n -= 1
-    return rest != 0 or line_any(any)
+    return (rest != 0) | line_any(any)
 
 
 cdef inline bint differ(const uint8_t *a, const uint8_t *b, uint32_t n) noexcept nogil:
     """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it."""
     cdef line_t any = line_zero()
-    while n >= LINE:
+    cdef line_t more = line_zero()
+    while n >= 2 * LINE:
+        any = line_or(any, line_xor(line_load(a), line_load(b)))
+        more = line_or(more, line_xor(line_load(a + LINE), line_load(b + LINE)))
+        a += 2 * LINE
+        b += 2 * LINE
+        n -= 2 * LINE
+    if n >= LINE:
         any = line_or(any, line_xor(line_load(a), line_load(b)))
         a += LINE
         b += LINE
         n -= LINE
-    return line_any(any) or (n and memcmp(a, b, n) != 0)
+    return line_any(line_or(any, more)) | (n != 0 and memcmp(a, b, n) != 0)
 
 
 cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noexcept nogil:
@@ -338,15 +345,33 @@ cdef void audit(const Scan *scan) noexcept nogil:
         row += scan.stride
 
 
-cdef inline bint x87_in_use(const uint8_t *row, bint clear) noexcept nogil:
-    """Whether the x87 bytes differ from their init value; a `clear` one may also be all zero."""
-    cdef uint64_t any = load64(row) & ~<uint64_t>0xFF000000FFFF  # FCW, and a reserved byte
-    cdef uint32_t fcw = load16(row)
+# Bytes of the first three lines that belong to the x87 registers, FCW left out: it has an
+# init value other than 0, byte 5 is reserved, and six bytes of each ST slot are.
+cdef uint8_t X87[3 * 64]
+
+
+cdef void mark_x87() noexcept:
     cdef int i
-    any |= load64(row + 8) | load64(row + 16)
+    memset(X87, 0, sizeof(X87))
+    memset(X87 + 2, 0xFF, 3)
+    memset(X87 + 6, 0xFF, 18)
     for i in range(8):
-        any |= load64(row + 32 + 16 * i) | load16(row + 40 + 16 * i)
-    return any != 0 or (fcw != FCW_INIT and not (clear and fcw == 0))
+        memset(X87 + 32 + 16 * i, 0xFF, 10)
+
+
+mark_x87()
+
+
+cdef inline line_t x87_bytes(const uint8_t *row) noexcept nogil:
+    cdef line_t any = line_and(line_load(row), line_load(X87))
+    any = line_or(any, line_and(line_load(row + LINE), line_load(X87 + LINE)))
+    return line_or(any, line_and(line_load(row + 2 * LINE), line_load(X87 + 2 * LINE)))
+
+
+cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
+    """Whether FCW differs from its init value; where x87 is `clear`, from 0 as well."""
+    cdef uint32_t fcw = load16(row)
+    return (fcw != FCW_INIT) & ((fcw != 0) | (not clear))
 
 
 cdef inline uint64_t xinuse_one(
@@ -355,17 +380,21 @@ cdef inline uint64_t xinuse_one(
     cdef uint64_t rest = at.found & at.bv if early else at.found
     cdef uint64_t used = 0
     cdef int c
-    if rest & FP and x87_in_use(row, not at.bv & FP):
-        used = FP
-    if rest & SSE and nonzero(row + 160, 256, early):
-        used |= SSE
+    if rest & FP:
+        used = line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
+    if rest & SSE:
+        used |= <uint64_t>nonzero(row + 160, 256, early) << 1
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
-        if not nonzero(row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early):
-            continue
-        if at.bv & bit(c) or compacted(at.xcomp) or not slots.overlap[c] & at.bv:
-            used |= bit(c)
+        used |= <uint64_t>nonzero(
+            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early
+        ) << c
+    rest = used & ~at.bv & slots.shared
+    while rest and not compacted(at.xcomp):  # bytes that are another component's
+        c = take_lowest(&rest)
+        if slots.overlap[c] & at.bv:
+            used &= ~bit(c)
     return used
 
 
@@ -423,7 +452,7 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
         locate(scan.slots, row, scan.size, &at)
         if i == 0:
             n = ranges_of(&at, scan.slots, ranges)
-        if i + scan.ahead < scan.n and scan.ahead:
+        if scan.ahead and i + scan.ahead < scan.n:
             next = row + scan.ahead * scan.stride
             if not scan.flag:
                 fetch(next, ranges, n)
@@ -488,7 +517,7 @@ cdef void diff(const Scan *scan) noexcept nogil:
         if i == 0:
             n = ranges_of(&p, scan.slots, ranges[0])
             m = ranges_of(&q, scan.other_slots, ranges[1])
-        if i + scan.ahead < scan.n and scan.ahead:
+        if scan.ahead and i + scan.ahead < scan.n:
             fetch(a + scan.ahead * scan.stride, ranges[0], n)
             fetch(b + scan.ahead * scan.other_stride, ranges[1], m)
         out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots)
@@ -530,8 +559,8 @@ cdef void keep(const Scan *scan) noexcept nogil:
     cdef Place at
     at.found = 0
     for i in range(scan.n):
-        if i + scan.ahead < scan.n and scan.ahead:
-            prefetch_far(row + scan.ahead * scan.stride + LEGACY)
+        if scan.stream and i + HEADERS_AHEAD < scan.n:
+            prefetch_far(row + HEADERS_AHEAD * scan.stride + LEGACY)
         dropped[i] = load64(row + LEGACY) & ~scan.mask
         if dropped[i] and scan.flag:
             locate(scan.slots, row, scan.size, &at)

@@ -31,6 +31,7 @@ _threads = {"above": 32 << 20, "most": min(2, len(os.sched_getaffinity(0)))}
 def tune(
     *,
     stream_above: int | None = None,
+    rows_ahead: int | None = None,
     thread_above: int | None = None,
     threads: int | None = None,
     pool_limit: int | None = None,
@@ -42,6 +43,8 @@ def tune(
     stream_above : int
         Bytes read and written above which a batch bypasses the caches. Default: 16 MiB; about
         half of the last-level cache that a core has to itself is right.
+    rows_ahead : int
+        Areas that such a batch fetches ahead of the one it works on. Default: 4.
     thread_above : int
         Bytes of a batch from which it is shared among threads. Default: 32 MiB.
     threads : int
@@ -50,8 +53,9 @@ def tune(
     pool_limit : int
         Bytes of freed areas kept for the next `empty`. Default: 512 MiB.
     """
-    if stream_above is not None:
-        _core.set_stream_above(stream_above)
+    _core.tune(
+        -1 if stream_above is None else stream_above, -1 if rows_ahead is None else rows_ahead
+    )
     if thread_above is not None:
         _threads["above"] = thread_above
     if threads is not None:
