@@ -22,10 +22,10 @@ from xfast._area cimport (
 )
 from xfast._core cimport Rows, Table, loops, overlap, rows, rows_ahead, stream_above, vector
 from xfast._plan cimport (
-    BLEND, CACHE, CARRY, COPY, PACKED, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
+    BLEND, CACHE, CARRY, COPY, PACKED, PATCH, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
     Plan, Range, Step,
 )
-from xfast._simd cimport LINE, pointer_exchange
+from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange
 
 cnp.import_array()
 
@@ -33,7 +33,7 @@ cdef enum:
     PARTS = COMPONENTS + 4
     STEPS = 4 * PARTS + 16
     BLENDS = 2 * PARTS + 16
-    LONG_ROW = 8192  # the hardware fetches these ahead better than we do
+    LONG_ROW = 8192  # bytes; AMD's hardware fetches these ahead better than we do
     SMALL = 1 << 16  # bytes below which letting go of the GIL costs more than it gives
 
 
@@ -227,6 +227,8 @@ cdef void blend_line(
         p += 1
     blend.closes = True
     blend.carries = packed and blend.room < LINE
+    if blend.opens and blend.base == VALUE and blend.room == LINE:
+        draft.step[draft.plan.steps - 1].kind = PATCH
 
 
 cdef void draw(
@@ -371,7 +373,7 @@ cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
     job.n = src.n
     if src.n * (src.size + dst.size) > stream_above:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
-        if src.size < LONG_ROW:
+        if src.size < LONG_ROW or not cpu_is_amd():
             job.ahead = rows_ahead
     return job
 

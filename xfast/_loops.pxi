@@ -12,7 +12,7 @@ from xfast._area cimport (
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
-    BLEND, CARRY, COPY, PACKED, RING, TARGET, ZERO, Blend, Cache, Job, Plan, Range, Step, find,
+    BLEND, CARRY, COPY, PACKED, PATCH, RING, TARGET, ZERO, Blend, Cache, Job, Plan, Range, Step, find,
 )
 from xfast._simd cimport (
     LINE, line_and, line_any, line_load, line_merge, line_or, line_store, line_store_part,
@@ -38,7 +38,27 @@ cdef inline void copy_lines(
     uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
 ) noexcept nogil:
     cdef line_t a, b, c, d
-    while lines >= 4:
+    while lines >= 8:
+        a = line_load(src)
+        b = line_load(src + LINE)
+        c = line_load(src + 2 * LINE)
+        d = line_load(src + 3 * LINE)
+        put(dst, a, stream)
+        put(dst + LINE, b, stream)
+        put(dst + 2 * LINE, c, stream)
+        put(dst + 3 * LINE, d, stream)
+        a = line_load(src + 4 * LINE)
+        b = line_load(src + 5 * LINE)
+        c = line_load(src + 6 * LINE)
+        d = line_load(src + 7 * LINE)
+        put(dst + 4 * LINE, a, stream)
+        put(dst + 5 * LINE, b, stream)
+        put(dst + 6 * LINE, c, stream)
+        put(dst + 7 * LINE, d, stream)
+        src += 8 * LINE
+        dst += 8 * LINE
+        lines -= 8
+    if lines >= 4:
         a = line_load(src)
         b = line_load(src + LINE)
         c = line_load(src + 2 * LINE)
@@ -141,6 +161,12 @@ cdef inline void follow(
             copy_lines(dst + step.dst, src + step.src, step.lines, stream)
         elif step.kind == ZERO:
             zero_lines(dst + step.dst, step.lines, stream)
+        elif step.kind == PATCH:
+            blend = plan.blend + step.src
+            line = line_load(blend.value)
+            if blend.to:
+                line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
+            put(dst + step.dst, line, stream)
         else:
             blend = plan.blend + step.src
             line = blend_line(line, blend, src, dst + step.dst, carry)

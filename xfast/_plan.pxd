@@ -16,7 +16,8 @@ cdef enum:
 cdef enum Kind:
     COPY
     ZERO
-    BLEND
+    PATCH  # one blend that does all of its line: constants, and bytes of one part over them
+    BLEND  # every other blend
 
 cdef enum Base:
     # What a blended line holds before parts of the source go over it.
@@ -27,7 +28,7 @@ cdef enum Base:
 cdef struct Step:
     Kind kind
     uint32_t dst  # bytes from the target row's first line
-    uint32_t src  # COPY: bytes into the source row; BLEND: which
+    uint32_t src  # COPY: bytes into the source row; PATCH, BLEND: which
     uint32_t lines
 
 cdef struct Blend:

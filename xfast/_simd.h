@@ -172,4 +172,13 @@ static inline const char *widest_isa(void)
 #endif
 }
 
+static inline int cpu_is_amd(void)
+{
+#if defined(__x86_64__)
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return 0;
+#endif
+}
+
 #endif

@@ -22,3 +22,4 @@ cdef extern from "_simd.h" nogil:
     void prefetch_far(const void *p)
     void *pointer_exchange(void **p, void *value)
     const char *widest_isa()
+    bint cpu_is_amd()

@@ -25,7 +25,9 @@ Masks = NDArray[np.uint64]
 ALL = (1 << 63) - 1
 PAGE = 4096
 
-_threads = {"above": 32 << 20, "most": min(2, len(os.sched_getaffinity(0)))}
+DEFAULT_THREADS = min(2, len(os.sched_getaffinity(0)))
+
+_threads = {"above": 32 << 20, "most": DEFAULT_THREADS}
 
 
 def tune(
@@ -157,10 +159,7 @@ def spread(rows: Areas, run: Callable[[slice], int]) -> int:
         except BaseException as problem:
             results.append(problem)
 
-    workers = [
-        threading.Thread(target=work, args=(slice(*pair),))
-        for pair in pairwise(bounds[1:])
-    ]
+    workers = [threading.Thread(target=work, args=(slice(*pair),)) for pair in pairwise(bounds[1:])]
     for worker in workers:
         worker.start()
     work(slice(0, bounds[1]))

@@ -1,0 +1,94 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, binding=False, freethreading_compatible=True
+"""What the benchmarks measure the engine against, and with: clocks inside the core.
+
+Every function returns seconds. Built on the functions that other Cython code may cimport.
+"""
+
+from libc.stdint cimport uint8_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+cimport numpy as cnp
+
+from xfast._convert cimport Converter, Merger, job_of
+from xfast._core cimport Rows, loops, rows
+from xfast._plan cimport Job
+
+cnp.import_array()
+
+# Where results of reads go, so that no compiler drops the read
+cdef bint sink = False
+
+
+cdef double now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <double>t.tv_sec + 1e-9 * <double>t.tv_nsec
+
+
+def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream, Py_ssize_t times=1):
+    """Copy `out.nbytes` bytes (whole lines), past the caches or not."""
+    cdef Py_ssize_t i, n = cnp.PyArray_NBYTES(out) // 64 * 64
+    cdef const uint8_t *s = <const uint8_t *>cnp.PyArray_DATA(src)
+    cdef uint8_t *d = <uint8_t *>cnp.PyArray_DATA(out)
+    cdef double start
+    if not (
+        cnp.PyArray_IS_C_CONTIGUOUS(src) and cnp.PyArray_IS_C_CONTIGUOUS(out)
+        and cnp.PyArray_NBYTES(src) >= n and cnp.PyArray_ISWRITEABLE(out) and <size_t>d % 64 == 0
+    ):
+        raise ValueError("copy: needed contiguous arrays, `out` writable and 64-byte aligned")
+    with nogil:
+        start = now()
+        for i in range(times):
+            loops.copy(d, s, n, stream)
+        start = now() - start
+    return start
+
+
+def read(cnp.ndarray src not None):
+    """Read all bytes."""
+    global sink
+    cdef Py_ssize_t n = cnp.PyArray_NBYTES(src)
+    cdef const uint8_t *s = <const uint8_t *>cnp.PyArray_DATA(src)
+    cdef double start
+    cdef bint any
+    if not cnp.PyArray_IS_C_CONTIGUOUS(src):
+        raise ValueError("read: needed a contiguous array")
+    with nogil:
+        start = now()
+        any = loops.read(s, n)
+        start = now() - start
+    sink = any
+    return start
+
+
+def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t times=1):
+    """Convert the same batch again and again."""
+    cdef Rows r = rows(src, "src", False)
+    cdef Rows w = rows(out, "out", True)
+    cdef Job job = job_of(&r, &w)
+    cdef Py_ssize_t i
+    cdef double start
+    job.cache = how.acquire(r.size, w.size)
+    start = now()
+    for i in range(times):
+        loops.convert(&job)
+    start = now() - start
+    how.release(job.cache)
+    return start
+
+
+def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t times=1):
+    """Merge the same batch again and again."""
+    cdef Rows r = rows(src, "src", False)
+    cdef Rows w = rows(into, "into", True)
+    cdef Job job = how.job(&r, &w)
+    cdef Py_ssize_t i
+    cdef double start
+    job.cache = how.acquire(r.size, w.size)
+    start = now()
+    for i in range(times):
+        loops.merge(&job)
+    start = now() - start
+    how.release(job.cache)
+    return start
