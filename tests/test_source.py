@@ -116,6 +116,13 @@ def test_lzop_bodies_go_through_the_program_or_say_what_is_missing(tmp_path):
     assert again.stdout == b"QE" + PAYLOAD[2:]
 
 
+def test_a_missing_zstd_module_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path, zstd.compress(PAYLOAD))
+    monkeypatch.setitem(sys.modules, zstd.__name__.partition(".")[0], None)
+    with pytest.raises(XfastError, match=r"file: zstd: .*; needed: pip install 'xfast\[zstd\]'"):
+        Source.open(path)
+
+
 def test_layers_within_layers(tmp_path):
     image = gzip.compress(libvirt_image(lzma.compress(PAYLOAD), 3))
     with Source.open(write(tmp_path, image)) as source:
