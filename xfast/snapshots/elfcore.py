@@ -156,7 +156,12 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         else:
             kind, start, _, _, length = struct.unpack_from("<5I", headers, at)
         if kind == PT_NOTE:
-            source.read(start + length, 0)
+            if start + length > source.size:
+                raise FormatError(
+                    source.path,
+                    table + at,
+                    f"found notes up to offset {start + length}, needed at most {source.size}",
+                )
             segments.append((start, start + length))
     if sum(end - start for start, end in segments) > source.size:
         raise FormatError(source.path, table, "found notes that overlap, needed each once")
