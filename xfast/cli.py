@@ -206,6 +206,7 @@ VERBS: dict[
     "check": ("judge which hosts can restore which snapshots", _check_arguments, _check),
     "explain": ("explain a rule code, or an error message", _explain_arguments, _explain),
     "host": ("show, dump and combine host descriptions", *_lazily("xfast.hosts.verbs")),
+    "fix": ("write a snapshot that a host can restore", *_lazily("xfast.verbs.fix")),
 }
 
 

@@ -27,6 +27,9 @@ NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
 
+JOURNAL = ".xfast-journal"
+"""What the journal of an edit in place is called, behind the file's name."""
+
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
 
@@ -182,6 +185,11 @@ class Source:
     ) -> None:
         self.close()
 
+    @property
+    def base(self) -> Source:
+        """The file itself, as it lies on the disk."""
+        return self.outer.base if self.outer else self
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
 
@@ -248,10 +256,8 @@ class Source:
         """
         edits = self._checked(splices)
         if not edits or (self.outer is None and not _moving(edits)):
-            base = self
-            while base.outer:
-                base = base.outer
-            _copy(base.fd, out.fileno(), base.size)
+            base = self.base
+            copy_bytes(base.fd, out.fileno(), base.size)
             for edit in edits:
                 os.pwrite(out.fileno(), edit.new, edit.offset)
             return
@@ -381,6 +387,13 @@ def _regular(name: str) -> int:
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
             raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if os.path.lexists(name + JOURNAL):
+            raise FormatError(
+                name,
+                None,
+                f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
+                "xfast fix --in-place undoes it first",
+            )
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
@@ -456,7 +469,7 @@ def _moving(edits: list[Splice]) -> bool:
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
-def _copy(source: int, target: int, size: int) -> None:
+def copy_bytes(source: int, target: int, size: int) -> None:
     """Copy a file; where the file system shares blocks, no data moves."""
     done = 0
     while done < size:
@@ -469,4 +482,4 @@ def _copy(source: int, target: int, size: int) -> None:
         done += count
 
 
-__all__ = ["CODECS", "EXPAND_LIMIT", "Source", "View"]
+__all__ = ["CODECS", "EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
