@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import xfast
 from xfast.behaviour import of_release
 from xfast.errors import FormatError
 from xfast.features import TILEDATA
@@ -130,6 +131,35 @@ def test_dump_that_stops_early_leaves_its_components_unplaced():
     assert host.xcr0 == 0x207
     assert host.layout is not None
     assert 9 not in host.layout.by_nr
+
+
+def test_area_is_not_judged_against_a_place_that_a_dump_does_not_tell():
+    text = "".join(line for line in CPUID_R.splitlines(True) if "0d 0x09" not in line)
+    (host,) = parse(text.encode())
+    area = xfast.empty(1, 4096)[0]
+    area[:] = 0
+    area[512] = 4
+    area[513] = 2
+    area[2432] = 0x34
+    (verdict,) = xfast.check(area, host, layout=PRESETS["amd-zen3"], xcr0=0x207)
+    assert verdict.verdict == "unknown"
+    (finding,) = (f for f in verdict.findings if f.code == "LAYOUT")
+    assert finding.component == "pkru"
+    assert "does not say where pkru lies" in finding.why
+    (whole,) = parse(CPUID_R.encode())
+    (verdict,) = xfast.check(area, whole, layout=PRESETS["amd-zen3"], xcr0=0x207)
+    assert "LAYOUT" not in {f.code for f in verdict.findings}
+
+
+def test_guest_with_osxsave_lacks_nothing_on_its_own_cpu():
+    """OSXSAVE mirrors the guest's CR4: a host's dump that lacks it lacks no instruction."""
+    (host,) = parse(CPUID_R.encode())
+    assert host.cpuid is not None
+    assert "osxsave" in host.cpuid.features
+    area = xfast.empty(1, 4096)[0]
+    area[:] = 0
+    (verdict,) = xfast.check(area, host, layout=host.layout, xcr0=7, cpuid=host.cpuid)
+    assert "ISA" not in {f.code for f in verdict.findings}
 
 
 def test_dump_without_leaf_7_tells_no_features():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from xfast.behaviour import BEHAVIOURS, xcr0_problem
+from xfast.cpuid import RUNTIME_FEATURES
 from xfast.features import (
     KVM_XSAVE_SIZE,
     SUPERVISOR_MASK,
@@ -245,6 +246,17 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             open=True,
         )
         return
+    unplaced = extended & (target.host or 0) & ~host.layout.mask
+    if unplaced and state.kind == "vm":
+        yield _finding(
+            state,
+            "LAYOUT",
+            "risky",
+            (vcpu.layout.name, "unknown"),
+            f"the host's description does not say where {names_of(unplaced)} lies",
+            component=names_of(unplaced),
+            open=True,
+        )
     moved = (
         0
         if state.kind == "process"
@@ -461,7 +473,7 @@ def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator
 def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.vcpu.cpuid is None or host.features is None:
         return
-    missing = sorted(state.vcpu.cpuid.features - host.features)
+    missing = sorted(state.vcpu.cpuid.features - RUNTIME_FEATURES - host.features)
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
         yield _finding(
