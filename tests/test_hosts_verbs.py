@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xfast.behaviour import of_release
 from xfast.cli import main
 from xfast.cpuid import FEATURES, RUNTIME_FEATURES
 from xfast.features import XFEATURE_MASK_FPSSE
-from xfast.hosts import Host, load, parse, resolve
+from xfast.hosts import Host, load, parse, resolve, this
 from xfast.hosts.baseline import (
     QEMU_LACKS,
     QEMU_MODEL_FEATURES,
@@ -26,6 +27,7 @@ from xfast.hosts.baseline import (
 )
 from xfast.hosts.catalogue import catalogue
 from xfast.hosts.firecracker import apply_template
+from xfast.kvm import Kernel
 from xfast.layout import PRESETS
 
 POOLS = st.lists(st.sampled_from(sorted(catalogue())), min_size=1, max_size=4)
@@ -239,3 +241,27 @@ def test_without_kvm_the_kernel_is_assumed(monkeypatch):
     assert host.provenance["kernel"] == "assumed"
     assert host.provenance["kvm_xcr0"] == "derived"
     assert host.xsave2_size is None
+
+
+@pytest.mark.parametrize(
+    "release",
+    ["5.15", "5.16.2", "5.17", "5.18.3", "6.0", "6.1.59", "6.1.60", "6.5.9", "6.6", "6.18"],
+)
+def test_probe_tells_the_generations_of_the_model_apart(monkeypatch, release):
+    """The probe's ioctls, answered by the modelled kernel: it finds what that kernel is."""
+    vcpu = Kernel(resolve("amd-genoa"), release).create_vcpu()
+
+    def ioctl(descriptor, request, buffer):
+        assert descriptor == 7
+        if request == this.KVM_SET_CPUID2:
+            vcpu.set_cpuid2(this.read_cpuid2(bytes(buffer)))
+        elif request == this.KVM_SET_XSAVE:
+            vcpu.set_xsave(bytes(buffer))
+        elif request == this.KVM_GET_XSAVE:
+            buffer[:] = vcpu.get_xsave()
+        else:
+            raise AssertionError(hex(request))
+
+    monkeypatch.setattr(this, "ioctl", ioctl)
+    settled = this.PROBED - {"xsave2"}
+    assert this.probe(7, 4096) == of_release(release).names & settled
