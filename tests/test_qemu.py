@@ -339,6 +339,21 @@ def test_streams_of_machines_without_footers(streams, tmp_path):
         assert_rule(vcpu, 0x21F)
 
 
+def test_old_vcpus_in_guest_memory_are_not_read(streams, tmp_path):
+    data = undescribed((streams / "q72-max-smp2-q35.qemustate").read_bytes())
+    at = re.search(rb"\x04.{4}\x03cpu\0{4}\0\0\0\x0c", data, re.DOTALL)
+    end = data.index(b"\x7e" + at[0][1:5], at.start()) + 5
+    stale = bytearray(data[at.start() : end])
+    stale[40:2000:8] = b"x" * len(stale[40:2000:8])
+    for instance in (0, 1, 5):
+        stale[9:13] = struct.pack(">I", instance)
+        data = data[:600] + bytes(stale) + data[600:]
+    snapshot = read_bytes(tmp_path, data)
+    assert len(snapshot.vcpus) == 2
+    for vcpu in snapshot.vcpus:
+        assert_rule(vcpu, 0x21F)
+
+
 def test_a_vcpu_with_unknown_parts_is_not_left_out_in_silence(streams, tmp_path):
     data = undescribed((streams / "q72-max-smp2-q35.qemustate").read_bytes())
     at = data.rindex(b"\x08cpu/pkru")

@@ -316,7 +316,8 @@ HEADER = re.compile(rb"\x04(.{4})\x03cpu(.{4})" + struct.pack(">I", CPU_VERSION)
 def _search(stream: Source) -> tuple[list[CpuSection], bool]:
     """Find the `cpu` sections of a stream without description, window by window from the end.
 
-    QEMU saves vCPU 0 first, so that the search may end where it is found.
+    QEMU saves vCPU 0 first, so that the search ends where it is found; what looks like a vCPU
+    before it is guest memory.
     """
     found: dict[int, CpuSection] = {}
     refused: list[int] = []
@@ -326,10 +327,10 @@ def _search(stream: Source) -> tuple[list[CpuSection], bool]:
         size = min(WINDOW, start)
         start -= size
         window = stream.read(start, size) + window
-        for match in HEADER.finditer(window, 0, size + 16):
+        for match in reversed(list(HEADER.finditer(window, 0, size + 16))):
             section = _bare_cpu(window, match, start)
             if section:
-                found[section.instance] = section
+                found.setdefault(section.instance, section)
             else:
                 refused.append(start + match.end())
     first = found[0].offset if 0 in found else stream.size
@@ -341,7 +342,8 @@ def _search(stream: Source) -> tuple[list[CpuSection], bool]:
                 "found a cpu section with parts that are not known here, needed the description "
                 "that QEMU writes at the end of a stream",
             )
-    return list(found.values()), window.find(b"\x08kvmclock", first - start) >= 0
+    cpus = [section for section in found.values() if section.offset >= first]
+    return cpus, window.find(b"\x08kvmclock", first - start) >= 0
 
 
 def _bare_cpu(window: bytes, match: re.Match[bytes], start: int) -> CpuSection | None:
