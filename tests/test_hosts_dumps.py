@@ -258,6 +258,12 @@ def test_damaged_fingerprint_is_one_clear_line(change):
     assert "\n" not in str(raised.value)
 
 
+def test_a_dump_of_too_many_cpus_is_refused():
+    row = CPUID_R.splitlines(True)[1]
+    with pytest.raises(FormatError, match="found 100000 CPUs, needed 8192"):
+        parse(row.encode() * 100_000)
+
+
 def test_binary_data_is_refused():
     with pytest.raises(FormatError, match="offset 2: found binary data"):
         parse(b"ab\0cd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def _show(args: argparse.Namespace) -> str:
 
 
 def _dump(_: argparse.Namespace) -> str:
-    return to_json([resolve("this")])
+    host = resolve("this")
+    return to_json([host.replace(name=platform.node() or host.name, source="xfast host dump")])
 
 
 def _baseline(args: argparse.Namespace) -> str:
