@@ -105,6 +105,17 @@ def test_fingerprint_names_the_kernel_it_was_taken_on():
     assert host.provenance["kvm_xcr0"] == "dump"
 
 
+def test_kernel_that_a_dump_ran_is_believed_and_another_one_cuts(shared):
+    """What KVM of 6.1 offered, 5.10 does not; and a back-port that a dump shows is not denied."""
+    path = shared / "samples/cpuid/firecracker/fingerprint_INTEL_SAPPHIRE_RAPIDS_6.1host.json"
+    assert resolve(str(path)).kvm_xcr0 == 0x602E7
+    older = resolve(f"{path}@5.10")
+    assert (older.kvm_xcr0, older.guest_permission) == (0x2E7, 0)
+    ported = json.loads(path.read_text()) | {"kernel_version": "5.14.0-427.el9.x86_64"}
+    (host,) = parse(json.dumps(ported).encode())
+    assert (host.kvm_xcr0, host.guest_permission) == (0x602E7, TILEDATA)
+
+
 def test_hybrid_cpus_give_what_both_kinds_have():
     second = CPUID_R.replace("CPU 0", "CPU 1")
     second = second.replace("ecx=0x00000008", "ecx=0x00000000")

@@ -170,7 +170,7 @@ def read_dmesg(text: str, name: str, path: str) -> Host:
     facts["kvm_xcr0"] = kvm_supported_xcr0(NEWEST, facts["xcr0"])
     provenance["kvm_xcr0"] = "derived"
     host = Host(name, source=path, provenance=provenance, **facts)
-    return host.with_kernel(kernel) if kernel else host
+    return host.with_kernel(kernel).replace(xcr0=host.xcr0, xss=host.xss) if kernel else host
 
 
 _TOML = re.compile(r"^[ \t]*schema[ \t]*=", re.MULTILINE)
