@@ -310,3 +310,11 @@ def test_host_without_xsave_has_the_legacy_components_alone():
     assert nehalem.xcr0 == XFEATURE_MASK_FPSSE
     assert nehalem.kvm_xcr0 == 0
     assert nehalem.xsave == frozenset()
+
+
+def test_description_in_the_documentation_is_one():
+    text = (FILE.parents[2] / "docs" / "hosts.md").read_text("utf-8")
+    (host,) = parse(text.partition("```toml\n")[2].partition("```")[0].encode())
+    assert host.name == "rack7"
+    assert host.layout == PRESETS["amd-zen3"]
+    assert host.kernel == of_release("6.1.60")
