@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qemu_files import description_at, qcow2_image, undescribed
+from qemu_files import description_at, qcow2_image, registers_of, undescribed
 
 from xfast import area as engine
 from xfast.errors import FormatError, PolicyError
@@ -198,17 +198,6 @@ def test_components_of_cpu_models(model, features, mask):
     other = b"<domain type='kvm'><cpu mode='host-model'/></domain>"
     head = libvirt.Header("", 0, other, f"<cookie>{cpu}</cookie>".encode())
     assert libvirt.domain(None, head) == ("", True, model, mask)
-
-
-def registers_of(text):
-    """Return each vCPU's registers as `info registers -a` prints them."""
-    for part in re.split(r"CPU#\d+", text)[1:]:
-        yield {
-            name: [int(word, 16) for word in value.split()]
-            for name, value in re.findall(
-                r"(FCW|FSW|FTW|MXCSR|FPR\d|[XY]MM\d\d)=([0-9a-f]+(?: [0-9a-f]+)*)", part
-            )
-        }
 
 
 def test_samples_hold_what_info_registers_said(shared):
