@@ -19,7 +19,7 @@ from xfast import _hw, area
 from xfast.features import bits
 from xfast.instructions import INSTRUCTIONS, Fault, xgetbv, xrstor, xsave
 from xfast.layout import from_leaf_d
-from xfast.processor import AMD_ZEN4, INTEL, Processor
+from xfast.processor import BY_VENDOR, INTEL, Processor
 
 PKRU, TILEDATA = 1 << 9, 1 << 18
 COMPACTED = 1 << 63
@@ -38,16 +38,13 @@ class Machine:
     def __init__(self, amx):
         rows = {nr: _hw.cpuid(0xD, nr) for nr in range(64)}
         layout, _ = from_leaf_d(rows)
-        vendor = b"".join(
-            r.to_bytes(4, "little") for r in np.array(_hw.cpuid(0))[[1, 3, 2]].tolist()
-        )
-        family = AMD_ZEN4 if vendor == b"AuthenticAMD" else INTEL
-        self.vendor = vendor.decode()
+        vendor = np.array(_hw.cpuid(0), np.uint32)[[1, 3, 2]].tobytes().decode()
+        self.vendor = vendor
         self.xcr0 = _hw.xgetbv(0)
         self.layout = layout
         names = enumerate(("xsaveopt", "xsavec", "xgetbv1"))
         self.cpu = replace(
-            family,
+            BY_VENDOR.get(vendor, INTEL),
             layout=layout,
             xsave=frozenset(name for bit, name in names if rows[1][0] >> bit & 1),
         )

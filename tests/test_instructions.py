@@ -532,6 +532,22 @@ def test_every_fault_has_a_test():
     assert FAULTY.keys() | {"uintr", "xcr"} == FAULTS.keys()
 
 
+def test_without_xsavec_a_compacted_area_breaks_the_standard_format():
+    # Intel SDM vol. 1 section 13.8: the compacted form exists only where CPUID has XSAVEC.
+    cpu = Processor(replace(INTEL, xsave=frozenset({"xsaveopt"})), 7)
+    with pytest.raises(Fault, match="header-8-23"):
+        xrstor(cpu, PACKED, ALL)
+
+
+def test_pkru_has_32_bits():
+    # Intel SDM vol. 1 section 13.5.7: bytes 7:4 of the component are not used.
+    cpu = Processor(INTEL, 0x203)
+    xrstor(cpu, image(0x200, k=(2688, b"\x55" * 8)), ALL)
+    area = blank()
+    xsave(cpu, area, 0x200)
+    assert area[2688:2696].tobytes() == b"\x55" * 4 + bytes(4)
+
+
 def test_bv63_in_a_compacted_area_is_a_matter_of_the_cpu():
     area = image(7 | COMPACTED, 7 | COMPACTED)
     with pytest.raises(Fault, match="bv-xcomp"):
