@@ -73,11 +73,12 @@ def apply(
     path = plans[0].snapshot.path
     target = path.rstrip("/") if output is None else output.rstrip("/")
     note = record or target + SUFFIX
-    taken = [note, *([target + BACKUP] if backup else []), *([target] if output else [])]
+    taken = [target] if output is not None else []
+    if any(plan.areas for plan in plans):
+        taken.append(note)
     rewrite = _Rewrite(plans, path, target, note, in_place, backup, expand_limit)
     try:
-        changes = any(plan.areas for plan in plans)
-        for name in taken if changes else taken[1:]:
+        for name in taken:
             if os.path.lexists(name):
                 raise XfastError(f"{name}: exists; needed a new name")
         return rewrite.folder() if os.path.isdir(path) else rewrite.file()
@@ -126,8 +127,8 @@ class _Rewrite:
                         self._copy(source, self.path + BACKUP)
                     refuse_if_busy(self.path, fd, stamp_of(fd), named=True)
                     patch(source, edits)
-                    note.publish()
                     finish(self.path)
+                    note.publish()
                 else:
                     self._replace(source, edits, note, record)
             return record
@@ -149,7 +150,7 @@ class _Rewrite:
                 make_like(staged.file.fileno(), base.fd)
             refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
             if self.backup:
-                os.link(self.path, self.path + BACKUP, follow_symlinks=False)
+                _keep(self.path)
             staged.publish(replace=self.in_place)
             note.publish()
 
@@ -197,7 +198,7 @@ class _Rewrite:
                 }
                 record["files"].append({"name": name, **hashes})
                 if self.backup:
-                    os.link(path, path + BACKUP, follow_symlinks=False)
+                    _keep(path)
                 staged.publish(replace=True)
 
     def _patches(self, source: Source, edits: list[Splice]) -> bool:
@@ -266,12 +267,24 @@ def _same(found: Snapshot, snapshot: Snapshot, areas: dict[int, Any]) -> bool:
     return True
 
 
+def _keep(path: str) -> None:
+    """Give a file that is about to be replaced a second name, unless it has it already."""
+    try:
+        os.link(path, path + BACKUP, follow_symlinks=False)
+    except FileExistsError:
+        if not os.path.samestat(os.lstat(path), os.lstat(path + BACKUP)):
+            raise XfastError(f"{path + BACKUP}: exists; needed a new name") from None
+
+
 def _mode(fd: int) -> int:
     return stat.S_IMODE(os.fstat(fd).st_mode)
 
 
 def _write_json(staged: Staged, record: dict[str, Any]) -> None:
+    """Write a record to the disk, so that only its name can still fail."""
     staged.file.write(json.dumps(record, indent=1).encode() + b"\n")
+    staged.file.flush()
+    os.fsync(staged.file.fileno())
 
 
 def _copy_into(path: str, target: str) -> None:

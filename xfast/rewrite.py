@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import stat
 from collections.abc import Callable, Sequence
 from typing import IO
@@ -147,6 +148,7 @@ def refuse_if_busy(path: str, fd: int, stamp: Stamp, *, named: bool) -> None:
     if stamp_of(fd) != stamp:
         raise XfastError(f"{path}: changed since it was read; nothing was written")
     try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO, the default, would end us
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
         raise XfastError(f"{path}: is open for writing; needed a file at rest") from None
