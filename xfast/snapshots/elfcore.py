@@ -297,8 +297,7 @@ def splices(
     return found
 
 
-def note(area: NDArray[np.uint8]) -> bytes:
-    """Return an area as an NT_X86_XSTATE note: header, name and descriptor."""
-    padding = bytes(-area.size % 4)
-    header = struct.pack("<3I8s", 6, area.size, NT_X86_XSTATE, b"LINUX")
-    return header + area.tobytes() + padding
+def note(kind: int, name: bytes, desc: bytes) -> bytes:
+    """Return a note: header, name and descriptor, each padded to four bytes."""
+    header = struct.pack("<3I", len(name) + 1, len(desc), kind)
+    return header + name + bytes(4 - len(name) % 4) + desc + bytes(-len(desc) % 4)

@@ -271,18 +271,16 @@ def splices(
     start = snapshot.vcpus[0].where["area"][0]
     whole = np.stack([areas[i] for i in range(len(areas))])
     old = source.read(0, source.size)
-    return [Splice(0, old, dump(whole, ".npy" if start else ""), "areas")]
+    return [Splice(0, old, stacked(whole) if start else whole.tobytes(), "areas")]
 
 
-def dump(areas: NDArray[np.uint8], name: str) -> bytes:
-    """Return areas as the bytes of a file called `name`: .npy, or any other one plain.
+def stacked(areas: NDArray[np.uint8]) -> bytes:
+    """Return areas as the bytes of a .npy file.
 
     Parameters
     ----------
     areas : (n, size) uint8
     """
-    if not name.endswith(".npy"):
-        return areas.tobytes()
     file = io.BytesIO()
     np.save(file, areas, allow_pickle=False)
     return file.getvalue()
