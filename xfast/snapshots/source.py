@@ -8,6 +8,7 @@ is then that file, and remembers what was around it, so that `Source.rewrite` ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -470,16 +471,29 @@ def _moving(edits: list[Splice]) -> bool:
 
 
 def copy_bytes(source: int, target: int, size: int) -> None:
-    """Copy a file; where the file system shares blocks, no data moves."""
+    """Copy a file: holes stay holes, and where the file system shares blocks no data moves."""
+    os.truncate(target, size)
     done = 0
     while done < size:
         try:
-            count = os.copy_file_range(source, target, size - done, done, done)
-        except OSError:  # two file systems, or one that can't
-            count = os.pwrite(target, os.pread(source, CHUNK, done), done)
-        if not count:
-            raise XfastError(f"the file shrank to {done} of {size} bytes while it was copied")
-        done += count
+            done = os.lseek(source, done, os.SEEK_DATA)
+        except OSError as problem:
+            if problem.errno == errno.ENXIO:  # only a hole is left
+                break
+            raise
+        end = min(size, os.lseek(source, done, os.SEEK_HOLE))
+        while done < end:
+            done += _copy_part(source, target, done, end - done)
+
+
+def _copy_part(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        count = os.copy_file_range(source, target, length, offset, offset)
+    except OSError:  # two file systems, or one that can't
+        count = os.pwrite(target, os.pread(source, min(length, CHUNK), offset), offset)
+    if not count:
+        raise XfastError(f"the file shrank to {offset} bytes while it was copied")
+    return count
 
 
 __all__ = ["CODECS", "EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
