@@ -34,7 +34,6 @@ from xfast.features import (
     MXCSR_INIT,
     PKRU,
     PKRU_DEFAULT,
-    SSE,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
@@ -131,6 +130,28 @@ class FpuGuest:
     xfd_err: int = 0
 
 
+def cpu_of(host: Host) -> Cpu:
+    """Return the CPU that a host describes; what differs by vendor is as seen on one of each.
+
+    Zen 4 drops the x87 pointers of a state without a pending exception, and calls a component
+    with its initial value unused; Sapphire Rapids keeps the pointers, and calls a component in
+    use that was loaded from memory, whatever its value.
+    """
+    if host.layout is None or host.mxcsr_mask is None:
+        raise ValueError(f"host {host.name}: needed layout and mxcsr_mask for a CPU")
+    amd = host.vendor in ("AuthenticAMD", "HygonGenuine")
+    extensions = host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"}
+    return Cpu(
+        host.name,
+        host.layout,
+        extensions,
+        host.mxcsr_mask,
+        keeps_x87_pointers=not amd,
+        finds_init=amd,
+        always_saves_mxcsr=amd,
+    )
+
+
 class Fpu:
     """The FPU core of one booted kernel, and one thread on it: the one that drives the vCPUs.
 
@@ -179,17 +200,7 @@ class Fpu:
         )
         self.perm = self._permission(default)
         self.guest_perm = self._permission(self.guest_cfg.default_features)
-        self.processor = processor or Processor(
-            Cpu(
-                host.name,
-                self.layout,
-                host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"},
-                self.mxcsr_mask,
-                keeps_x87_pointers=host.vendor not in ("AuthenticAMD", "HygonGenuine"),
-            ),
-            user,
-            supervisor,
-        )
+        self.processor = processor or Processor(cpu_of(host), user, supervisor)
         self.processor.cpl = 0
         self.task = self._fpstate(default, self.user_cfg.default_features)
         self.task.xfd = user & XFEATURE_MASK_USER_DYNAMIC
@@ -400,9 +411,6 @@ class Fpu:
                 f"#NM in restore_fpregs_from_fpstate(): XSTATE_BV {fpstate.xstate_bv:#x}, "
                 f"IA32_XFD {fpstate.xfd:#x} [Linux kernel commit b45f72177594]"
             ) from fault
-        # Recorded on 6.18: the next save writes MXCSR and MXCSR_MASK even if nothing ran between,
-        # so SSE is not left out as unmodified, while x87 is.
-        self.processor.xmodified |= SSE
 
     def fpu_copy_guest_fpstate_to_uabi(
         self, guest: FpuGuest, size: int, mask: int, pkru: int

@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,9 +53,13 @@ KVM_GET_XCRS, KVM_SET_XCRS = 0x8188AEA6, 0x4188AEA7
 ARCH_PRCTL = 158
 """The system call's number."""
 
+LARGEST_AREA = 1 << 16
+"""Room for every buffer: no area has as many bytes."""
+
 XCRS = struct.Struct("<II256x128x")
 SREGS_SIZE = 312
 CODE_AT = 0x1000
+GUEST_MEMORY = 1 << 16
 HLT = b"\xf4"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -104,7 +109,6 @@ class Kernel:
     def __init__(self) -> None:
         self._files = contextlib.ExitStack()
         self.system = self._opened(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-        self._vm: int | None = None
         self._vcpus = 0
 
     def _opened(self, fd: int) -> int:
@@ -151,27 +155,36 @@ class Kernel:
             _raise(f"arch_prctl {code:#x}")
         return stored.value
 
+    @cached_property
+    def _vm(self) -> int:
+        return self._opened(self._number(self.system, KVM_CREATE_VM, 0, "KVM_CREATE_VM"))
+
+    @cached_property
+    def guest_memory(self) -> mmap.mmap:
+        """The VM's memory: 64 KiB from address 0 on."""
+        memory = mmap.mmap(-1, GUEST_MEMORY)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        region = struct.pack("<IIQQQ", 0, 0, 0, len(memory), start)
+        window = _Window(len(region))
+        window.ioctl(self._vm, KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
+        return memory
+
     def create_vcpu(self) -> Vcpu:
         """Create a vCPU, in this object's one VM."""
-        if self._vm is None:
-            self._vm = self._opened(self._number(self.system, KVM_CREATE_VM, 0, "KVM_CREATE_VM"))
         vcpu = self._number(self._vm, KVM_CREATE_VCPU, self._vcpus, "KVM_CREATE_VCPU")
         self._vcpus += 1
-        return Vcpu(self, self._opened(vcpu), self._vm)
+        return Vcpu(self, self._opened(vcpu))
 
 
 class Vcpu:
     """A vCPU of the running kernel; methods as those of `xfast.kvm.vcpu.Vcpu`."""
 
-    def __init__(self, kernel: Kernel, fd: int, vm: int) -> None:
+    def __init__(self, kernel: Kernel, fd: int) -> None:
         self.kernel = kernel
         self.fd = fd
-        self._vm = vm
-        largest = max(kernel.xsave2_size, 8 + ENTRY.size * (KVM_MAX_CPUID_ENTRIES + 1))
-        self._window = _Window(4 * largest)
+        self._window = _Window(LARGEST_AREA)
         size = kernel._number(kernel.system, KVM_GET_VCPU_MMAP_SIZE, 0, "KVM_GET_VCPU_MMAP_SIZE")
         self._run = mmap.mmap(fd, size)
-        self._guest_memory: mmap.mmap | None = None
 
     def _ioctl(self, request: int, data: Any, what: str) -> int:
         return self._window.ioctl(self.fd, request, data, what)
@@ -202,15 +215,15 @@ class Vcpu:
 
     def get_xsave2(self, out: Any = None) -> bytes:
         """KVM_GET_XSAVE2: as many bytes as KVM wrote."""
-        largest = max(self.kernel.xsave2_size, KVM_XSAVE_SIZE)
-        return self._get_xsave(KVM_GET_XSAVE2, largest, out)
+        return self._get_xsave(KVM_GET_XSAVE2, LARGEST_AREA, out)
 
     def _get_xsave(self, request: int, size: int, out: Any) -> bytes:
         view = None if out is None else memoryview(out).cast("B")
         room = size if view is None else 0 if view.readonly else min(size, len(view))
-        data = self._fill(request, bytes(room))
-        if request == KVM_GET_XSAVE2 and self._fill(request, b"\xff" * room) != data:
-            data = data[:KVM_XSAVE_SIZE]  # the vCPU's own area is no larger
+        # KVM does not say how much it wrote: what two fillings have in common, it did
+        zeros, ones = (self._fill(request, filling * room) for filling in (b"\0", b"\xff"))
+        untouched = np.flatnonzero(np.frombuffer(zeros, "u1") != np.frombuffer(ones, "u1"))
+        data = zeros[: int(untouched[0])] if len(untouched) else zeros
         if view is not None:
             view[: len(data)] = data
         return data
@@ -287,12 +300,8 @@ class Vcpu:
 
     def _load(self, code: bytes) -> None:
         """Put code at guest address 0x1000 and point CS:IP there."""
-        if self._guest_memory is None:
-            self._guest_memory = mmap.mmap(-1, 0x10000)
-            start = ctypes.addressof(ctypes.c_char.from_buffer(self._guest_memory))
-            region = struct.pack("<IIQQQ", 0, 0, 0, len(self._guest_memory), start)
-            self._window.ioctl(self._vm, KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY")
-        self._guest_memory[CODE_AT : CODE_AT + len(code)] = code
+        memory = self.kernel.guest_memory
+        memory[CODE_AT : CODE_AT + len(code)] = code
         self._ioctl(KVM_GET_SREGS, bytes(SREGS_SIZE), "KVM_GET_SREGS")
         sregs = bytearray(self._window.tail(SREGS_SIZE))
         struct.pack_into("<Q", sregs, 0, 0)  # CS.base
