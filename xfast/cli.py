@@ -199,6 +199,22 @@ def _lazily(module: str) -> tuple[Callable[[argparse.ArgumentParser], None], Cal
     return arguments, run
 
 
+BENCHES = {
+    "swap": ("compare ways to switch between host and guest FPU state", "xfast.bench.swap"),
+}
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    for name, (help_text, module) in BENCHES.items():
+        import_module(module).add_arguments(benches.add_parser(name, help=help_text))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    status: int = import_module(BENCHES[args.bench][1]).run(args)
+    return status
+
+
 VERBS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 ] = {
@@ -207,6 +223,9 @@ VERBS: dict[
     "explain": ("explain a rule code, or an error message", _explain_arguments, _explain),
     "host": ("show, dump and combine host descriptions", *_lazily("xfast.hosts.verbs")),
     "fix": ("write a snapshot that a host can restore", *_lazily("xfast.verbs.fix")),
+    "convert": ("write areas in another layout or format", *_lazily("xfast.verbs.convert")),
+    "diff": ("tell in which registers two snapshots differ", *_lazily("xfast.verbs.diff")),
+    "bench": ("measure on this machine", _bench_arguments, _bench),
 }
 
 
