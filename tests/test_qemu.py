@@ -362,6 +362,7 @@ def test_snapshots_inside_a_qcow2_image(streams, tmp_path, cluster_bits, extra):
         first, second = qemu.read(source)
         assert first.container == ("qcow2",)
         assert second.facts["internal_snapshot"] == ("1", "q72-haswell-smp2-pc")
+        assert second.name == f"{path}#1/q72-haswell-smp2-pc"
         for vcpu in first.vcpus:
             assert_rule(vcpu, 0x21F)
         for vcpu in second.vcpus:

@@ -83,6 +83,7 @@ def snapshot_as_json(snapshot: Snapshot, *, registers: bool = True) -> dict[str,
     """Return one snapshot as ``xfast show --json`` has it."""
     return {
         "path": snapshot.path,
+        "part": snapshot.part,
         "format": snapshot.format,
         "kind": snapshot.kind,
         "producer": snapshot.producer,
@@ -95,7 +96,7 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
     """Print what is in a snapshot, for people."""
     wrapped = " in " + " in ".join(reversed(snapshot.container)) if snapshot.container else ""
     by = f", written by {snapshot.producer}" if snapshot.producer else ""
-    out.print(f"{snapshot.path}: {snapshot.format}{wrapped}{by}", style="bold")
+    out.print(f"{snapshot.name}: {snapshot.format}{wrapped}{by}", style="bold")
     whose = "thread" if snapshot.kind == "process" else "vCPU"
     for vcpu in snapshot.vcpus:
         answer = vcpu_as_json(vcpu, registers=registers)

@@ -52,7 +52,11 @@ def read(
     FormatError
         If there is none, or one is damaged.
     """
-    return [_read(stream) for stream in _streams(source)]
+    snapshots = [_read(stream) for stream in _streams(source)]
+    if len(snapshots) > 1:
+        for snapshot in snapshots:
+            snapshot.part = "/".join(snapshot.facts["internal_snapshot"])
+    return snapshots
 
 
 def splices(
