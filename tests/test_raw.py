@@ -202,6 +202,8 @@ class TestNpy:
             b"__import__('os').abort()",
             b"(" * 5000,
             b"{'descr': '|u1'}",
+            b"{{'descr': '|u1'}",
+            b"{'descr': '|u1\0'",
             b"\xff\xfe",
         ],
     )
