@@ -297,7 +297,8 @@ def splices(
     return found
 
 
-def note(kind: int, name: bytes, desc: bytes) -> bytes:
-    """Return a note: header, name and descriptor, each padded to four bytes."""
-    header = struct.pack("<3I", len(name) + 1, len(desc), kind)
-    return header + name + bytes(4 - len(name) % 4) + desc + bytes(-len(desc) % 4)
+def note(kind: int, name: bytes, data: bytes) -> bytes:
+    """Return a note: its header, its name, and `data`, padded to multiples of four."""
+    owner = name + bytes(4 - len(name) % 4)
+    header = struct.pack("<3I", len(name) + 1, len(data), kind)
+    return header + owner + data + bytes(-len(data) % 4)
