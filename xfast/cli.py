@@ -121,9 +121,11 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         nargs="+",
         action="extend",
-        required=True,
         metavar="HOST[@KERNEL]",
         help="catalogue name, description file or directory, or 'this'",
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="ask this machine's KVM as well (host 'this')"
     )
     parser.add_argument(
         "--level", default="xstate", help="what to ask: xstate (default), fpu, isa or strict"
@@ -144,11 +146,18 @@ def _check(args: argparse.Namespace) -> int:
     from xfast.verdict import Policy
 
     policy = Policy(args.level, frozenset(code.upper() for code in args.ignore))
-    hosts = hosts_of(args.host)
+    hosts = hosts_of(args.host or (["this"] if args.live else []))
+    if not hosts:
+        raise XfastError("check: got no host, needed --host NAME, FILE or 'this', or --live")
     failed: list[str] = []
     verdicts = []
     for snapshot in snapshots_of(args, failed):
-        verdicts += check(snapshot, hosts, policy=policy)
+        for host, verdict in zip(hosts, check(snapshot, hosts, policy=policy), strict=True):
+            if args.live and host.source == "this machine":
+                from xfast.kvm.confirm import confirm
+
+                verdict = confirm(snapshot, host, verdict)
+            verdicts.append(verdict)
     report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
     print(report.summary(verdicts, len(failed)), file=sys.stderr)
     words = {verdict.verdict for verdict in verdicts}
@@ -268,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TROUBLE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return TROUBLE
+    except OSError as problem:
+        complain(problem)
         return TROUBLE
     except KeyboardInterrupt:
         complain("interrupted")

@@ -132,6 +132,7 @@ def matrix_text(verdicts: list[Verdict], out: Console, *, notes: bool) -> None:
             verdict = row[host]
             fix = verdict.fixable if verdict.verdict == "incompatible" else "none"
             word = verdict.verdict + (f" ({fix} fix)" if fix != "none" else "")
+            word += f", {verdict.live}" if verdict.live else ""
             words.append(Text(word, style=COLOURS[verdict.verdict]))
         table.add_row(labels[snapshot], *words)
     out.print(table)
@@ -215,6 +216,7 @@ def flat(verdicts: Iterable[Verdict]) -> Iterator[dict[str, Any]]:
     """Yield a row for each finding, and one for each verdict without findings."""
     for verdict in verdicts:
         whole = verdict.as_json()
+        whole.pop("live", None)
         findings = whole.pop("findings")
         for finding in findings or [{}]:
             yield {**dict.fromkeys(COLUMNS), **whole, **finding}
