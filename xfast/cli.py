@@ -161,7 +161,8 @@ def _check(args: argparse.Namespace) -> int:
     report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
     print(report.summary(verdicts, len(failed)), file=sys.stderr)
     words = {verdict.verdict for verdict in verdicts}
-    if failed or "unknown" in words:
+    contradicted = any("can't" in v.live or "not as foretold" in v.live for v in verdicts)
+    if failed or contradicted or "unknown" in words:
         return TROUBLE
     return FINDING if "incompatible" in words else OK
 

@@ -28,19 +28,18 @@ def confirm(snapshot: Snapshot, host: Host, verdict: Verdict) -> Verdict:
     -------
     Verdict
         `live` is ``KVM accepts`` or ``KVM refuses (EINVAL, vCPU n)``, and says so where that is
-        not what the findings foretold. A process is not asked about.
-
-    Raises
-    ------
-    OSError
-        If /dev/kvm can't be used, or refuses the guest's CPUID.
+        not what the findings foretold; or why KVM could not be asked. A process is no case
+        for KVM.
     """
     if snapshot.kind != "vm" or host.layout is None:
         return verdict
     answer = "KVM accepts"
     for vcpu in snapshot.vcpus:
         layout = vcpu.layout or Layout(())
-        found = live.confirm(as_restored(vcpu, host.layout), layout, vcpu.cpuid)
+        try:
+            found = live.confirm(as_restored(vcpu, host.layout), layout, vcpu.cpuid)
+        except OSError as problem:  # no /dev/kvm, or it refuses the guest's CPUID
+            return replace(verdict, live=f"KVM can't be asked: {problem}")
         if not found.accepted:
             answer = f"KVM refuses ({errno.errorcode[found.errno]}, vCPU {vcpu.index})"
             break
