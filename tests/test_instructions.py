@@ -471,6 +471,24 @@ def test_xsaves_leaves_out_only_under_the_same_xcomp_bv():
     assert (area[576:832] == 0x33).all()
 
 
+@pytest.mark.parametrize(
+    ("always", "mxcsr", "written"),
+    [(False, 0x1F80, False), (False, 0x1FA0, True), (True, 0x1F80, True)],
+)
+def test_xsaves_of_an_unmodified_mxcsr(always, mxcsr, written):
+    # Seen under KVM: Sapphire Rapids leaves out 0x1F80 only, Zen 4 nothing.
+    area = PACKED.copy()
+    area[24:26].view("<u2")[:] = mxcsr
+    cpu = restored(xrstors, area)
+    cpu.cpu = replace(cpu.cpu, always_saves_mxcsr=always)
+    area[24:32] = area[160:416] = 0xCC
+    xsaves(cpu, area, 7)
+    assert (area[160:416] == 0xCC).all()
+    assert area[24:32].tobytes() == (
+        mxcsr.to_bytes(4, "little") + b"\xff\xff\0\0" if written else b"\xcc" * 8
+    )
+
+
 def test_a_restore_leaves_components_it_was_not_asked_for_modified():
     cpu = restored(xrstor, LIVE)
     xrstor(cpu, LIVE, 2)

@@ -98,6 +98,7 @@ AMD_ZEN4 = Cpu(
     mxcsr_mask=MXCSR_MASK_AMD,
     keeps_x87_pointers=False,
     extends_fdp=True,
+    always_saves_mxcsr=True,
     linear_bits=57,
 )
 

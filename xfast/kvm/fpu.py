@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ from xfast.features import (
 from xfast.hosts.model import Host
 from xfast.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
 from xfast.layout import Layout
-from xfast.processor import Cpu, Processor
+from xfast.processor import BY_VENDOR, Cpu, Processor
 
 FPU_GUEST_PERM_LOCKED = 1 << 63
 APX = 1 << 19
@@ -131,24 +131,15 @@ class FpuGuest:
 
 
 def cpu_of(host: Host) -> Cpu:
-    """Return the CPU that a host describes; what differs by vendor is as seen on one of each.
-
-    Zen 4 drops the x87 pointers of a state without a pending exception, and calls a component
-    with its initial value unused; Sapphire Rapids keeps the pointers, and calls a component in
-    use that was loaded from memory, whatever its value.
-    """
+    """Return the CPU that a host describes, with what is known of its vendor's CPUs."""
     if host.layout is None or host.mxcsr_mask is None:
         raise ValueError(f"host {host.name}: needed layout and mxcsr_mask for a CPU")
-    amd = host.vendor in ("AuthenticAMD", "HygonGenuine")
-    extensions = host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"}
-    return Cpu(
-        host.name,
-        host.layout,
-        extensions,
-        host.mxcsr_mask,
-        keeps_x87_pointers=not amd,
-        finds_init=amd,
-        always_saves_mxcsr=amd,
+    return replace(
+        BY_VENDOR.get(host.vendor or "", Cpu(host.name, host.layout)),
+        name=host.name,
+        layout=host.layout,
+        xsave=host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"},
+        mxcsr_mask=host.mxcsr_mask,
     )
 
 
