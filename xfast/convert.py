@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from xfast import area as engine
 from xfast.errors import PolicyError
-from xfast.features import KVM_XSAVE_SIZE, MXCSR_MASK_AMD, MXCSR_MASK_INTEL, XFEATURE_MASK_FPSSE
+from xfast.features import (
+    KVM_XSAVE_SIZE,
+    LEGACY_SIZE,
+    MXCSR_MASK_AMD,
+    MXCSR_MASK_INTEL,
+    XFEATURE_MASK_FPSSE,
+)
 from xfast.layout import PRESETS, Layout, recognise
 from xfast.snapshots import elfcore, qemu_cpu, splices
 from xfast.snapshots.model import Snapshot, Vcpu
@@ -23,6 +29,7 @@ SOFTWARE_FIELD = slice(464, 472)
 MXCSR_MASKS = {"intel": MXCSR_MASK_INTEL, "amd": MXCSR_MASK_AMD}
 """What CPUs with a preset's layout have, by the beginning of its name."""
 
+NT_FPREGSET = 2
 NT_PRSTATUS_SIZE = 336
 ELF_HEADER = struct.Struct("<4s5B7x2HI3QI6H")
 PROGRAM_HEADER = struct.Struct("<2I6Q")
@@ -163,6 +170,7 @@ def as_core(snapshot: Snapshot, to: Layout | None = None) -> bytes:
         thread = vcpu.index + (snapshot.kind == "vm")  # a vCPU may be 0, no thread is
         struct.pack_into("<I", status, elfcore.PID_OFFSET["CORE", 8], thread)
         notes += elfcore.note(elfcore.NT_PRSTATUS, b"CORE", bytes(status))
+        notes += elfcore.note(NT_FPREGSET, b"CORE", area[:LEGACY_SIZE].tobytes())
         notes += elfcore.note(elfcore.NT_X86_XSTATE, b"LINUX", area.tobytes())
     rows = [struct.pack("<4I", s.nr, s.size, s.offset, 0) for s in layout.slots if s.offset]
     notes += elfcore.note(elfcore.NT_X86_XSAVE_LAYOUT, b"LINUX", b"".join(rows))

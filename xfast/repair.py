@@ -38,6 +38,7 @@ from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.verdict import Finding, Policy, Verdict
 
 MXCSR_MASK_FIELD = slice(28, 32)
+SOFTWARE_FIELD = slice(464, 472)
 HEADER_REST = slice(HEADER_OFFSET + 8, HEADER_OFFSET + 64)
 """XCOMP_BV and the reserved bytes, zero in what KVM takes."""
 
@@ -327,17 +328,23 @@ def _held(state: State, nr: int) -> str:
 
 
 def moved(areas: Any, layout: Layout, to: Layout, host: Host, size: int) -> NDArray[np.uint8]:
-    """Return areas in a host's layout, standard format, with its MXCSR_MASK and software word.
+    """Return areas in standard format, in another layout or their own.
+
+    What tells of the machine that wrote them (MXCSR_MASK and the kernel's word of user
+    components) becomes the host's where they move to another layout.
 
     Raises
     ------
     LayoutError
         If a component has no place there.
     """
-    result = engine.relayout(areas, layout, to, size=size, software=host.xcr0 or 0)
-    if host.mxcsr_mask is not None:
-        mask = np.frombuffer(host.mxcsr_mask.to_bytes(4, "little"), np.uint8)
-        result[..., MXCSR_MASK_FIELD] = mask
+    result = engine.relayout(areas, layout, to, size=size)
+    for field in (MXCSR_MASK_FIELD, SOFTWARE_FIELD):
+        result[..., field] = areas[..., field]
+    if layout.moved(to, engine.ALL):
+        for field, value in ((MXCSR_MASK_FIELD, host.mxcsr_mask), (SOFTWARE_FIELD, host.xcr0)):
+            length = field.stop - field.start
+            result[..., field] = np.frombuffer((value or 0).to_bytes(length, "little"), np.uint8)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from xfast.cli import complain, hosts_of, reading_arguments, snapshots_of
 from xfast.errors import XfastError
+from xfast.features import parse_component
 
 EPILOG = """\
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
@@ -31,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     parser.add_argument("--backup", action="store_true", help="keep the old one as SNAPSHOT.orig")
     parser.add_argument(
-        "--drop", action="append", default=[], metavar="COMPONENT", help="drop this one as well"
+        "--drop",
+        action="append",
+        default=[],
+        type=_component,
+        metavar="COMPONENT",
+        help="drop this one as well",
     )
     parser.add_argument(
         "--even-if-live", action="store_true", help="give up the data of --drop where live"
@@ -39,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
     parser.add_argument("--level", default="xstate", help="what the host is asked for; see check")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
+
+
+def _component(word: str) -> str:
+    try:
+        parse_component(word)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+    return word
 
 
 def run(args: argparse.Namespace) -> int:
