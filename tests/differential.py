@@ -1,16 +1,22 @@
 """Compare the instruction model with the CPU it runs on, on random images, to the first difference.
 
-    python tests/differential.py IMAGES [SEED] [--amx]
+    python tests/differential.py IMAGES [SEED] [--amx] [--record FILE.jsonl.xz]
 
 An image is one random register state, one random instruction and one random area. Each is played
 on the model and by the real instruction; faults, XINUSE, memory and a read-back of every register
 must agree to the bit. With --amx the process asks for AMX tile data first; without it, IA32_XFD
-disables them, and the model must fault where the CPU does.
+disables them, and the model must fault where the CPU does. --record appends the images and what
+the CPU did, as tests/data/vectors/hw.jsonl.xz has them; the images are then of coarse patterns.
 """
 
 import argparse
+import base64
+import json
+import lzma
 import sys
 import time
+import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,13 +25,18 @@ from xfast import _hw, area
 from xfast.features import bits
 from xfast.instructions import INSTRUCTIONS, Fault, xgetbv, xrstor, xsave
 from xfast.layout import from_leaf_d
-from xfast.processor import AMD_ZEN4, INTEL, Processor
+from xfast.processor import BY_VENDOR, INTEL, Processor
 
 PKRU, TILEDATA = 1 << 9, 1 << 18
 COMPACTED = 1 << 63
 FCW, MXCSR = 0x37F, 0x1F80
 FPSSE = 3
 VECTOR_OF_SIGNAL = {0: None, 4: "#NM", 11: "#GP"}
+
+
+def packed(memory):
+    """Return a buffer as the recordings have it."""
+    return "z:" + base64.b64encode(zlib.compress(memory.tobytes(), 9)).decode()
 
 
 def put(memory, at, value, size):
@@ -38,16 +49,14 @@ class Machine:
     def __init__(self, amx):
         rows = {nr: _hw.cpuid(0xD, nr) for nr in range(64)}
         layout, _ = from_leaf_d(rows)
-        vendor = b"".join(
-            r.to_bytes(4, "little") for r in np.array(_hw.cpuid(0))[[1, 3, 2]].tolist()
-        )
-        family = AMD_ZEN4 if vendor == b"AuthenticAMD" else INTEL
-        self.vendor = vendor.decode()
+        vendor = np.array(_hw.cpuid(0), np.uint32)[[1, 3, 2]].tobytes().decode()
+        self.vendor = vendor
         self.xcr0 = _hw.xgetbv(0)
         self.layout = layout
+        self.leaf_d = {nr: row for nr, row in rows.items() if any(row)}
         names = enumerate(("xsaveopt", "xsavec", "xgetbv1"))
         self.cpu = replace(
-            family,
+            BY_VENDOR.get(vendor, INTEL),
             layout=layout,
             xsave=frozenset(name for bit, name in names if rows[1][0] >> bit & 1),
         )
@@ -63,9 +72,10 @@ class Machine:
 class Images:
     """Random images; every choice comes from one seed."""
 
-    def __init__(self, machine, seed):
+    def __init__(self, machine, seed, grain):
         self.rng = np.random.default_rng(seed)
         self.machine = machine
+        self.grain = grain
 
     def one_of(self, *choices):
         return choices[self.rng.integers(len(choices))]
@@ -82,8 +92,9 @@ class Images:
         return self.one_of(xcr0, xcr0 & low, 1 << (low % 20), low) & ~PKRU
 
     def fill(self, memory):
-        """Fill memory with random bytes, or with 0xCC."""
-        memory[:] = 0xCC if self.once_in(4) else self.rng.integers(0, 256, len(memory), np.uint8)
+        """Fill memory with runs of `grain` random bytes, or with 0xCC."""
+        runs = self.rng.integers(0, 256, -(-len(memory) // self.grain), np.uint8)
+        memory[:] = 0xCC if self.once_in(4) else np.repeat(runs, self.grain)[: len(memory)]
 
     def restorable(self, memory):
         """Make a valid area of random components, standard or compacted."""
@@ -141,9 +152,10 @@ class Differential:
     """Plays images on model and CPU; `faults` counts those that faulted on both, `repeated`
     those that were played again."""
 
-    def __init__(self, machine, seed):
+    def __init__(self, machine, seed, record):
         self.machine = machine
-        self.images = Images(machine, seed)
+        self.images = Images(machine, seed, 128 if record else 1)
+        self.record = record
         self.faults = self.repeated = 0
         self.start, self.setup, self.target, self.post = (
             area.empty(1, machine.size)[0] for _ in range(4)
@@ -182,6 +194,8 @@ class Differential:
             self.repeated += 1
             wrong = self.compare(steps, *model)
         self.faults += model[0] is not None
+        if self.record:
+            self.record.write(json.dumps(self.recording(op, mask, at, setup_mask)) + "\n")
         story = f"{op} mask {mask:#x} offset {at} after a setup with mask {setup_mask:#x}: "
         return [story + text for text in wrong]
 
@@ -191,19 +205,51 @@ class Differential:
         self.target[:] = self.given
         self.post[:] = 0xCC
         self.post[512:576] = 0
-        real = _hw.run(steps)
+        real = self.real = _hw.run(steps)
         vector = fault.rule.vector if fault else None
         wrong = [f"setup faulted: {real[1]}"] if real[1][0] else []
         if VECTOR_OF_SIGNAL.get(real[2][0], "?") != vector:
             wrong.append(f"model: {fault}; CPU: signal {real[2][0]}, vector {real[2][1]}")
         wrong += self.differing("memory", self.mine, self.target)
-        if fault and fault.rule.name == "mxcsr" and self.target[527] & 0x80:
-            return wrong  # the SDM promises nothing: other components may be loaded already
+        # the SDM promises nothing then: other components may be loaded already
+        self.unspecified = (
+            fault is not None and fault.rule.name == "mxcsr" and self.target[527] & 0x80 != 0
+        )
+        if self.unspecified:
+            return wrong
         wrong += self.differing("registers", self.mine_post, self.post)
         seen = [real[i][2] & ~PKRU for i in (1, 2)]  # PKRU is the process's own
         if "xgetbv1" in machine.cpu.xsave and seen != inuse:
             wrong.append(f"XGETBV(1): model {[*map(hex, inuse)]}, CPU {[*map(hex, seen)]}")
         return wrong
+
+    def recording(self, op, mask, at, setup_mask):
+        """Return the image and what the CPU did, in the form of hw.jsonl."""
+        machine, real = self.machine, self.real
+        saves, faulted = not op.startswith("xrstor"), real[2][0] != 0
+        size = machine.layout.standard_size()
+        row = {
+            "op": op.upper(),
+            "xcr0": machine.xcr0,
+            "xfd": machine.xfd,
+            "leaf_d": machine.leaf_d,
+            "vendor": machine.vendor,
+            "rfbm": mask,
+            "misalign": at,
+            "setup": packed(self.setup[:size]),
+            "setup_rfbm": setup_mask,
+            "setup_xinuse": real[1][2],
+            "target": packed(self.given[at:][:size]),
+            "sig": real[2][0],
+            "trapno": {4: 7, 11: 13}.get(real[2][0], 0),
+            "post": packed(self.post[:size]),
+            "post_xinuse": real[2][2],
+        }
+        if self.unspecified:
+            row["sdm"] = "agree_partial_state_after_fault"
+        if saves and not faulted:
+            row["out"] = packed(self.target[at:][:size])
+        return row
 
     def model(self, op, mask, at, setup_mask):
         """Play on the model; return the fault or None, and XINUSE after setup and instruction."""
@@ -241,16 +287,18 @@ def main():
     parser.add_argument("images", type=int)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--amx", action="store_true")
+    parser.add_argument("--record", metavar="FILE.jsonl.xz")
     args = parser.parse_args()
     machine = Machine(args.amx)
-    differential = Differential(machine, args.seed)
     began = time.monotonic()
-    for image in range(args.images):
-        wrong = differential.play()
-        if wrong:
-            print(f"image {image} of seed {args.seed} differs:", *wrong, sep="\n  ")
-            print("  header of the area:", differential.mine[512:576].tobytes().hex())
-            return 1
+    with lzma.open(args.record, "at") if args.record else nullcontext() as record:
+        differential = Differential(machine, args.seed, record)
+        for image in range(args.images):
+            wrong = differential.play()
+            if wrong:
+                print(f"image {image} of seed {args.seed} differs:", *wrong, sep="\n  ")
+                print("  header of the area:", differential.mine[512:576].tobytes().hex())
+                return 1
     seconds = time.monotonic() - began
     components = ", ".join(str(nr) for nr in bits(machine.xcr0 & ~machine.xfd))
     print(

@@ -47,3 +47,14 @@ def qcow2_image(states, cluster_bits=9, disk_size=1 << 30, extra=16):
                        0, 0, len(states), 4096)  # fmt: skip
     assert 4096 + len(table) < base
     return head.ljust(4096, b"\0") + table.ljust(base - 4096, b"\0") + bytes(blocks)
+
+
+def registers_of(text):
+    """Return each vCPU's registers as `info registers -a` prints them."""
+    for part in re.split(r"CPU#\d+", text)[1:]:
+        yield {
+            name: [int(word, 16) for word in value.split()]
+            for name, value in re.findall(
+                r"(FCW|FSW|FTW|MXCSR|FPR\d|[XY]MM\d\d)=([0-9a-f]+(?: [0-9a-f]+)*)", part
+            )
+        }

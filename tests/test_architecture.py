@@ -22,9 +22,9 @@ FLOORS = (
     {"requirement"},
     {"findings"},
     {"judge"},
-    {"repair", "report", "difference"},
-    {"rewrite", "convert", "bench"},
-    {"cli"},
+    {"repair", "rewrite", "record", "amend", "report", "difference"},
+    {"convert", "bench"},
+    {"cli", "verbs"},
     {"__main__", "__init__"},
 )
 """The floors, lowest first; a module imports from its own floor or a lower one."""

@@ -216,3 +216,12 @@ def test_levels_and_ignored_rules(run):
     assert run("check", snapshot, "--host", host)[0] == 1
     ignored = [word for code in ("HOST-MISSING", "XCR0", "LAYOUT") for word in ("--ignore", code)]
     assert run("check", snapshot, "--host", host, *ignored)[0] == 0
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is not here")
+def test_a_real_kvm_confirms_the_verdicts(run):
+    _, out, _ = run("check", EXAMPLES / "snapshots", "--live", "--json")
+    answers = {Path(v["snapshot"]).name: v.get("live", "") for v in json.loads(out)["verdicts"]}
+    assert answers[CLEAN.name] == "KVM accepts"
+    assert answers["kernel618-regs64-3thr.core.xz"] == ""
+    assert not [answer for answer in answers.values() if "not as foretold" in answer]

@@ -242,8 +242,8 @@ class TestBadInput:
             ({54: b"\x01\0"}, "program headers of 1 bytes"),
             ({56: b"\xfe\xff"}, "needed 3669904"),
             ({56: b"\0\0"}, "found no extended state"),
-            ({64 + 8: b"\xff" * 8}, "needed"),
-            ({64 + 32: b"\xff\xff\xff\xff"}, "found 0 bytes, needed"),
+            ({64 + 8: b"\xff" * 8}, "found notes up to offset"),
+            ({64 + 32: b"\xff\xff\xff\xff"}, "found notes up to offset 42949"),
             ({120: b"\xff\xff\xff\x7f"}, "found a note of"),
             ({124: b"\xff\xff\xff\x7f"}, "found a note of"),
         ],
@@ -343,7 +343,10 @@ class TestEdits:
     def test_a_written_note_is_read_again(self, tmp_path):
         image = area(7, 832)
         image[160:416] = 0x5A
-        (vcpu,) = read(tmp_path / "core", note("CORE", 1, prstatus(5)), elfcore.note(image)).vcpus
+        written = elfcore.note(elfcore.NT_X86_XSTATE, b"LINUX", image.tobytes())
+        assert written == note("LINUX", 0x202, image.tobytes())
+        assert elfcore.note(1, b"GDB", b"12345") == note("GDB", 1, b"12345")
+        (vcpu,) = read(tmp_path / "core", note("CORE", 1, prstatus(5)), written).vcpus
         assert np.array_equal(vcpu.area, image)
 
     def test_an_edit_in_place_touches_its_own_bytes(self, tmp_path):

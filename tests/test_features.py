@@ -12,9 +12,10 @@ from xfast.features import BY_NAME, BY_NR, COMPONENTS, bits, name_of, names_of, 
 
 
 def test_masks_are_the_kernels():
-    assert sum(
-        BY_NAME[name].bit for name in ("opmask", "zmm_hi256", "hi16_zmm")
-    ) == features.XFEATURE_MASK_AVX512
+    assert (
+        sum(BY_NAME[name].bit for name in ("opmask", "zmm_hi256", "hi16_zmm"))
+        == features.XFEATURE_MASK_AVX512
+    )
     assert BY_NAME["bndregs"].bit | BY_NAME["bndcsr"].bit == features.XFEATURE_MASK_MPX
     assert BY_NAME["tilecfg"].bit | BY_NAME["tiledata"].bit == features.XFEATURE_MASK_XTILE
     assert sum(c.bit for c in COMPONENTS if c.xfd) == features.XFEATURE_MASK_USER_DYNAMIC

@@ -76,7 +76,7 @@ class TestVcpus:
         assert snapshot.facts == {"version": version, "release": release}
         for vcpu in snapshot.vcpus:
             assert (vcpu.xcr0, vcpu.xss, vcpu.xfd, vcpu.pkru_enabled) == (0xE7, None, None, False)
-            assert vcpu.facts == {"xss_saved": False}
+            assert vcpu.facts == {"msrs": [0x10, 0x174]}
             assert (len(vcpu.cpuid.entries), vcpu.cpuid.xcr0) == (75, 0xE7)
             assert vcpu.layout_source == "cpuid"
             assert vcpu.layout.restricted(0xE7) == PRESETS["amd-zen4"].restricted(0xE7)
@@ -87,14 +87,14 @@ class TestVcpus:
         sregs = first - firecracker.SREGS_BEFORE_XCRS
         assert body[sregs : sregs + 8] == struct.pack("<Q", 312)
         body[sregs + 8 + 248 : sregs + 8 + 256] = struct.pack("<Q", 1 << 22)
-        msrs = b"".join(
-            struct.pack("<QIIQ", 16, *row) for row in ((0xDA0, 0, 0x1800), (0x1C4, 0, 1 << 18))
-        )
+        rows = ((0xDA0, 0, 0x1800), (0x1C4, 0, 1 << 18))
+        msrs = struct.pack("<QIIQ", 8, 2, 0, 2)
+        msrs += b"".join(struct.pack("<QIIQ", 16, *row) for row in rows)
         at = sregs - 8 - 144
         (snapshot,) = snapshots.read(write(tmp_path / "vmstate", body[:at] + msrs + body[at:]))
         one, two = snapshot.vcpus
         assert (one.xss, one.xfd, one.pkru_enabled) == (0x1800, 1 << 18, True)
-        assert one.facts == {"xss_saved": True}
+        assert one.facts == {"msrs": [0x10, 0x174, 0x1C4, 0xDA0]}
         assert (two.xss, two.xfd, two.pkru_enabled) == (None, None, False)
 
     def test_an_area_with_amx_tiles(self, tmp_path, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 
 import pytest
@@ -157,7 +158,7 @@ def test_bad_field_is_named(change, complaint):
         ("<a", "XML"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><cpudata arch="x86"/>', "DOCTYPE"),
         ("<cpudata/>", "needed <cpudata> with <cpuid> rows"),
-        ("<cpudata><cpuid eax_in='z'/></cpudata>", "<cpuid>"),
+        ("<cpudata><cpuid eax_in='z'/></cpudata>", "XML: invalid literal"),
         ("<cpudata><cpuid eax='0x100000000'/></cpudata>", "32 bits"),
         ("x86/fpu: hello", "Enabled xstate features"),
     ],
@@ -173,6 +174,16 @@ def test_bad_document_is_one_clear_line(text, complaint):
 def test_random_bytes_are_refused(data):
     with pytest.raises(FormatError):
         parse(data)
+
+
+@pytest.mark.parametrize(
+    "unit", ["\n", " ", "\n0x0", "<!--", "<a>", "x86/fpu: ", "CPUID ", "[", "#\n"]
+)
+def test_long_nonsense_is_refused_in_no_time(unit):
+    began = time.perf_counter()
+    with pytest.raises(FormatError):
+        parse(unit.encode() * (1 << 19))
+    assert time.perf_counter() - began < 5
 
 
 def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
@@ -299,3 +310,11 @@ def test_host_without_xsave_has_the_legacy_components_alone():
     assert nehalem.xcr0 == XFEATURE_MASK_FPSSE
     assert nehalem.kvm_xcr0 == 0
     assert nehalem.xsave == frozenset()
+
+
+def test_description_in_the_documentation_is_one():
+    text = (FILE.parents[2] / "docs" / "hosts.md").read_text("utf-8")
+    (host,) = parse(text.partition("```toml\n")[2].partition("```")[0].encode())
+    assert host.name == "rack7"
+    assert host.layout == PRESETS["amd-zen3"]
+    assert host.kernel == of_release("6.1.60")

@@ -5,13 +5,15 @@ import io
 import json
 import lzma
 import re
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qemu_files import description_at, qcow2_image, undescribed
+from qemu_files import description_at, qcow2_image, registers_of, undescribed
 
 from xfast import area as engine
 from xfast.errors import FormatError, PolicyError
@@ -126,6 +128,40 @@ def test_avx512_subsections_are_components_5_to_7(streams):
         assert u(vcpu.area, "8Q", 1664 + 64 * i) == tuple(rule(0, 7, 16 + i, q) for q in range(8))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kvm/q72-kvm-reset-smp1.qemustate",
+        "kvm/q11-kvm-reset-smp1.qemustate",
+        "q72-savevm-tiny-S-smp2.qcow2",
+        "q11-mappedram-tiny-S-smp2.qemustate.zst",
+    ],
+)
+def test_vcpus_after_reset(shared, name):
+    snapshot = read(shared / "samples/qemu" / name)
+    assert len(snapshot.vcpus) == int(re.search(r"smp(\d)", name)[1])
+    for vcpu in snapshot.vcpus:
+        assert vcpu.xcr0 == 1
+        assert u(vcpu.area, "HHB", 0) == (0x37F, 0, 0)
+        assert u(vcpu.area, "I", 24) == (0x1F80,)
+        assert not vcpu.area[32:416].any()
+        assert not vcpu.area[576:].any()
+
+
+def test_an_i386_stream_takes_edits_where_it_has_registers(shared, tmp_path):
+    path = shared / "samples/qemu/q72-i386-max-bios-pc.qemustate"
+    (vcpu,) = read(path).vcpus
+    assert vcpu.facts["address_bits"] == 32
+    area = vcpu.area.copy()
+    area[160 + 16 * 7 : 160 + 16 * 8] = 0x5A
+    edits, _, after = edited(path, {0: area}, tmp_path)
+    assert [edit.field for edit in edits] == ["xmm"]
+    assert np.array_equal(after.vcpus[0].area, area)
+    area[160 + 16 * 8] = 1
+    with pytest.raises(PolicyError, match="no place for sse"):
+        edited(path, {0: area}, tmp_path)
+
+
 def test_libvirt_tells_the_guests_cpu(streams):
     snapshot = read(streams / "xf2-haswell-pku-smp1-raw-trimmed.save")
     assert snapshot.container == ("libvirt-save",)
@@ -162,17 +198,6 @@ def test_components_of_cpu_models(model, features, mask):
     other = b"<domain type='kvm'><cpu mode='host-model'/></domain>"
     head = libvirt.Header("", 0, other, f"<cookie>{cpu}</cookie>".encode())
     assert libvirt.domain(None, head) == ("", True, model, mask)
-
-
-def registers_of(text):
-    """Return each vCPU's registers as `info registers -a` prints them."""
-    for part in re.split(r"CPU#\d+", text)[1:]:
-        yield {
-            name: [int(word, 16) for word in value.split()]
-            for name, value in re.findall(
-                r"(FCW|FSW|FTW|MXCSR|FPR\d|[XY]MM\d\d)=([0-9a-f]+(?: [0-9a-f]+)*)", part
-            )
-        }
 
 
 def test_samples_hold_what_info_registers_said(shared):
@@ -303,6 +328,21 @@ def test_streams_of_machines_without_footers(streams, tmp_path):
         assert_rule(vcpu, 0x21F)
 
 
+def test_old_vcpus_in_guest_memory_are_not_read(streams, tmp_path):
+    data = undescribed((streams / "q72-max-smp2-q35.qemustate").read_bytes())
+    at = re.search(rb"\x04.{4}\x03cpu\0{4}\0\0\0\x0c", data, re.DOTALL)
+    end = data.index(b"\x7e" + at[0][1:5], at.start()) + 5
+    stale = bytearray(data[at.start() : end])
+    stale[40:2000:8] = b"x" * len(stale[40:2000:8])
+    for instance in (0, 1, 5):
+        stale[9:13] = struct.pack(">I", instance)
+        data = data[:600] + bytes(stale) + data[600:]
+    snapshot = read_bytes(tmp_path, data)
+    assert len(snapshot.vcpus) == 2
+    for vcpu in snapshot.vcpus:
+        assert_rule(vcpu, 0x21F)
+
+
 def test_a_vcpu_with_unknown_parts_is_not_left_out_in_silence(streams, tmp_path):
     data = undescribed((streams / "q72-max-smp2-q35.qemustate").read_bytes())
     at = data.rindex(b"\x08cpu/pkru")
@@ -322,6 +362,7 @@ def test_snapshots_inside_a_qcow2_image(streams, tmp_path, cluster_bits, extra):
         first, second = qemu.read(source)
         assert first.container == ("qcow2",)
         assert second.facts["internal_snapshot"] == ("1", "q72-haswell-smp2-pc")
+        assert second.name == f"{path}#1/q72-haswell-smp2-pc"
         for vcpu in first.vcpus:
             assert_rule(vcpu, 0x21F)
         for vcpu in second.vcpus:
@@ -344,6 +385,30 @@ def edited(path, areas, folder):
         edits = qemu.splices(source, *qemu.read(source), areas)
         source.rewrite(edits, out)
     return edits, (folder / "edited").read_bytes(), read(folder / "edited")
+
+
+@pytest.mark.parametrize("number", [0, 2, 4, 5, 6])
+def test_every_libvirt_compression(streams, tmp_path, number):
+    raw = (streams / "xf-max-smp2-raw-trimmed.save").read_bytes()
+    body = 92 + struct.unpack_from("<I", raw, 20)[0]
+    program = {2: ["bzip2", "-c"], 4: ["lzop", "-c"], 5: ["zstd", "-q", "-c"]}.get(number)
+    packed = raw[body:]
+    if program:
+        if shutil.which(program[0]) is None:
+            pytest.skip(f"{program[0]} is not here")
+        packed = subprocess.run(program, input=packed, stdout=-1, check=True).stdout
+    path = tmp_path / "image"
+    path.write_bytes(raw[:28] + struct.pack("<I", number) + raw[32:body] + packed)
+    before = read(path)
+    assert before.container == ("libvirt-save", *(program or [])[:1])
+    for vcpu in before.vcpus:
+        assert_rule(vcpu, 0x21F)
+    area = before.vcpus[0].area.copy()
+    area[160:176] = 7
+    _, data, after = edited(path, {0: area}, tmp_path)
+    assert data[:body] == path.read_bytes()[:body]
+    assert np.array_equal(after.vcpus[0].area, area)
+    assert np.array_equal(after.vcpus[1].area, before.vcpus[1].area)
 
 
 def test_dropping_the_leaked_bit_changes_one_byte(streams, tmp_path):

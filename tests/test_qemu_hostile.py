@@ -204,3 +204,26 @@ def test_disk_images_that_lie(attempt, stream, offset, value):
 
 def test_a_disk_image_without_snapshots(attempt):
     assert "found no snapshot with a VM state" in attempt(qcow2_image([]))
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        b"",
+        b"<domain",
+        b"<other/>",
+        b"\xff\xfe<domain/>",
+        b"<!DOCTYPE d [<!ENTITY a 'aaaaaaaaaa'>"
+        + b"".join(b"<!ENTITY a%d '%s'>" % (i, b"&a%d;" % (i - 1) * 10) for i in range(1, 12))
+        + b"]><domain>&a11;</domain>",
+    ],
+)
+def test_xml_that_is_no_domains(attempt, stream, xml):
+    head = b"LibvirtQemudSave" + struct.pack("<5I56x", 2, len(xml) + 1, 1, 0, 0)
+    assert "found XML that is no domain's" in attempt(head + xml + b"\0" + stream)
+
+
+def test_xml_nested_deep(attempt, stream):
+    deep = b"<domain>" + b"<a>" * 300_000 + b"</a>" * 300_000 + b"</domain>"
+    head = b"LibvirtQemudSave" + struct.pack("<5I56x", 2, len(deep) + 1, 1, 0, 0)
+    assert attempt(head + deep + b"\0" + stream) == 2

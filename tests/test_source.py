@@ -116,6 +116,13 @@ def test_lzop_bodies_go_through_the_program_or_say_what_is_missing(tmp_path):
     assert again.stdout == b"QE" + PAYLOAD[2:]
 
 
+def test_a_missing_zstd_module_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path, zstd.compress(PAYLOAD))
+    monkeypatch.setitem(sys.modules, zstd.__name__.partition(".")[0], None)
+    with pytest.raises(XfastError, match=r"file: zstd: .*; needed: pip install 'xfast\[zstd\]'"):
+        Source.open(path)
+
+
 def test_layers_within_layers(tmp_path):
     image = gzip.compress(libvirt_image(lzma.compress(PAYLOAD), 3))
     with Source.open(write(tmp_path, image)) as source:
@@ -211,6 +218,22 @@ def test_splices_change_exactly_their_bytes(tmp_path_factory, cuts):
         with open(path, "r+b") as file:
             source.patch(edits, file.fileno())
     assert path.read_bytes() == expected
+
+
+def test_a_copy_keeps_the_holes_of_a_sparse_file(tmp_path):
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        for place in (0, 1 << 30, 8 << 30):
+            file.seek(place)
+            file.write(PAYLOAD[:9000])
+        file.truncate(16 << 30)
+    with Source.open(path) as source, open(tmp_path / "out", "wb") as out:
+        source.rewrite([Splice((8 << 30) + 1, b"\1", b"x")], out)
+    assert (tmp_path / "out").stat().st_size == 16 << 30
+    assert (tmp_path / "out").stat().st_blocks <= path.stat().st_blocks + 64
+    with Source.open(tmp_path / "out") as copy:
+        assert copy.read(1 << 30, 9000) == PAYLOAD[:9000]
+        assert copy.read((8 << 30) - 1, 4) == b"\0\0x\2"
 
 
 def test_splices_that_do_not_fit_change_nothing(tmp_path):

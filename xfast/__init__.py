@@ -12,6 +12,7 @@ _HOMES = {
         "get_uabi", "set_uabi", "swap", "audit", "xinuse",
     ),
     "xfast.judge": ("check",),
+    "xfast.repair": ("plan_fix", "fix_areas"),
     "xfast.verdict": ("Finding", "Policy", "Verdict"),
     "xfast.snapshots": ("read",),
     "xfast.snapshots.model": ("Snapshot", "Vcpu"),

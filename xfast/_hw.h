@@ -17,6 +17,7 @@ enum xfast_op {
     XFAST_SET_YMM15,    /* VPCMPEQD YMM15, YMM15, YMM15: clears the rest of ZMM15 */
     XFAST_SET_K7,       /* KXNORW K7, K7, K7 */
     XFAST_FLDZ,
+    XFAST_XGETBV,       /* XGETBV(1), as a save of what is in use needs it */
 };
 
 struct xfast_step {
@@ -131,6 +132,7 @@ xfast_hw_steps(struct xfast_step *steps, int n, uint64_t rounds, int observe, ui
             case XFAST_SET_YMM15: __asm__ volatile ("vpcmpeqd %ymm15, %ymm15, %ymm15"); break;
             case XFAST_SET_K7: __asm__ volatile ("kxnorw %k7, %k7, %k7"); break;
             case XFAST_FLDZ: __asm__ volatile ("fldz"); break;
+            case XFAST_XGETBV: xfast_hw_xgetbv(1); break;
             }
             if (observe) {
                 s->signal = (uint32_t)(fault >> 32);

@@ -37,7 +37,7 @@ cdef uint64_t PKRU = 1 << 9
 
 OPS = (
     "xsave64", "xsaveopt64", "xsavec64", "xrstor64", "xsave", "xsaveopt", "xsavec", "xrstor",
-    "fill", "set_xmm15", "set_ymm15", "set_k7", "fldz",
+    "fill", "set_xmm15", "set_ymm15", "set_k7", "fldz", "xgetbv",
 )
 
 cdef dict _CODES = {name: code for code, name in enumerate(OPS)}
@@ -124,6 +124,8 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
             raise ValueError(f"steps[{i}]: got {op!r}, needed one of: {', '.join(OPS)}")
         if _NEEDS.get(op, 0) & ~xfast_hw_xgetbv(0):
             raise ValueError(f"steps[{i}]: {op} needs components {_NEEDS[op]:#x} in XCR0")
+        if op == "xgetbv" and not cpuid(0xD, 1)[0] & 4:
+            raise ValueError(f"steps[{i}]: this CPU has no XGETBV(1)")
         if op in _RESTORES:
             mask &= ~PKRU
         program[i].op = _CODES[op]

@@ -59,13 +59,7 @@ _TABLE = (
         "KVM: x86: Forbid KVM_SET_CPUID{,2} after KVM_RUN",
         ("5.16-rc4",),
         "a vCPU that has entered the guest refuses KVM_SET_CPUID2",
-    ),
-    Behaviour(
-        "cpuid-frozen-equal",
-        "c6617c61e8fe",
-        "KVM: x86: Partially allow KVM_SET_CPUID{,2} after KVM_RUN",
-        ("5.17-rc1", "5.16.3"),
-        "it accepts the list that it already has",
+        "rc4 is inferred from the date of the patch",
     ),
     Behaviour(
         "dynamic-features",
@@ -82,6 +76,13 @@ _TABLE = (
         "GET and SET go through the FPU core: XCOMP_BV and reserved header bytes are refused, "
         "and GET no longer trims to the guest",
         "the other direction is ea4d6938d4c0, of the same release",
+    ),
+    Behaviour(
+        "cpuid-frozen-equal",
+        "c6617c61e8fe",
+        "KVM: x86: Partially allow KVM_SET_CPUID{,2} after KVM_RUN",
+        ("5.17-rc1", "5.16.3"),
+        "it accepts the list that it already has",
     ),
     Behaviour(
         "guest-permission",

@@ -121,9 +121,11 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         nargs="+",
         action="extend",
-        required=True,
         metavar="HOST[@KERNEL]",
         help="catalogue name, description file or directory, or 'this'",
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="ask this machine's KVM as well (host 'this')"
     )
     parser.add_argument(
         "--level", default="xstate", help="what to ask: xstate (default), fpu, isa or strict"
@@ -144,15 +146,23 @@ def _check(args: argparse.Namespace) -> int:
     from xfast.verdict import Policy
 
     policy = Policy(args.level, frozenset(code.upper() for code in args.ignore))
-    hosts = hosts_of(args.host)
+    hosts = hosts_of(args.host or (["this"] if args.live else []))
+    if not hosts:
+        raise XfastError("check: got no host, needed --host NAME, FILE or 'this', or --live")
     failed: list[str] = []
     verdicts = []
     for snapshot in snapshots_of(args, failed):
-        verdicts += check(snapshot, hosts, policy=policy)
+        for host, verdict in zip(hosts, check(snapshot, hosts, policy=policy), strict=True):
+            if args.live and host.source == "this machine":
+                from xfast.kvm.confirm import confirm
+
+                verdict = confirm(snapshot, host, verdict)
+            verdicts.append(verdict)
     report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
     print(report.summary(verdicts, len(failed)), file=sys.stderr)
     words = {verdict.verdict for verdict in verdicts}
-    if failed or "unknown" in words:
+    contradicted = any("can't" in v.live or "not as foretold" in v.live for v in verdicts)
+    if failed or contradicted or "unknown" in words:
         return TROUBLE
     return FINDING if "incompatible" in words else OK
 
@@ -199,6 +209,22 @@ def _lazily(module: str) -> tuple[Callable[[argparse.ArgumentParser], None], Cal
     return arguments, run
 
 
+BENCHES = {
+    "swap": ("compare ways to switch between host and guest FPU state", "xfast.bench.swap"),
+}
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    for name, (help_text, module) in BENCHES.items():
+        import_module(module).add_arguments(benches.add_parser(name, help=help_text))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    status: int = import_module(BENCHES[args.bench][1]).run(args)
+    return status
+
+
 VERBS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
 ] = {
@@ -206,6 +232,10 @@ VERBS: dict[
     "check": ("judge which hosts can restore which snapshots", _check_arguments, _check),
     "explain": ("explain a rule code, or an error message", _explain_arguments, _explain),
     "host": ("show, dump and combine host descriptions", *_lazily("xfast.hosts.verbs")),
+    "fix": ("write a snapshot that a host can restore", *_lazily("xfast.verbs.fix")),
+    "convert": ("write areas in another layout or format", *_lazily("xfast.verbs.convert")),
+    "diff": ("tell in which registers two snapshots differ", *_lazily("xfast.verbs.diff")),
+    "bench": ("measure on this machine", _bench_arguments, _bench),
 }
 
 
@@ -248,6 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TROUBLE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return TROUBLE
+    except OSError as problem:
+        complain(problem)
         return TROUBLE
     except KeyboardInterrupt:
         complain("interrupted")

@@ -295,7 +295,7 @@ class Cpuid:
     @cached_property
     def features(self) -> frozenset[str]:
         """The names in FEATURES whose bit is set. A leaf that is not here announces nothing."""
-        rows = {(f.leaf, f.subleaf): self.find(f.leaf, f.subleaf) for f in FEATURES.values()}
+        rows = {(leaf, subleaf): self.find(leaf, subleaf) for leaf, subleaf, _ in _TABLE}
         return frozenset(
             f.name
             for f in FEATURES.values()

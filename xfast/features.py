@@ -124,27 +124,3 @@ def parse_component(text: str) -> int:
         return int(digits)
     known = ", ".join(BY_NAME)
     raise ValueError(f"component: got {text!r}, needed a number from 0 to 62 or one of: {known}")
-
-
-XCR0_NEEDS: tuple[tuple[int, int], ...] = (
-    (AVX, SSE),
-    (XFEATURE_MASK_MPX, XFEATURE_MASK_MPX),
-    (XFEATURE_MASK_AVX512, XFEATURE_MASK_AVX512 | AVX),
-    (XFEATURE_MASK_XTILE, XFEATURE_MASK_XTILE),
-)
-"""Where XCR0 has any bit of the first mask, it needs all of the second."""
-
-
-def xcr0_fault(value: int, supported: int) -> str | None:
-    """Return why XCR0 can't be `value` where `supported` may be set, or None if it can.
-
-    *Source*: Intel SDM vol. 1 section 13.3; Linux arch/x86/kvm/x86.c __kvm_set_xcr().
-    """
-    if not value & X87:
-        return "x87 is not set"
-    if value & ~(supported | X87):
-        return f"{names_of(value & ~(supported | X87))} is not supported"
-    for any_of, needed in XCR0_NEEDS:
-        if value & any_of and needed & ~value:
-            return f"{names_of(value & any_of)} needs {names_of(needed & ~value)}"
-    return None

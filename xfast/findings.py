@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xfast.behaviour import BEHAVIOURS
+from xfast.behaviour import BEHAVIOURS, xcr0_problem
+from xfast.cpuid import RUNTIME_FEATURES
 from xfast.features import (
     KVM_XSAVE_SIZE,
-    SSE,
     SUPERVISOR_MASK,
     TILEDATA,
     X87,
@@ -20,10 +20,9 @@ from xfast.features import (
     bits,
     name_of,
     names_of,
-    xcr0_fault,
 )
 from xfast.hosts.model import Host
-from xfast.requirement import State, Target, leaked
+from xfast.requirement import State, Target, leaked, refuses
 from xfast.rules import RULES
 from xfast.verdict import Finding, Policy
 
@@ -154,7 +153,7 @@ def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
         return
     known = state.guest_cpuid_mask
     for supported, whose in ((target.host, "the host"), (known, "the guest's CPUID")):
-        fault = None if supported is None else xcr0_fault(xcr0, supported)
+        fault = "" if supported is None else xcr0_problem(xcr0, supported)
         if fault and supported is not None:
             yield _finding(
                 state,
@@ -247,6 +246,17 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             open=True,
         )
         return
+    unplaced = extended & (target.host or 0) & ~host.layout.mask
+    if unplaced and state.kind == "vm":
+        yield _finding(
+            state,
+            "LAYOUT",
+            "risky",
+            (vcpu.layout.name, "unknown"),
+            f"the host's description does not say where {names_of(unplaced)} lies",
+            component=names_of(unplaced),
+            open=True,
+        )
     moved = (
         0
         if state.kind == "process"
@@ -269,27 +279,27 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
 def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.kind != "vm" or state.vcpu.portable:
         return
-    ignores = host.kernel is not None and "fpu-core-uabi" not in host.kernel
-    severity = "note" if ignores and not state.xcomp & XCOMP_BV_COMPACTED else "blocks"
+    compacted = bool(state.xcomp & XCOMP_BV_COMPACTED)
     if state.xcomp:
-        compacted = bool(state.xcomp & XCOMP_BV_COMPACTED)
+        every, _ = refuses(host, state, xcomp_bv=state.xcomp)
         yield _finding(
             state,
             "FORMAT",
-            severity,
+            "blocks" if every or compacted else "risky",
             (f"{state.xcomp:#x}", "0x0"),
-            f"XCOMP_BV is {state.xcomp:#x}"
-            + (" (compacted format)" if compacted else "")
-            + "; KVM_SET_XSAVE takes 0 only",
+            f"XCOMP_BV is {state.xcomp:#x}{' (compacted format)' if compacted else ''}; "
+            "KVM_SET_XSAVE takes the standard format only, and kernels from 5.16 refuse others",
             fix="safe" if state.vcpu.layout is not None or not compacted else "none",
         )
     if state.reserved:
+        every, some = refuses(host, state, reserved=1)
         yield _finding(
             state,
             "FORMAT",
-            severity,
+            "blocks" if every else "risky" if some else "note",
             ("not zero", "zero"),
-            "reserved bytes of the XSAVE header (528 to 575) are not zero; KVM_SET_XSAVE refuses",
+            "reserved bytes of the XSAVE header (528 to 575) are not zero; KVM_SET_XSAVE of "
+            "kernels from 5.16 refuses that",
             fix="safe",
         )
 
@@ -443,20 +453,19 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
 
 
 def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if host.mxcsr_mask is None or not state.bv & 7:
+    if state.kind != "vm" or host.mxcsr_mask is None or not state.mxcsr & ~host.mxcsr_mask:
         return
-    if state.xcomp & XCOMP_BV_COMPACTED and not state.bv & SSE:
-        return
+    every, some = refuses(host, state, mxcsr=state.mxcsr)
     foreign = state.mxcsr & ~host.mxcsr_mask
-    if foreign:
+    if some:
         yield _finding(
             state,
             "MXCSR",
-            "blocks",
+            "blocks" if every else "risky",
             (f"{state.mxcsr:#x}", f"{host.mxcsr_mask:#x}"),
             f"MXCSR {state.mxcsr:#x} has bits {foreign:#x} outside the host's MXCSR_MASK"
             + (" (AMD's misaligned SSE mode)" if foreign == 1 << 17 else "")
-            + (": KVM_SET_XSAVE fails with EINVAL" if state.kind == "vm" else ""),
+            + ": KVM_SET_XSAVE fails with EINVAL",
             component=1,
         )
 
@@ -464,7 +473,7 @@ def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator
 def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.vcpu.cpuid is None or host.features is None:
         return
-    missing = sorted(state.vcpu.cpuid.features - host.features)
+    missing = sorted(state.vcpu.cpuid.features - RUNTIME_FEATURES - host.features)
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
         yield _finding(

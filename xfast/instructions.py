@@ -295,7 +295,8 @@ def _save_compacted(cpu: Processor, area: Area, rfbm: int, modified: int, rex_w:
     _check_size(area, layout.compacted_size(rfbm))
     inuse = _with_mxcsr(cpu, cpu.xinuse & ~cpu.xfd) & rfbm
     offsets = {**cpu.offsets, **layout.compacted_offsets(rfbm)}
-    if inuse & SSE:  # modified or not, as XSAVEOPT does: recorded under KVM on Zen 4
+    unmodified = not modified & SSE and cpu.mxcsr == MXCSR_INIT
+    if inuse & SSE and (cpu.cpu.always_saves_mxcsr or not unmodified):
         _store_mxcsr(cpu, area)
     for nr in bits(inuse & modified):
         cpu.store(area, nr, offsets[nr], init=False, rex_w=rex_w)

@@ -102,4 +102,4 @@ def check(
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
     states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
     pool = [hosts] if isinstance(hosts, Host) else hosts
-    return [verdict_of(snapshot.path, host, states, rules) for host in pool]
+    return [verdict_of(snapshot.name, host, states, rules) for host in pool]

@@ -68,6 +68,9 @@ class Cpu:
         XSAVE and XSAVEOPT, too, say that SSE is in use where only MXCSR is not 0x1F80.
     refuses_bv63 : bool
         XSTATE_BV[63] = 1 in a compacted area faults, though XCOMP_BV[63] = 1.
+    always_saves_mxcsr : bool
+        XSAVES writes MXCSR wherever SSE is in use. Without it (Intel), an unmodified MXCSR of
+        0x1F80 is left out. Seen under KVM on Zen 4 and on Sapphire Rapids.
     linear_bits : int
         Bits of a linear address; pointers are sign-extended from the topmost.
     """
@@ -81,6 +84,7 @@ class Cpu:
     finds_init: bool = True
     mxcsr_counts_as_sse: bool = False
     refuses_bv63: bool = True
+    always_saves_mxcsr: bool = False
     linear_bits: int = 48
 
 
@@ -94,8 +98,12 @@ AMD_ZEN4 = Cpu(
     mxcsr_mask=MXCSR_MASK_AMD,
     keeps_x87_pointers=False,
     extends_fdp=True,
+    always_saves_mxcsr=True,
     linear_bits=57,
 )
+
+BY_VENDOR = {"GenuineIntel": INTEL, "AuthenticAMD": AMD_ZEN4, "HygonGenuine": AMD_ZEN4}
+"""What is known of a vendor's CPUs; of others, `Cpu`'s defaults, which are the SDM's rules."""
 
 
 class Processor:
@@ -283,4 +291,4 @@ def sign_extend(pointer: int, width: int) -> int:
     return pointer | -(pointer >> (width - 1)) << width & (1 << 64) - 1
 
 
-__all__ = ["AMD_ZEN4", "INTEL", "Cpu", "Processor", "is_tilecfg", "sign_extend"]
+__all__ = ["AMD_ZEN4", "BY_VENDOR", "INTEL", "Cpu", "Processor", "is_tilecfg", "sign_extend"]

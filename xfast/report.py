@@ -83,6 +83,7 @@ def snapshot_as_json(snapshot: Snapshot, *, registers: bool = True) -> dict[str,
     """Return one snapshot as ``xfast show --json`` has it."""
     return {
         "path": snapshot.path,
+        "part": snapshot.part,
         "format": snapshot.format,
         "kind": snapshot.kind,
         "producer": snapshot.producer,
@@ -95,7 +96,7 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
     """Print what is in a snapshot, for people."""
     wrapped = " in " + " in ".join(reversed(snapshot.container)) if snapshot.container else ""
     by = f", written by {snapshot.producer}" if snapshot.producer else ""
-    out.print(f"{snapshot.path}: {snapshot.format}{wrapped}{by}", style="bold")
+    out.print(f"{snapshot.name}: {snapshot.format}{wrapped}{by}", style="bold")
     whose = "thread" if snapshot.kind == "process" else "vCPU"
     for vcpu in snapshot.vcpus:
         answer = vcpu_as_json(vcpu, registers=registers)
@@ -131,6 +132,7 @@ def matrix_text(verdicts: list[Verdict], out: Console, *, notes: bool) -> None:
             verdict = row[host]
             fix = verdict.fixable if verdict.verdict == "incompatible" else "none"
             word = verdict.verdict + (f" ({fix} fix)" if fix != "none" else "")
+            word += f", {verdict.live}" if verdict.live else ""
             words.append(Text(word, style=COLOURS[verdict.verdict]))
         table.add_row(labels[snapshot], *words)
     out.print(table)
@@ -214,6 +216,7 @@ def flat(verdicts: Iterable[Verdict]) -> Iterator[dict[str, Any]]:
     """Yield a row for each finding, and one for each verdict without findings."""
     for verdict in verdicts:
         whole = verdict.as_json()
+        whole.pop("live", None)
         findings = whole.pop("findings")
         for finding in findings or [{}]:
             yield {**dict.fromkeys(COLUMNS), **whole, **finding}

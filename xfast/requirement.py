@@ -113,6 +113,11 @@ class Target:
     kept: int
 
 
+def kernels_of(host: Host) -> tuple[Behaviours, ...]:
+    """Return the kernel that `host` runs; where it is unknown, one of each generation."""
+    return TYPICAL if host.kernel is None else (host.kernel,)
+
+
 def target_of(state: State, host: Host) -> Target:
     """Ask every kernel that `host` may run what it does with the area."""
     supported = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
@@ -124,7 +129,7 @@ def target_of(state: State, host: Host) -> Target:
     known = state.guest_cpuid_mask
     guests = (known,) if known is not None else ((state.vcpu.xcr0 or 0), ALL)
     all_take, any_takes, all_report = ALL, 0, ALL
-    for kernel in (host.kernel,) if host.kernel is not None else TYPICAL:
+    for kernel in kernels_of(host):
         for guest in guests:
             takes, reports = kernel_masks(kernel, user, supported, guest & supported)
             all_take &= takes
@@ -152,3 +157,34 @@ def leaked(state: State) -> int:
     if state.may is None:
         return state.bv & PKRU if state.pkru == 0 else 0
     return state.bv & ~state.may & ~SUPERVISOR_MASK
+
+
+def refuses(host: Host, state: State, **header: int) -> tuple[bool, bool]:
+    """Ask whether KVM_SET_XSAVE refuses an area for what its header has besides XSTATE_BV.
+
+    Parameters
+    ----------
+    header : int
+        ``xcomp_bv``, ``reserved`` or ``mxcsr``: what to ask about; the others count as clean.
+
+    Returns
+    -------
+    (bool, bool)
+        Whether every kernel that the host may run refuses it, and whether some does.
+    """
+    clean = {"xcomp_bv": 0, "reserved": 0, "mxcsr": 0}
+    mask = ALL if host.mxcsr_mask is None else host.mxcsr_mask
+    answers = [
+        behaviour.refusal(
+            kernel,
+            xstate_bv=state.bv,
+            user=ALL,
+            kvm_xcr0=ALL,
+            mxcsr_mask=mask,
+            xsave="xsave" in host.xsave or bool(host.kvm_xcr0),
+            **(clean | header),  # type: ignore[arg-type]
+        )
+        for kernel in kernels_of(host)
+    ]
+    broken = [answer is not None and answer.rule in header for answer in answers]
+    return all(broken), any(broken)

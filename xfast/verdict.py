@@ -13,6 +13,10 @@ LEVELS = ("xstate", "fpu", "isa", "strict")
 also its instructions; also state that is present but not live."""
 
 
+SET_RULES = frozenset({"LEAK", "HOST-MISSING", "KERNEL", "FORMAT", "MXCSR", "XSS"})
+"""The rules that stand for an EINVAL of KVM_SET_XSAVE."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What to ask of a host.
@@ -78,7 +82,8 @@ class Verdict:
     """The answer for one snapshot and one host.
 
     `verdict` is ``identical``, ``superset``, ``incompatible`` or ``unknown``; `fixable` is what
-    ``xfast fix`` can make of it: ``safe``, ``lossy`` or ``none``.
+    ``xfast fix`` can make of it: ``safe``, ``lossy`` or ``none``; `live` what a real
+    KVM_SET_XSAVE answered, where one was asked.
     """
 
     snapshot: str
@@ -86,13 +91,22 @@ class Verdict:
     verdict: str
     fixable: str
     findings: tuple[Finding, ...]
+    live: str = ""
+
+    @property
+    def settable(self) -> bool:
+        """Whether no finding says that KVM_SET_XSAVE itself would refuse the area."""
+        return not any(f.severity == "blocks" and f.code in SET_RULES for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as the JSON answer has it."""
-        return {
+        answer = {
             "snapshot": self.snapshot,
             "host": self.host,
             "verdict": self.verdict,
             "fixable": self.fixable,
             "findings": [finding.as_json() for finding in self.findings],
         }
+        if self.live:
+            answer["live"] = self.live
+        return answer

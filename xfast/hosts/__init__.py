@@ -69,25 +69,18 @@ def resolve_all(spec: str) -> list[Host]:
     OSError
         If the file can't be read.
     """
-    found = _find(spec)
-    if found:
-        return found
+    hosts = _find(spec)
+    if hosts:
+        return hosts
     base, at, kernel = spec.rpartition("@")
-    if at:
-        behaviours = parse_kernel(kernel)
-        return [
-            host.with_kernel(behaviours).replace(name=f"{host.name}@{kernel}")
-            for host in resolve_all(base)
-        ]
-    base, plus, template = spec.rpartition("+")
-    if plus and Path(template).is_file():
-        from xfast.hosts.firecracker import apply_template
+    hosts = _find(base) if at else []
+    if not hosts:
+        from xfast.hosts.catalogue import catalogue
 
-        return [apply_template(host, template) for host in resolve_all(base)]
-    from xfast.hosts.catalogue import catalogue
-
-    known = ", ".join(catalogue())
-    raise XfastError(f"host: got {spec!r}, needed a file, 'this', or one of: {known}")
+        known = ", ".join(catalogue())
+        raise XfastError(f"host: got {spec!r}, needed a file, 'this', or one of: {known}")
+    behaviours = parse_kernel(kernel)
+    return [host.with_kernel(behaviours).replace(name=f"{host.name}@{kernel}") for host in hosts]
 
 
 def resolve(spec: str) -> Host:
@@ -133,7 +126,18 @@ def parse_kernel(text: str) -> Behaviours:
 
 
 def _find(spec: str) -> list[Host]:
-    """Return what `spec` names as it stands: this machine, a catalogue entry, or a file."""
+    """Return the hosts that ``BASE[+TEMPLATE]`` names, or none."""
+    hosts = _find_base(spec)
+    base, plus, template = spec.rpartition("+")
+    if hosts or not plus or not Path(template).is_file():
+        return hosts
+    from xfast.hosts.firecracker import apply_template
+
+    return [apply_template(host, template) for host in _find_base(base)]
+
+
+def _find_base(spec: str) -> list[Host]:
+    """Return this machine, a catalogue entry, or the hosts of a file, if `spec` names one."""
     from xfast.hosts.catalogue import catalogue
 
     if spec == "this":

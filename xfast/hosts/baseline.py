@@ -11,6 +11,7 @@ from operator import and_, or_
 from typing import Any
 
 from xfast.cpuid import FEATURES, PSABI_LEVELS
+from xfast.errors import XfastError
 from xfast.hosts.derive import common_layout
 from xfast.hosts.model import Host
 
@@ -84,12 +85,12 @@ def firecracker_template(hosts: Sequence[Host]) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
+    XfastError
         If the features or the XCR0 of a host are not known.
     """
     unknown = [host.name for host in hosts if host.features is None or host.kvm_xcr0 is None]
     if unknown or not hosts:
-        raise ValueError(f"features and XCR0: not known of {', '.join(unknown) or 'no host'}")
+        raise XfastError(f"features and XCR0: not known of {', '.join(unknown) or 'no host'}")
     features = [host.features or frozenset() for host in hosts]
     masks = [host.kvm_xcr0 or 0 for host in hosts]
     cleared: dict[tuple[int, int, str], int] = {}

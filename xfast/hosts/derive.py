@@ -71,7 +71,6 @@ def from_cpuid(
     source: str,
     *,
     by_kvm: bool = False,
-    kernel: Behaviours | None = None,
 ) -> Host:
     """Return the host that a list of CPUID rows describes.
 
@@ -82,9 +81,8 @@ def from_cpuid(
         The host's name, and the file (for errors and `Host.source`).
     by_kvm : bool
         The rows are what KVM offers or gives a guest (KVM_GET_SUPPORTED_CPUID, a Firecracker
-        fingerprint), not what the CPU says.
-    kernel : Behaviours or None
-        What it enables is cut from what the newest kernel would.
+        fingerprint), not what the CPU says. What the CPU says is what the newest kernel would
+        enable of it; `Host.with_kernel` cuts that.
 
     Raises
     ------
@@ -111,8 +109,7 @@ def from_cpuid(
     provenance.update(dict.fromkeys(masks, "derived"))
     if by_kvm and "kvm_xcr0" in masks:
         provenance["kvm_xcr0"] = "dump"
-    host = Host(name, source=source, provenance=provenance, **facts)
-    return host.with_kernel(kernel) if kernel else host
+    return Host(name, source=source, provenance=provenance, **facts)
 
 
 def _masks(cpuid: Cpuid, features: frozenset[str] | None, by_kvm: bool) -> dict[str, int]:

@@ -11,10 +11,10 @@ Firecracker docs/cpu_templates.
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.parsers import expat
 
 from xfast.behaviour import kvm_supported_xcr0
 from xfast.cpuid import ENTRY, Cpuid, Entry
@@ -35,11 +35,14 @@ KINDS = (
 CPUID2_LIMIT = 4096
 """Entries in a struct kvm_cpuid2, at most; KVM itself takes 256."""
 
+CPU_LIMIT = 8192
+"""Logical CPUs in a dump, at most: as many as Linux can be built for."""
+
 Row = tuple[int, int, int, int, int, int]
 """Leaf, sub-leaf, eax, ebx, ecx, edx."""
 
 _CPUID_R = re.compile(
-    r"^\s*0x([0-9a-f]{8}) 0x([0-9a-f]{1,8}): "
+    r"^[ \t]*0x([0-9a-f]{8}) 0x([0-9a-f]{1,8}): "
     r"eax=0x([0-9a-f]{8}) ebx=0x([0-9a-f]{8}) ecx=0x([0-9a-f]{8}) edx=0x([0-9a-f]{8})",
     re.MULTILINE,
 )
@@ -76,6 +79,8 @@ def by_cpu(rows: Iterable[Row]) -> list[Cpuid]:
 
 def of_cpus(cpus: list[Cpuid], name: str, path: str) -> Host:
     """Return the host of a dump: its first CPU, or what all kinds of its CPUs have in common."""
+    if len(cpus) > CPU_LIMIT:
+        raise FormatError(path, None, f"found {len(cpus)} CPUs, needed {CPU_LIMIT} at most")
     kinds: dict[tuple[Any, ...], Host] = {}
     for cpuid in cpus:
         host = from_cpuid(cpuid, name, path)
@@ -87,25 +92,32 @@ def of_cpus(cpus: list[Cpuid], name: str, path: str) -> Host:
 
 
 def read_libvirt(text: str, name: str, path: str) -> Host:
-    """Read libvirt's ``<cpudata>``."""
-    if "<!" in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL):
-        raise FormatError(path, None, "found a DOCTYPE or CDATA, needed plain <cpudata>")
+    """Read libvirt's ``<cpudata>``; entities and document types are refused."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    root: list[str] = []
+
+    def element(tag: str, attributes: dict[str, str]) -> None:
+        if not root:
+            root.append(tag)
+        if tag == "cpuid":
+            keys = ("eax_in", "ecx_in", *REGISTERS)
+            leaf, subleaf, *registers = (int(attributes.get(key, "0"), 16) for key in keys)
+            if not all(0 <= value < 1 << 32 for value in (leaf, subleaf, *registers)):
+                raise ValueError(f"got {attributes!r:.100}, needed numbers of 32 bits")
+            rows[leaf, subleaf] = registers
+
+    def doctype(*_: object) -> None:
+        raise ValueError("got a DOCTYPE, needed plain <cpudata>")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = element
+    parser.StartDoctypeDeclHandler = doctype
     try:
-        root = ElementTree.fromstring(text)
-        rows = {
-            (int(row.get("eax_in", "0"), 16), int(row.get("ecx_in", "0"), 16)): [
-                int(row.get(register, "0"), 16) for register in REGISTERS
-            ]
-            for row in root.iter("cpuid")
-        }
-    except ElementTree.ParseError as error:
+        parser.Parse(text, True)
+    except (expat.ExpatError, ValueError) as error:
         raise FormatError(path, None, f"XML: {error}") from None
-    except ValueError as error:
-        raise FormatError(path, None, f"<cpuid>: {error}") from None
-    if root.tag != "cpudata" or not rows:
-        raise FormatError(path, None, f"found <{root.tag:.40}>, needed <cpudata> with <cpuid> rows")
-    if not all(0 <= value < 1 << 32 for key, row in rows.items() for value in (*key, *row)):
-        raise FormatError(path, None, "found a number in <cpuid> that needs more than 32 bits")
+    if root[0] != "cpudata" or not rows:
+        raise FormatError(path, None, f"found <{root[0]:.40}>, needed <cpudata> with <cpuid> rows")
     return from_cpuid(Cpuid.from_rows(rows), name, path)
 
 
@@ -158,10 +170,10 @@ def read_dmesg(text: str, name: str, path: str) -> Host:
     facts["kvm_xcr0"] = kvm_supported_xcr0(NEWEST, facts["xcr0"])
     provenance["kvm_xcr0"] = "derived"
     host = Host(name, source=path, provenance=provenance, **facts)
-    return host.with_kernel(kernel) if kernel else host
+    return host.with_kernel(kernel).replace(xcr0=host.xcr0, xss=host.xss) if kernel else host
 
 
-_TOML = re.compile(r"^\s*schema\s*=", re.MULTILINE)
+_TOML = re.compile(r"^[ \t]*schema[ \t]*=", re.MULTILINE)
 _TEXTS: tuple[tuple[re.Pattern[str], Callable[[str, str, str], Host]], ...] = (
     (_CPUID_R, lambda text, name, path: of_cpus(by_cpu(cpuid_r_rows(text)), name, path)),
     (_INSTLAT, lambda text, name, path: of_cpus(by_cpu(instlat_rows(text)), name, path)),

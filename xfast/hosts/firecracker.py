@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from xfast.cpuid import FEATURES, Cpuid, Entry
 from xfast.errors import FormatError
+from xfast.features import TILEDATA
 from xfast.hosts.derive import from_cpuid, kernel_of
 from xfast.hosts.description import read_json
 from xfast.hosts.model import Host
@@ -54,9 +55,14 @@ def read_fingerprint(document: dict[str, Any], name: str, path: str) -> Host:
     for m in read_modifiers(document.get("guest_cpu_config"), path):
         rows.setdefault((m.leaf, m.subleaf, m.flags), {})[m.register] = m.value
     entries = (Entry(*key, *(row.get(r, 0) for r in REGISTERS)) for key, row in rows.items())
-    release = document.get("kernel_version")
-    return from_cpuid(
-        Cpuid(tuple(entries)), name, path, by_kvm=True, kernel=kernel_of(release, path)
+    host = from_cpuid(Cpuid(tuple(entries)), name, path, by_kvm=True)
+    kernel = kernel_of(document.get("kernel_version"), path)
+    if kernel is None:
+        return host
+    return host.replace(
+        kernel=kernel,
+        guest_permission=None if host.kvm_xcr0 is None else host.kvm_xcr0 & TILEDATA,
+        provenance=host.provenance | {"kernel": kernel.provenance, "guest_permission": "derived"},
     )
 
 

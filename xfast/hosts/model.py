@@ -72,9 +72,9 @@ class Host:
     source: str = ""
 
     def with_kernel(self, kernel: Behaviours) -> Host:
-        """Return this host under another kernel: what was derived is cut to what that enables.
+        """Return this host under another kernel: its masks are cut to what that can enable.
 
-        Facts that were probed, dumped or given stay as they are.
+        Masks that were probed or given stay as they are: distributions back-port.
         """
         masks = {
             "xcr0": user_supported(kernel),
@@ -84,7 +84,7 @@ class Host:
         changes: dict[str, Any] = {"kernel": kernel}
         for name, mask in masks.items():
             value = getattr(self, name)
-            if self.provenance.get(name) == "derived" and value is not None:
+            if value is not None and self.provenance.get(name) in ("derived", "dump"):
                 changes[name] = value & mask
         provenance = {**self.provenance, "kernel": kernel.provenance}
         kvm_xcr0 = changes.get("kvm_xcr0", self.kvm_xcr0)

@@ -60,7 +60,7 @@ def this_host(name: str = "this") -> Host:
     if platform.machine() != "x86_64":
         raise XfastError(f"host this: found {platform.machine()}, needed an x86_64 machine")
     release = os.uname().release
-    host = from_cpuid(read_cpuid(), name, "this machine", kernel=of_release(release))
+    host = from_cpuid(read_cpuid(), name, "this machine").with_kernel(of_release(release))
     read_here = {fact: "probed" for fact, how in host.provenance.items() if how == "dump"}
     host = host.replace(provenance=host.provenance | read_here)
     if _hw.available():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from xfast.cpuid import psabi_level
+from xfast.errors import XfastError
 from xfast.features import AVX, XFEATURE_MASK_FPSSE, bits, name_of, names_of
 from xfast.hosts import resolve, resolve_all
 from xfast.hosts.baseline import common, firecracker_template, qemu_cpu
@@ -64,7 +66,8 @@ def _show(args: argparse.Namespace) -> str:
 
 
 def _dump(_: argparse.Namespace) -> str:
-    return to_json([resolve("this")])
+    host = resolve("this")
+    return to_json([host.replace(name=platform.node() or host.name, source="xfast host dump")])
 
 
 def _baseline(args: argparse.Namespace) -> str:
@@ -75,20 +78,27 @@ def _baseline(args: argparse.Namespace) -> str:
     if args.format == "json":
         return json.dumps({"schema": SCHEMA, "baseline": facts}, indent=1) + "\n"
     if args.format == "qemu":
-        return f"{facts['qemu_cpu'] or UNKNOWN}\n"
-    rows = [
-        ("hosts", " ".join(facts["hosts"])),
-        ("XCR0", facts["xcr0"] or UNKNOWN),
-        ("components", " ".join(facts["components"]) or UNKNOWN),
-        ("elsewhere", " ".join(facts["moved"]) or "none: raw areas fit every host"),
-        ("psABI", facts["psabi"] or UNKNOWN),
-        ("features", " ".join(facts["features"] or [UNKNOWN])),
-        ("QEMU", f"-cpu {facts['qemu_cpu']}" if facts["qemu_cpu"] else UNKNOWN),
-    ]
-    return _lines(rows)
+        if facts["qemu_cpu"] is None:
+            raise XfastError("host baseline: the features of some host are not known")
+        return f"{facts['qemu_cpu']}\n"
+    return _lines(
+        [
+            ("hosts", _words(facts["hosts"])),
+            ("XCR0", facts["xcr0"] or UNKNOWN),
+            ("components", _words(facts["components"])),
+            ("elsewhere", _words(facts["moved"])),
+            ("psABI", facts["psabi"] or UNKNOWN),
+            ("features", _words(facts["features"])),
+            ("QEMU", f"-cpu {facts['qemu_cpu']}" if facts["qemu_cpu"] else UNKNOWN),
+        ]
+    )
 
 
 UNKNOWN = "unknown"
+
+
+def _words(words: list[str] | None) -> str:
+    return UNKNOWN if words is None else " ".join(words) or "none"
 
 
 def baseline(hosts: Sequence[Host]) -> dict[str, Any]:
@@ -98,19 +108,21 @@ def baseline(hosts: Sequence[Host]) -> dict[str, Any]:
     that hold one must be converted between them.
     """
     level = common(hosts)
-    mask, features = level.kvm_xcr0, level.features
-    placed = level.layout.mask if level.layout else 0
-    known = features is not None
-    return {
-        "hosts": [host.name for host in hosts],
-        "xcr0": None if mask is None else hex(mask),
-        "components": [name_of(nr) for nr in bits(mask or 0)],
-        "moved": [name_of(nr) for nr in bits((mask or 0) & ~placed & ~XFEATURE_MASK_FPSSE)],
-        "features": sorted(features) if features is not None else None,
-        "psabi": psabi_level(features) if features is not None else None,
-        "qemu_cpu": qemu_cpu(features) if features is not None else None,
-        "firecracker_template": firecracker_template(hosts) if known and mask is not None else None,
-    }
+    open_fields = ("xcr0", "components", "moved", "features", "psabi", "qemu_cpu")
+    answer: dict[str, Any] = {"hosts": [host.name for host in hosts]}
+    answer |= dict.fromkeys((*open_fields, "firecracker_template"))
+    if level.kvm_xcr0 is not None:
+        answer["xcr0"] = hex(level.kvm_xcr0)
+        answer["components"] = [name_of(nr) for nr in bits(level.kvm_xcr0)]
+        if level.layout is not None:
+            answer["moved"] = [name_of(nr) for nr in bits(level.kvm_xcr0 & ~level.layout.mask)]
+    if level.features is not None:
+        answer["features"] = sorted(level.features)
+        answer["psabi"] = psabi_level(level.features)
+        answer["qemu_cpu"] = qemu_cpu(level.features)
+        if level.kvm_xcr0 is not None:
+            answer["firecracker_template"] = firecracker_template(hosts)
+    return answer
 
 
 def summary(host: Host) -> tuple[str, ...]:

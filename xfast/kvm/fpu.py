@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,6 @@ from xfast.features import (
     MXCSR_INIT,
     PKRU,
     PKRU_DEFAULT,
-    SSE,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
@@ -44,7 +43,7 @@ from xfast.features import (
 from xfast.hosts.model import Host
 from xfast.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
 from xfast.layout import Layout
-from xfast.processor import Cpu, Processor
+from xfast.processor import BY_VENDOR, Cpu, Processor
 
 FPU_GUEST_PERM_LOCKED = 1 << 63
 APX = 1 << 19
@@ -131,6 +130,19 @@ class FpuGuest:
     xfd_err: int = 0
 
 
+def cpu_of(host: Host) -> Cpu:
+    """Return the CPU that a host describes, with what is known of its vendor's CPUs."""
+    if host.layout is None or host.mxcsr_mask is None:
+        raise ValueError(f"host {host.name}: needed layout and mxcsr_mask for a CPU")
+    return replace(
+        BY_VENDOR.get(host.vendor or "", Cpu(host.name, host.layout)),
+        name=host.name,
+        layout=host.layout,
+        xsave=host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"},
+        mxcsr_mask=host.mxcsr_mask,
+    )
+
+
 class Fpu:
     """The FPU core of one booted kernel, and one thread on it: the one that drives the vCPUs.
 
@@ -179,17 +191,7 @@ class Fpu:
         )
         self.perm = self._permission(default)
         self.guest_perm = self._permission(self.guest_cfg.default_features)
-        self.processor = processor or Processor(
-            Cpu(
-                host.name,
-                self.layout,
-                host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"},
-                self.mxcsr_mask,
-                keeps_x87_pointers=host.vendor not in ("AuthenticAMD", "HygonGenuine"),
-            ),
-            user,
-            supervisor,
-        )
+        self.processor = processor or Processor(cpu_of(host), user, supervisor)
         self.processor.cpl = 0
         self.task = self._fpstate(default, self.user_cfg.default_features)
         self.task.xfd = user & XFEATURE_MASK_USER_DYNAMIC
@@ -400,9 +402,6 @@ class Fpu:
                 f"#NM in restore_fpregs_from_fpstate(): XSTATE_BV {fpstate.xstate_bv:#x}, "
                 f"IA32_XFD {fpstate.xfd:#x} [Linux kernel commit b45f72177594]"
             ) from fault
-        # Recorded on 6.18: the next save writes MXCSR and MXCSR_MASK even if nothing ran between,
-        # so SSE is not left out as unmodified, while x87 is.
-        self.processor.xmodified |= SSE
 
     def fpu_copy_guest_fpstate_to_uabi(
         self, guest: FpuGuest, size: int, mask: int, pkru: int

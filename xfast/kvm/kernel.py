@@ -49,9 +49,7 @@ class Kernel:
         self.host = host
         self.behaviours = behaviours
         self.fpu = Fpu(host, behaviours, processor)
-        enabled = self.fpu.user_cfg.max_features
-        derived = kvm_supported_xcr0(behaviours, enabled, host.vendor)
-        self.supported_xcr0 = derived if host.kvm_xcr0 is None else derived & host.kvm_xcr0
+        self.supported_xcr0 = supported_xcr0(host, behaviours, self.fpu.user_cfg.max_features)
         self.supported_xss = kvm_supported_xss(behaviours, self.fpu.kernel_cfg.max_features)
 
     @property
@@ -93,3 +91,12 @@ class Kernel:
         *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_create().
         """
         return Vcpu(self, confidential)
+
+
+def supported_xcr0(host: Host, behaviours: Behaviours, enabled: int) -> int:
+    """Return KVM's supported_xcr0 on a host whose kernel enables `enabled` (masks).
+
+    What the host says of its KVM, as far as the behaviours allow it.
+    """
+    derived = kvm_supported_xcr0(behaviours, enabled, host.vendor)
+    return derived if host.kvm_xcr0 is None else derived & host.kvm_xcr0

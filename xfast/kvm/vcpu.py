@@ -261,7 +261,7 @@ class Vcpu:
         ----------
         xcrs : iterable of (number, value)
         nr : int, optional
-            nr_xcrs, if it is to differ from their count.
+            nr_xcrs, if it is to differ from their count; struct kvm_xcrs has zeros after them.
 
         Raises
         ------
@@ -275,6 +275,7 @@ class Vcpu:
         nr = len(xcrs) if nr is None else nr
         if not self.kernel.fpu.has_xsave or nr > KVM_MAX_XCRS or flags:
             raise refuse(errno.EINVAL, f"nr_xcrs {nr}, flags {flags:#x}")
+        xcrs += [(0, 0)] * (nr - len(xcrs))
         value = next((value for number, value in xcrs[:nr] if number == 0), None)
         if value is not None:
             problem = xcr0_problem(value, self.xcr0_limit)

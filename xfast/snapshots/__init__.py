@@ -30,10 +30,10 @@ FORMATS = {
     "qemu": "xfast.snapshots.qemu",
     "criu": "xfast.snapshots.criu",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
-    "firecracker": "xfast.snapshots.firecracker",
     "raw": "xfast.snapshots.raw",
+    "firecracker": "xfast.snapshots.firecracker",
 }
-"""The formats in the order in which they are tried; raw, which has no magic, comes last."""
+"""The formats in the order in which they are tried: what costs most to tell comes last."""
 
 COMPANIONS = (".xcrs", ".cpuid2")
 """Files beside raw areas, which a walk through a directory passes over."""

@@ -189,7 +189,7 @@ def read(
     -------
     list of Snapshot
         One. A vCPU's `facts` hold its ``fpu`` object, and ``fpu_differs``: the fields in which
-        that disagrees with the XSAVE area.
+        that disagrees with the XSAVE area; and ``msrs``, the numbers of its saved MSRs.
 
     Raises
     ------
@@ -245,7 +245,7 @@ def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) 
     except (ValueError, LayoutError, struct.error) as problem:
         raise text.error(0, f"vCPU {index}: {problem}") from None
     where = {"xsave": text.span((spans[0][0], spans[-1][1]))}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"msrs": sorted(msrs)} if msrs else {}
     if "fpu" in state:
         held = {name: _held(text, span, name) for name, span in _fpu(text, state).items()}
         facts["fpu"] = {

@@ -369,7 +369,12 @@ def _tar(source: Source) -> list[Member]:
         if checksum != _tar_number(source, position + 148, header[148:156]):
             raise FormatError(source.path, position + 148, "found a wrong checksum of a tar header")
         data = position + TAR_BLOCK
-        source.read(data + size, 0)
+        if data + size > source.size:
+            raise FormatError(
+                source.path,
+                position,
+                f"found a member of {size} bytes, needed at most {source.size - data}",
+            )
         kind = header[156:157]
         if kind in (b"L", b"x"):
             text = source.read(data, min(size, TAR_NAME_LIMIT)).decode("utf-8", "replace")

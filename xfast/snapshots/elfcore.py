@@ -156,7 +156,12 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         else:
             kind, start, _, _, length = struct.unpack_from("<5I", headers, at)
         if kind == PT_NOTE:
-            source.read(start + length, 0)
+            if start + length > source.size:
+                raise FormatError(
+                    source.path,
+                    table + at,
+                    f"found notes up to offset {start + length}, needed at most {source.size}",
+                )
             segments.append((start, start + length))
     if sum(end - start for start, end in segments) > source.size:
         raise FormatError(source.path, table, "found notes that overlap, needed each once")
@@ -292,8 +297,8 @@ def splices(
     return found
 
 
-def note(area: NDArray[np.uint8]) -> bytes:
-    """Return an area as an NT_X86_XSTATE note: header, name and descriptor."""
-    padding = bytes(-area.size % 4)
-    header = struct.pack("<3I8s", 6, area.size, NT_X86_XSTATE, b"LINUX")
-    return header + area.tobytes() + padding
+def note(kind: int, name: bytes, data: bytes) -> bytes:
+    """Return a note: its header, its name, and `data`, padded to multiples of four."""
+    owner = name + bytes(4 - len(name) % 4)
+    header = struct.pack("<3I", len(name) + 1, len(data), kind)
+    return header + owner + data + bytes(-len(data) % 4)

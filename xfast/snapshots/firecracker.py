@@ -49,9 +49,13 @@ XCRS = struct.pack("<QI", 392, 1)
 XCRS_SIZE = 8 + 392
 XSAVE2_SIZE = 8 + KVM_XSAVE_SIZE
 
-CPUID_HEADER = struct.Struct("<QIIQ")
-CPUID_ENTRY = 8 + ENTRY.size
-CPUID_LENGTH = struct.pack("<Q", 8)
+TABLE = struct.Struct("<QIIQ")
+"""What precedes a list of KVM structures: the header's length (8), their number, padding, and
+their number again; then each behind its own length."""
+TABLE_START = struct.pack("<Q", 8)
+TABLE_LIMIT = 256
+"""KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the kernel takes no longer list."""
+MSR = struct.Struct("<IIQ")
 MSR_IA32_XFD = 0x1C4
 MSR_IA32_XSS = 0xDA0
 
@@ -131,8 +135,8 @@ def read(
     Returns
     -------
     list of Snapshot
-        One, the vCPUs in the file's order; ``facts["xss_saved"]`` of a vCPU tells whether
-        IA32_XSS is among its MSRs.
+        One, the vCPUs in the file's order; ``facts["msrs"]`` of a vCPU are the numbers of the
+        MSRs that were saved with it.
 
     Raises
     ------
@@ -230,7 +234,8 @@ def _u64(data: bytes, offset: int) -> int:
 
 
 def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) -> Vcpu:
-    cpuid = _cpuid(data, hit.start, hit.xcrs)
+    cpuid = _cpuid(data, hit)
+    msrs = _msrs(data, hit)
     xcr0 = raw.xcr0_of(data[hit.xcrs + 8 : hit.xcrs + XCRS_SIZE])
     area = np.frombuffer(_area(data, hit), np.uint8)
     try:
@@ -239,7 +244,6 @@ def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) ->
         raise FormatError(path, hit.start, f"CPUID of vCPU {index}: {problem}") from None
     sregs = hit.xcrs - SREGS_BEFORE_XCRS
     cr4 = _u64(data, sregs + CR4_OFFSET) if _u64(data, sregs) == 312 else None
-    xss = _msr(data, hit, MSR_IA32_XSS)
     return Vcpu(
         index=index,
         area=area,
@@ -247,12 +251,12 @@ def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) ->
         layout_source=place.source,
         layout_note=place.note,
         xcr0=xcr0,
-        xss=xss,
-        xfd=_msr(data, hit, MSR_IA32_XFD),
+        xss=msrs.get(MSR_IA32_XSS),
+        xfd=msrs.get(MSR_IA32_XFD),
         cpuid=cpuid,
         pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
         where={"area": (hit.area, KVM_XSAVE_SIZE), "extra": (hit.extra, hit.extra_size)},
-        facts={"xss_saved": xss is not None},
+        facts={"msrs": sorted(msrs)} if msrs else {},
     )
 
 
@@ -261,24 +265,37 @@ def _area(data: bytes, hit: Hit) -> bytes:
     return data[hit.area : hit.area + KVM_XSAVE_SIZE] + extra
 
 
-def _cpuid(data: bytes, start: int, end: int) -> Cpuid | None:
-    """Return the CPUID that lies between `start` and `end`, or None."""
-    at = data.find(CPUID_LENGTH, start, end)
-    while 0 <= at <= end - CPUID_HEADER.size:
-        _, count, padding, again = CPUID_HEADER.unpack_from(data, at)
-        rows = data[at + CPUID_HEADER.size : at + CPUID_HEADER.size + CPUID_ENTRY * count]
-        if 0 < count == again <= raw.CPUID_LIMIT and not padding and len(rows) % CPUID_ENTRY == 0:
-            entries = [rows[i : i + CPUID_ENTRY] for i in range(0, len(rows), CPUID_ENTRY)]
-            if all(_u64(entry, 0) == ENTRY.size for entry in entries):
-                return Cpuid(tuple(Entry(*ENTRY.unpack_from(entry, 8)) for entry in entries))
-        at = data.find(CPUID_LENGTH, at + 1, end)
-    return None
+def _tables(
+    data: bytes, start: int, end: int, entry: struct.Struct
+) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the rows of every list of KVM structures between `start` and `end`."""
+    step = 8 + entry.size
+    at = data.find(TABLE_START, start, end)
+    while 0 <= at <= end - TABLE.size:
+        _, count, padding, again = TABLE.unpack_from(data, at)
+        first = at + TABLE.size
+        places = range(first, first + count * step, step)
+        if (
+            0 < count == again <= TABLE_LIMIT
+            and not padding
+            and places.stop <= end
+            and all(_u64(data, place) == entry.size for place in places)
+        ):
+            yield [entry.unpack_from(data, place + 8) for place in places]
+            at = places.stop - 1
+        at = data.find(TABLE_START, at + 1, end)
 
 
-def _msr(data: bytes, hit: Hit, index: int) -> int | None:
-    """Return an MSR that was saved with a vCPU, or None."""
-    at = data.find(struct.pack("<QII", 16, index, 0), hit.start, hit.xcrs)
-    return None if at < 0 else _u64(data, at + 16)
+def _cpuid(data: bytes, hit: Hit) -> Cpuid | None:
+    """Return the CPUID that was saved with a vCPU, or None."""
+    rows = next(_tables(data, hit.start, hit.xcrs, ENTRY), None)
+    return Cpuid(tuple(Entry(*row) for row in rows)) if rows else None
+
+
+def _msrs(data: bytes, hit: Hit) -> dict[int, int]:
+    """Return the MSRs that were saved with a vCPU: {index: value}."""
+    tables = _tables(data, hit.start, hit.xcrs, MSR)
+    return {index: value for rows in tables for index, _, value in rows}
 
 
 def splices(

@@ -87,6 +87,8 @@ class Snapshot:
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
         Whatever else the file tells (machine type, domain name, ...).
+    part : str
+        Which snapshot it is, in a file with several.
     """
 
     path: str
@@ -96,6 +98,12 @@ class Snapshot:
     vcpus: list[Vcpu]
     container: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it: its path, and which of several snapshots in that file it is."""
+        return f"{self.path}#{self.part}" if self.part else self.path
 
 
 class Splice(NamedTuple):

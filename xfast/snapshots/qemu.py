@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -51,7 +52,11 @@ def read(
     FormatError
         If there is none, or one is damaged.
     """
-    return [_read(stream) for stream in _streams(source)]
+    snapshots = [_read(stream) for stream in _streams(source)]
+    if len(snapshots) > 1:
+        for snapshot in snapshots:
+            snapshot.part = "/".join(snapshot.facts["internal_snapshot"])
+    return snapshots
 
 
 def splices(
@@ -185,10 +190,10 @@ def _vcpu(source: Source, section: Section) -> Vcpu:
         raise FormatError(
             source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
         )
-    where = {
-        name: (source.to_file(place.offset + start, length)[0][0], length)
-        for name, (start, length) in section.zones.items()
-    }
+    where = {}
+    for name, (start, length) in section.zones.items():
+        with contextlib.suppress(FormatError):  # zeros that a disk image does not store
+            where[name] = (source.to_file(place.offset + start, length)[0][0], length)
     return Vcpu(
         index=place.instance,
         area=section.area(),

@@ -137,6 +137,11 @@ class Section:
             if run.start + run.length <= self.zones.get(run.zone, (0, 0))[1]
         ]
 
+    def place_of(self, run: Run) -> slice:
+        """Return where in `data` a run lies."""
+        start = self.zones[run.zone][0] + run.start
+        return slice(start, start + run.length)
+
     def unpack(self, fmt: str, zone: str) -> int:
         """Return the number that a zone begins with."""
         value: int = struct.unpack_from(fmt, self.data, self.zones[zone][0])[0]
@@ -173,8 +178,7 @@ class Section:
             return self.stream_xstate_bv
         held = 0
         for run in self.runs(0):
-            start = self.zones[run.zone][0]
-            if not run.zone.startswith("cpu/") or any(self.data[start + run.start :][: run.length]):
+            if not run.zone.startswith("cpu/") or any(self.data[self.place_of(run)]):
                 held |= 1 << run.nr
         return (self.xcr0 | XFEATURE_MASK_FPSSE) & held
 
@@ -187,8 +191,7 @@ class Section:
         image[HEADER_OFFSET : HEADER_OFFSET + 8] = np.frombuffer(struct.pack("<Q", xstate_bv), "u1")
         section = np.frombuffer(self.data, np.uint8)
         for run in runs:
-            start = self.zones[run.zone][0] + run.start
-            words = section[start : start + run.length].reshape(-1, run.unit)
+            words = section[self.place_of(run)].reshape(-1, run.unit)
             image[run.target : run.target + run.length] = words[:, ::-1].reshape(-1)
         return image
 
@@ -214,8 +217,7 @@ class Section:
         data = bytearray(self.data)
         for run in self.runs(int(image[2:4].view("<u2")[0])):
             words = image[run.target : run.target + run.length].reshape(-1, run.unit)
-            start = self.zones[run.zone][0] + run.start
-            data[start : start + run.length] = words[:, ::-1].tobytes()
+            data[self.place_of(run)] = words[:, ::-1].tobytes()
         if self.kvm:
             start, _ = self.zones["xstate_bv"]
             data[start : start + 8] = struct.pack(">Q", xstate_bv)
@@ -227,3 +229,36 @@ class Section:
                 "only what the stream already holds"
             )
         return result
+
+
+def fields(image: NDArray[np.uint8], xcr0: int) -> dict[str, bytes]:
+    """Return what a section of QEMU for x86_64 under KVM holds of an area's registers.
+
+    Parameters
+    ----------
+    image : (size,) uint8
+        Standard format, Intel's layout; every component that is clear has its init bytes.
+    xcr0 : int
+
+    Returns
+    -------
+    dict of str to bytes
+        By zone or subsection, as in `Section.zones`; subsections that are all zeros, which QEMU
+        leaves out, are left out.
+    """
+    whole = np.zeros(INTEL.standard_size(), np.uint8)
+    whole[: image.size] = image
+    form = FORMS[1817]
+    zones = {name: bytearray(length) for name, (_, length) in form.zones.items()}
+    for run in _runs(form.registers, 0):
+        zone = zones.setdefault(run.zone, bytearray())
+        zone.extend(bytes(max(0, run.start + run.length - len(zone))))
+        words = whole[run.target : run.target + run.length].reshape(-1, run.unit)
+        zone[run.start : run.start + run.length] = words[:, ::-1].tobytes()
+    zones["xcr0"][:] = struct.pack(">Q", xcr0)
+    zones["xstate_bv"][:] = whole[HEADER_OFFSET : HEADER_OFFSET + 8].tobytes()[::-1]
+    return {
+        name: bytes(zone)
+        for name, zone in zones.items()
+        if any(zone) or not name.startswith("cpu/")
+    }

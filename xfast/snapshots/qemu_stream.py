@@ -65,7 +65,8 @@ SUBSECTION_SIZES = {
 }
 """Bytes of each subsection's data, for streams that have no description to tell them."""
 
-
+HEADER = re.compile(rb"\x04(.{4})\x03cpu(.{4})" + struct.pack(">I", CPU_VERSION), re.DOTALL)
+"""A `cpu` section's header: section id and instance."""
 DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
 NEXT = re.compile(rb"\x7e|\x05|\x04.{4}[\x01-\xff][\x21-\x7e]", re.DOTALL)
@@ -224,22 +225,24 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     return list(devices)
 
 
-def _measure(stream: Source, entry: Mapping[str, Any], depth: int = 0) -> int:
+def _measure(stream: Source, entry: Mapping[str, Any]) -> int:
     """Return the bytes that a device or subsection takes, by its description."""
     try:
-        total = 0
-        for field in entry.get("fields", ()):
-            total += _count(field["size"]) * _count(field.get("array_len", 1))
-        for part in entry.get("subsections", ()):
-            if depth > DEPTH_LIMIT or not isinstance(part["vmsd_name"], str):
-                raise ValueError(f"a subsection {depth} deep, or without a name")
-            total += 6 + len(part["vmsd_name"]) + _measure(stream, part, depth + 1)
+        return _size(entry, 0)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        if isinstance(problem, FormatError):
-            raise
         raise FormatError(
             stream.path, None, f"found a description that makes no sense: {problem}"
         ) from None
+
+
+def _size(entry: Mapping[str, Any], depth: int) -> int:
+    total = 0
+    for field in entry.get("fields", ()):
+        total += _count(field["size"]) * _count(field.get("array_len", 1))
+    for part in entry.get("subsections", ()):
+        if depth > DEPTH_LIMIT or not isinstance(part["vmsd_name"], str):
+            raise ValueError(f"a subsection {depth} deep, or without a name")
+        total += 6 + len(part["vmsd_name"]) + _size(part, depth + 1)
     return total
 
 
@@ -310,13 +313,11 @@ def _described_cpu(
     return CpuSection(instance, offset, fixed, size, subsections)
 
 
-HEADER = re.compile(rb"\x04(.{4})\x03cpu(.{4})" + struct.pack(">I", CPU_VERSION), re.DOTALL)
-
-
 def _search(stream: Source) -> tuple[list[CpuSection], bool]:
     """Find the `cpu` sections of a stream without description, window by window from the end.
 
-    QEMU saves vCPU 0 first, so that the search may end where it is found.
+    QEMU saves vCPU 0 first, so that the search ends where it is found; what looks like a vCPU
+    before it is guest memory.
     """
     found: dict[int, CpuSection] = {}
     refused: list[int] = []
@@ -326,10 +327,10 @@ def _search(stream: Source) -> tuple[list[CpuSection], bool]:
         size = min(WINDOW, start)
         start -= size
         window = stream.read(start, size) + window
-        for match in HEADER.finditer(window, 0, size + 16):
+        for match in reversed(list(HEADER.finditer(window, 0, size + 16))):
             section = _bare_cpu(window, match, start)
             if section:
-                found[section.instance] = section
+                found.setdefault(section.instance, section)
             else:
                 refused.append(start + match.end())
     first = found[0].offset if 0 in found else stream.size
@@ -341,7 +342,8 @@ def _search(stream: Source) -> tuple[list[CpuSection], bool]:
                 "found a cpu section with parts that are not known here, needed the description "
                 "that QEMU writes at the end of a stream",
             )
-    return list(found.values()), window.find(b"\x08kvmclock", first - start) >= 0
+    cpus = [section for section in found.values() if section.offset >= first]
+    return cpus, window.find(b"\x08kvmclock", first - start) >= 0
 
 
 def _bare_cpu(window: bytes, match: re.Match[bytes], start: int) -> CpuSection | None:

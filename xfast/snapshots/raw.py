@@ -189,8 +189,8 @@ def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
         version = npy.read_magic(start)
         reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = reader(start, max_header_size=NPY_HEADER_LIMIT)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as problem:
-        reason = str(problem).splitlines()[0]
+    except Exception as problem:  # the header is a Python literal: its parser raises many kinds
+        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise FormatError(source.path, 0, f"found a damaged .npy header: {reason}") from None
     if dtype != np.uint8 or fortran or len(shape) not in (1, 2):
         raise FormatError(
@@ -271,18 +271,16 @@ def splices(
     start = snapshot.vcpus[0].where["area"][0]
     whole = np.stack([areas[i] for i in range(len(areas))])
     old = source.read(0, source.size)
-    return [Splice(0, old, dump(whole, ".npy" if start else ""), "areas")]
+    return [Splice(0, old, stacked(whole) if start else whole.tobytes(), "areas")]
 
 
-def dump(areas: NDArray[np.uint8], name: str) -> bytes:
-    """Return areas as the bytes of a file called `name`: .npy, or any other one plain.
+def stacked(areas: NDArray[np.uint8]) -> bytes:
+    """Return areas as the bytes of a .npy file.
 
     Parameters
     ----------
     areas : (n, size) uint8
     """
-    if not name.endswith(".npy"):
-        return areas.tobytes()
     file = io.BytesIO()
     np.save(file, areas, allow_pickle=False)
     return file.getvalue()

@@ -8,6 +8,7 @@ is then that file, and remembers what was around it, so that `Source.rewrite` ca
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import struct
@@ -26,6 +27,9 @@ CHUNK = 1 << 20
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
+
+JOURNAL = ".xfast-journal"
+"""What the journal of an edit in place is called, behind the file's name."""
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
@@ -182,6 +186,11 @@ class Source:
     ) -> None:
         self.close()
 
+    @property
+    def base(self) -> Source:
+        """The file itself, as it lies on the disk."""
+        return self.outer.base if self.outer else self
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
 
@@ -248,10 +257,8 @@ class Source:
         """
         edits = self._checked(splices)
         if not edits or (self.outer is None and not _moving(edits)):
-            base = self
-            while base.outer:
-                base = base.outer
-            _copy(base.fd, out.fileno(), base.size)
+            base = self.base
+            copy_bytes(base.fd, out.fileno(), base.size)
             for edit in edits:
                 os.pwrite(out.fileno(), edit.new, edit.offset)
             return
@@ -381,6 +388,13 @@ def _regular(name: str) -> int:
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
             raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if os.path.lexists(name + JOURNAL):
+            raise FormatError(
+                name,
+                None,
+                f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
+                "xfast fix --in-place undoes it first",
+            )
         return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
@@ -456,17 +470,30 @@ def _moving(edits: list[Splice]) -> bool:
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
-def _copy(source: int, target: int, size: int) -> None:
-    """Copy a file; where the file system shares blocks, no data moves."""
+def copy_bytes(source: int, target: int, size: int) -> None:
+    """Copy a file: holes stay holes, and where the file system shares blocks no data moves."""
+    os.truncate(target, size)
     done = 0
     while done < size:
         try:
-            count = os.copy_file_range(source, target, size - done, done, done)
-        except OSError:  # two file systems, or one that can't
-            count = os.pwrite(target, os.pread(source, CHUNK, done), done)
-        if not count:
-            raise XfastError(f"the file shrank to {done} of {size} bytes while it was copied")
-        done += count
+            done = os.lseek(source, done, os.SEEK_DATA)
+        except OSError as problem:
+            if problem.errno == errno.ENXIO:  # only a hole is left
+                break
+            raise
+        end = min(size, os.lseek(source, done, os.SEEK_HOLE))
+        while done < end:
+            done += _copy_part(source, target, done, end - done)
 
 
-__all__ = ["CODECS", "EXPAND_LIMIT", "Source", "View"]
+def _copy_part(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        count = os.copy_file_range(source, target, length, offset, offset)
+    except OSError:  # two file systems, or one that can't
+        count = os.pwrite(target, os.pread(source, min(length, CHUNK), offset), offset)
+    if not count:
+        raise XfastError(f"the file shrank to {offset} bytes while it was copied")
+    return count
+
+
+__all__ = ["CODECS", "EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]

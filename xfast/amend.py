@@ -1,0 +1,307 @@
+"""Plans brought to files: read again, staged, read back, recorded, and only then published."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xfast import snapshots
+from xfast.errors import XfastError
+from xfast.record import SUFFIX, record_of, sha256
+from xfast.repair import Plan
+from xfast.rewrite import Staged, finish, make_like, patch, refuse_if_busy, stamp_of
+from xfast.snapshots.model import Snapshot, Splice
+from xfast.snapshots.source import EXPAND_LIMIT, Source, copy_bytes
+
+BACKUP = ".orig"
+PATCH_FROM = 64 << 20
+"""Files from this size on (bytes) are patched where they lie; smaller ones are replaced."""
+
+
+def apply(
+    plans: Sequence[Plan],
+    output: str | None = None,
+    *,
+    in_place: bool = False,
+    backup: bool = False,
+    record: str | None = None,
+    expand_limit: int = EXPAND_LIMIT,
+) -> dict[str, Any] | None:
+    """Write repaired snapshots: a new file, or the old one replaced.
+
+    Parameters
+    ----------
+    plans : sequence of Plan
+        Of one file, or of one CRIU directory; all its snapshots.
+    output : str, optional
+        The new file (directory), which must not exist.
+    in_place : bool
+        Change the file itself: one renamed over it or, from 64 MiB on and not compressed, only
+        the pages that change, under a journal. The files of a directory change one by one.
+    backup : bool
+        Keep what was there as ``NAME.orig``.
+    record : str, optional
+        Where the change record goes; default: ``OUTPUT.xfast.json``.
+    expand_limit : int
+        What compressed data may expand to (bytes).
+
+    Returns
+    -------
+    dict or None
+        The change record; None where there was nothing to change.
+
+    Raises
+    ------
+    PolicyError
+        If the host would refuse the result all the same, or the format has no place for it.
+    FormatError
+        If the file is damaged.
+    XfastError
+        If the file is being written or changed since it was read, if something stands in the
+        way, or something can't be written.
+    """
+    if in_place == (output is not None) or (backup and not in_place):
+        raise ValueError("apply: needed either output, or in_place with or without backup")
+    for plan in plans:
+        plan.require_restorable()
+    path = plans[0].snapshot.path
+    target = path.rstrip("/") if output is None else output.rstrip("/")
+    note = record or target + SUFFIX
+    taken = [target] if output is not None else []
+    if any(plan.areas for plan in plans):
+        taken.append(note)
+    rewrite = _Rewrite(plans, path, target, note, in_place, backup, expand_limit)
+    try:
+        for name in taken:
+            if os.path.lexists(name):
+                raise XfastError(f"{name}: exists; needed a new name")
+        return rewrite.folder() if os.path.isdir(path) else rewrite.file()
+    except OSError as problem:
+        name = problem.filename if isinstance(problem.filename, str) else target
+        raise XfastError(f"{name}: can't be written: {problem.strerror or problem}") from None
+
+
+class _Rewrite:
+    """One call of `apply`: its parameters, and its two ways."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        path: str,
+        target: str,
+        note: str,
+        in_place: bool,
+        backup: bool,
+        expand_limit: int,
+    ) -> None:
+        self.plans = plans
+        self.path = path
+        self.target = target
+        self.note = note
+        self.in_place = in_place
+        self.backup = backup
+        self.expand_limit = expand_limit
+
+    def file(self) -> dict[str, Any] | None:
+        """Rewrite a file."""
+        with Source.open(self.path, expand_limit=self.expand_limit) as source:
+            edits = self._edits(source)
+            if not edits:
+                if not self.in_place:
+                    self._copy(source.base, self.target)
+                return None
+            record = self._record(edits)
+            fd = source.base.fd
+            record["files"] = [{"name": os.path.basename(self.path), "before": sha256(fd)}]
+            with Staged(self.note, _mode(fd)) as note:
+                if self._patches(source, edits):
+                    record["files"][0]["after"] = sha256(fd, edits)
+                    _write_json(note, record)
+                    if self.backup:
+                        self._copy(source, self.path + BACKUP)
+                    refuse_if_busy(self.path, fd, stamp_of(fd), named=True)
+                    patch(source, edits)
+                    finish(self.path)
+                    note.publish()
+                else:
+                    self._replace(source, edits, note, record)
+            return record
+
+    def _replace(
+        self, source: Source, edits: list[Splice], note: Staged, record: dict[str, Any]
+    ) -> None:
+        """Write the whole file anew, read it back, and give it its place."""
+        base = source.base
+        stamp = stamp_of(base.fd)
+        refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
+        with Staged(self.target, _mode(base.fd)) as staged:
+            source.rewrite(edits, staged.file)
+            staged.file.flush()
+            self._read_back(staged.temporary_path)
+            record["files"][0]["after"] = sha256(staged.file.fileno())
+            _write_json(note, record)
+            if self.in_place:
+                make_like(staged.file.fileno(), base.fd)
+            refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
+            if self.backup:
+                _keep(self.path)
+            staged.publish(replace=self.in_place)
+            note.publish()
+
+    def folder(self) -> dict[str, Any] | None:
+        """Rewrite the images in a CRIU directory."""
+        first = os.path.join(self.path, self.plans[0].snapshot.vcpus[0].facts["member"])
+        with Source.open(first, expand_limit=self.expand_limit) as source:
+            edits = self._edits(source)
+        record = self._record(edits)
+        if self.in_place:
+            self._members(self.path, edits, record)
+        else:
+            folder, name = os.path.split(self.target)
+            staged = os.path.join(folder, f".{name}.xfast-new")
+            shutil.rmtree(staged, ignore_errors=True)  # what a killed process left
+            try:
+                shutil.copytree(self.path, staged, symlinks=True, copy_function=_copy_into)
+                self._members(staged, edits, record)
+                self._read_back(staged)
+                os.rename(staged, self.target)
+            except BaseException:
+                shutil.rmtree(staged, ignore_errors=True)
+                raise
+            _sync_folder(folder or ".")
+        if not edits:
+            return None
+        with Staged(self.note, 0o600) as note:
+            _write_json(note, record)
+            note.publish()
+        return record
+
+    def _members(self, folder: str, edits: list[Splice], record: dict[str, Any]) -> None:
+        """Replace the images in a directory that change, one by one, each as a whole."""
+        for name in dict.fromkeys(edit.member for edit in edits):
+            path = os.path.join(folder, name)
+            with Source.open(path) as source, Staged(path) as staged:
+                stamp = stamp_of(source.fd)
+                source.rewrite([edit for edit in edits if edit.member == name], staged.file)
+                make_like(staged.file.fileno(), source.fd)
+                refuse_if_busy(path, source.fd, stamp, named=True)
+                staged.file.flush()
+                hashes = {
+                    "before": sha256(source.fd),
+                    "after": sha256(staged.file.fileno()),
+                }
+                record["files"].append({"name": name, **hashes})
+                if self.backup:
+                    _keep(path)
+                staged.publish(replace=True)
+
+    def _patches(self, source: Source, edits: list[Splice]) -> bool:
+        moving = any(len(edit.old) != len(edit.new) for edit in edits)
+        return self.in_place and not source.outer and not moving and source.size >= PATCH_FROM
+
+    def _edits(self, source: Source) -> list[Splice]:
+        """Return the edits of all plans, after a look that the file still holds what was read."""
+        edits: list[Splice] = []
+        size = len(self.plans[0].snapshot.vcpus[0].area)
+        for plan, now in zip(self.plans, self._snapshots(self.path, size), strict=True):
+            if not _same(now, plan.snapshot, {}):
+                raise XfastError(f"{self.path}: changed since it was read; nothing was written")
+            edits += snapshots.splices(source, plan.snapshot, plan.areas)
+        return sorted(edits, key=lambda edit: (edit.member, edit.offset))
+
+    def _snapshots(self, path: str, size: int) -> list[Snapshot]:
+        """Read a file as that of the plans was read; `size` is that of a raw area (bytes)."""
+        like = self.plans[0].snapshot
+        return snapshots.read(
+            path,
+            format=like.format,
+            layout=like.vcpus[0].layout,
+            size=size,
+            expand_limit=self.expand_limit,
+        )
+
+    def _read_back(self, path: str) -> None:
+        """Raise XfastError unless what was staged holds what was planned."""
+        plan = self.plans[0]
+        size = len(plan.areas.get(0, plan.snapshot.vcpus[0].area))
+        try:
+            found = self._snapshots(path, size)
+        except XfastError as problem:
+            raise XfastError(f"{self.path}: the result can't be read back: {problem}") from None
+        pairs = zip(self.plans, found, strict=True)
+        if not all(_same(now, plan.snapshot, plan.areas) for plan, now in pairs):
+            raise XfastError(f"{self.path}: the result does not hold what was planned")
+
+    def _record(self, edits: list[Splice]) -> dict[str, Any]:
+        changes = [change for plan in self.plans for change in plan.changes]
+        notes = [note for plan in self.plans for note in plan.notes]
+        return record_of(self.path, self.target, self.plans[0].host, changes, notes, edits)
+
+    def _copy(self, source: Source, path: str) -> None:
+        """Copy a file as it is."""
+        with Staged(path, _mode(source.fd)) as staged:
+            stamp = stamp_of(source.fd)
+            copy_bytes(source.fd, staged.file.fileno(), source.size)
+            if self.in_place:
+                make_like(staged.file.fileno(), source.fd)
+            refuse_if_busy(self.path, source.fd, stamp, named=self.in_place)
+            staged.publish()
+
+
+def _same(found: Snapshot, snapshot: Snapshot, areas: dict[int, Any]) -> bool:
+    """Tell whether what was read is a snapshot with new areas, zeros behind them aside."""
+    if len(found.vcpus) != len(snapshot.vcpus):
+        return False
+    for i, (one, two) in enumerate(zip(found.vcpus, snapshot.vcpus, strict=True)):
+        area = areas.get(i, two.area)
+        shared = min(len(area), len(one.area))
+        same = np.array_equal(area[:shared], one.area[:shared])
+        if not same or area[shared:].any() or one.area[shared:].any():
+            return False
+    return True
+
+
+def _keep(path: str) -> None:
+    """Give a file that is about to be replaced a second name, unless it has it already."""
+    try:
+        os.link(path, path + BACKUP, follow_symlinks=False)
+    except FileExistsError:
+        if not os.path.samestat(os.lstat(path), os.lstat(path + BACKUP)):
+            raise XfastError(f"{path + BACKUP}: exists; needed a new name") from None
+
+
+def _mode(fd: int) -> int:
+    return stat.S_IMODE(os.fstat(fd).st_mode)
+
+
+def _write_json(staged: Staged, record: dict[str, Any]) -> None:
+    """Write a record to the disk, so that only its name can still fail."""
+    staged.file.write(json.dumps(record, indent=1).encode() + b"\n")
+    staged.file.flush()
+    os.fsync(staged.file.fileno())
+
+
+def _copy_into(path: str, target: str) -> None:
+    """Copy one file of a directory to the disk, with all that it has."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with (
+        open(path, "rb", opener=lambda name, _: os.open(name, flags)) as source,
+        open(target, "xb") as copy,
+    ):
+        copy_bytes(source.fileno(), copy.fileno(), os.fstat(source.fileno()).st_size)
+        make_like(copy.fileno(), source.fileno())
+        os.fsync(copy.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,159 @@
+"""What a VMM does when it moves a vCPU to another host, and what the guest has afterwards."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from xfast import area
+from xfast.behaviour import Behaviours
+from xfast.features import KVM_XSAVE_SIZE, PKRU, XFEATURE_MASK_FPSSE, names_of
+from xfast.hosts.model import Host
+from xfast.kvm.kernel import Kernel
+from xfast.kvm.vcpu import Vcpu
+
+
+class Vmm(NamedTuple):
+    """How a VMM restores a vCPU.
+
+    `portable`: it stores registers and builds the area in the target's layout; otherwise it
+    passes the source's bytes. `stops`: it gives up when a call fails; otherwise it starts the
+    guest, with whatever has been set by then.
+    """
+
+    name: str
+    order: tuple[str, ...]
+    portable: bool
+    stops: bool
+    source: str
+
+
+_ORDER = ("set_cpuid2", "set_xsave", "set_xcrs")
+
+_VMMS = (
+    Vmm("qemu-7.2", _ORDER, True, False, "QEMU 7.2 target/i386/kvm/kvm.c kvm_arch_put_registers()"),
+    Vmm("qemu", _ORDER, True, True, "QEMU 11 accel/kvm/kvm-all.c: a failed put is fatal"),
+    Vmm("firecracker", _ORDER, False, True, "Firecracker src/vmm vcpu restore_state()"),
+    Vmm("cloud-hypervisor", _ORDER, False, True, "Cloud Hypervisor hypervisor/src/kvm set_state()"),
+)
+
+VMMS: dict[str, Vmm] = {vmm.name: vmm for vmm in _VMMS}
+
+
+class Migration(NamedTuple):
+    """How a migration went.
+
+    Parameters
+    ----------
+    vcpu : Vcpu or None
+        The vCPU on the target; None where the VMM gave up.
+    failed : str
+        The call that failed, and its error; empty where none did.
+    xstate_bv : int
+        XSTATE_BV of the area that went over (mask).
+    lost : int
+        Components whose values the guest had and no longer has (mask).
+    xcr0_lost : int
+        XCR0 bits that it had and no longer has (mask).
+    """
+
+    vcpu: Vcpu | None
+    failed: str
+    xstate_bv: int
+    lost: int
+    xcr0_lost: int
+
+    @property
+    def silent(self) -> bool:
+        """Whether the guest runs, and has lost something."""
+        return self.vcpu is not None and bool(self.lost | self.xcr0_lost)
+
+    def __str__(self) -> str:
+        if self.vcpu is None:
+            return f"failed: {self.failed}"
+        if self.silent:
+            gone = names_of(self.lost) if self.lost else ""
+            xcr0 = f"XCR0 bits {self.xcr0_lost:#x}" if self.xcr0_lost else ""
+            why = f" ({self.failed})" if self.failed else ""
+            return f"reported as done, lost {', '.join(filter(None, (gone, xcr0)))}{why}"
+        return "done"
+
+
+def migrate(
+    vcpu: Vcpu,
+    other_host: Host,
+    vmm: str = "qemu",
+    *,
+    kernel: Behaviours | str | None = None,
+) -> Migration:
+    """Move a vCPU to another host, as a VMM does.
+
+    Parameters
+    ----------
+    vcpu : Vcpu
+        Stays as it is.
+    other_host : Host
+    vmm : str
+        Of VMMS: ``qemu``, ``qemu-7.2`` (which starts the guest all the same when a call
+        fails), ``firecracker``, ``cloud-hypervisor``.
+    kernel : Behaviours or str, optional
+        Of the target; default: the host's.
+
+    Raises
+    ------
+    ValueError
+        If there is no such VMM.
+    LayoutError
+        If the area holds a component that the target has no place for and the VMM builds the
+        area anew.
+
+    *Source*: the functions that VMMS names.
+    """
+    if vmm not in VMMS:
+        raise ValueError(f"vmm: got {vmm!r}, needed one of: {', '.join(VMMS)}")
+    how = VMMS[vmm]
+    here, there = vcpu.kernel, Kernel(other_host, kernel)
+    saved = np.frombuffer(vcpu.get_xsave2() if here.xsave2_size else vcpu.get_xsave(), np.uint8)
+    target = there.create_vcpu()
+    arguments = {
+        "set_cpuid2": vcpu.cpuid,
+        "set_xsave": _area_for(saved, here, target, how),
+        "set_xcrs": vcpu.get_xcrs(),
+    }
+    failed = ""
+    for call in how.order:
+        try:
+            getattr(target, call)(arguments[call])
+        except OSError as refused:
+            failed = f"KVM_{call.upper()}: {refused.strerror} ({refused.filename})"
+            break
+    lost = _lost(vcpu, target)
+    xcr0_lost = vcpu.xcr0 & ~target.xcr0
+    bv = area.headers(saved).xstate_bv
+    return Migration(None if failed and how.stops else target, failed, bv, lost, xcr0_lost)
+
+
+def _area_for(saved: area.Areas, here: Kernel, target: Vcpu, how: Vmm) -> area.Areas:
+    """Return the bytes that the VMM passes to KVM_SET_XSAVE on the target."""
+    size = max(target.guest_fpu.uabi_size, target.kernel.xsave2_size, KVM_XSAVE_SIZE, len(saved))
+    if not how.portable:
+        out: area.Areas = area.empty(1, size)[0]
+        out[: len(saved)] = saved
+        return out
+    out = area.relayout(saved, here.fpu.layout, target.kernel.fpu.layout, size=size, lossy=True)
+    # QEMU sends XSTATE_BV over as it is; components that the target has no place for have no data
+    out[512:520] = saved[512:520]
+    return out
+
+
+def _lost(source: Vcpu, target: Vcpu) -> int:
+    """Return the guest's components that differ between two vCPUs (mask).
+
+    What the image holds beyond the guest's CPUID was never the guest's.
+    """
+    mine = source.guest_supported_xcr0 | XFEATURE_MASK_FPSSE
+    one, two = source.guest_fpu.fpstate, target.guest_fpu.fpstate
+    differ: int = area.diff(one.regs, two.regs, source.kernel.fpu.layout, target.kernel.fpu.layout)
+    pkru = PKRU if source.pkru != target.pkru else 0
+    return mine & one.xstate_bv & ~PKRU & differ | mine & pkru

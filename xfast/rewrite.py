@@ -1,0 +1,274 @@
+"""Files that change as a whole or not at all: staged, published, patched with a journal.
+
+A new file is written beside its place under a name of its own, brought to the disk, and only
+then linked or renamed to where it belongs. A large file is patched where it lies: what the edits
+replace is first written into a journal, from which `recover` puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import stat
+from collections.abc import Callable, Sequence
+from typing import IO
+
+from xfast.errors import XfastError
+from xfast.snapshots.model import Splice
+from xfast.snapshots.source import JOURNAL, Source
+
+NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
+JOURNAL_LIMIT = 64 << 20
+"""No journal is larger than this (bytes): areas are small, and one edit touches few."""
+
+Stamp = tuple[int, int, int, int]
+
+
+class Staged:
+    """A file in the making, beside the place that `publish` gives it. A context manager.
+
+    Leaving the context removes what was not published, whatever happened.
+
+    Parameters
+    ----------
+    path : str
+        Where it is to be; never followed where it is a symbolic link.
+    mode : int
+        Its permissions.
+
+    Raises
+    ------
+    XfastError
+        If another process is writing the same file.
+    OSError
+        If the folder can't be written.
+    """
+
+    def __init__(self, path: str, mode: int = 0o644) -> None:
+        self.path = path
+        folder, self.name = os.path.split(path)
+        self.folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.temporary = f".{self.name}.xfast-new"
+        try:
+            self.file: IO[bytes] = os.fdopen(self._create(), "w+b")
+            os.fchmod(self.file.fileno(), mode)
+        except BaseException:
+            os.close(self.folder)
+            raise
+
+    @property
+    def temporary_path(self) -> str:
+        """Where the file is until it is published."""
+        return os.path.join(os.path.dirname(self.path), self.temporary)
+
+    def _create(self) -> int:
+        """Create the temporary file; one that a killed process left is removed first."""
+        for _ in range(2):
+            with contextlib.suppress(FileExistsError):
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | NOFOLLOW
+                fd = os.open(self.temporary, flags, 0o600, dir_fd=self.folder)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                return fd
+            fd = os.open(self.temporary, os.O_RDWR | os.O_NONBLOCK | NOFOLLOW, dir_fd=self.folder)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(self.temporary, dir_fd=self.folder)
+            except BlockingIOError:
+                break
+            finally:
+                os.close(fd)
+        raise XfastError(f"{self.path}: another process is writing it")
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give the file its place, with all its bytes on the disk.
+
+        Raises
+        ------
+        XfastError
+            If there is a file of this name, unless it is to be replaced.
+        """
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        at = {"src_dir_fd": self.folder, "dst_dir_fd": self.folder}
+        if replace:
+            os.rename(self.temporary, self.name, **at)
+        else:
+            try:
+                os.link(self.temporary, self.name, follow_symlinks=False, **at)
+            except FileExistsError:
+                raise XfastError(f"{self.path}: exists; needed a new name") from None
+            os.unlink(self.temporary, dir_fd=self.folder)
+        self.temporary = ""
+        os.fsync(self.folder)
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            with contextlib.suppress(OSError):  # a full disk: flushing would fail again
+                self.file.close()
+            if self.temporary:
+                os.unlink(self.temporary, dir_fd=self.folder)
+        finally:
+            os.close(self.folder)
+
+
+def stamp_of(fd: int) -> Stamp:
+    """Return what tells that a file is the same one, unchanged."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def refuse_if_busy(path: str, fd: int, stamp: Stamp, *, named: bool) -> None:
+    """Raise XfastError if a file is open for writing, or changed since it was read.
+
+    Parameters
+    ----------
+    path, fd
+        The file, and it opened for reading.
+    stamp : Stamp
+        What it was when it was read.
+    named : bool
+        `path` itself must still be this file, and no symbolic link to it.
+
+    *Source*: fcntl(2), "Leases": a read lease is refused while anyone has the file open for
+    writing. Where leases do not work (another owner's file, a network file system) only
+    changes are noticed.
+    """
+    if named:
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            raise XfastError(f"{path}: is a symbolic link; name the file itself")
+        if (status.st_dev, status.st_ino) != stamp[:2]:
+            raise XfastError(f"{path}: another file has taken its place since it was read")
+    if stamp_of(fd) != stamp:
+        raise XfastError(f"{path}: changed since it was read; nothing was written")
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO, the default, would end us
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        raise XfastError(f"{path}: is open for writing; needed a file at rest") from None
+    except OSError:
+        return
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def make_like(fd: int, original: int) -> None:
+    """Give a file the owner, mode, times and extended attributes of another.
+
+    Raises
+    ------
+    OSError
+        If this process may not give it that owner.
+    """
+    status = os.fstat(original)
+    if (status.st_uid, status.st_gid) != (os.fstat(fd).st_uid, os.fstat(fd).st_gid):
+        os.fchown(fd, status.st_uid, status.st_gid)
+    os.fchmod(fd, stat.S_IMODE(status.st_mode))
+    with contextlib.suppress(OSError):  # a file system without them, or not ours to set
+        for name in os.listxattr(original):
+            os.setxattr(fd, name, os.getxattr(original, name))
+    os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def patch(source: Source, edits: Sequence[Splice]) -> None:
+    """Write edits where they lie in a file: only the pages they touch, and a journal beside it.
+
+    The journal stays until `finish`; until then nothing of ours reads the file, and `recover`
+    undoes the edits.
+
+    Parameters
+    ----------
+    source : Source
+        The file, not compressed; the edits leave its length as it is.
+    edits : sequence of Splice
+
+    Raises
+    ------
+    XfastError
+        If there is a journal already.
+    FormatError
+        If an edit's old bytes are not what the file holds.
+    OSError
+        If it can't be written; what was written is undone.
+    """
+    mode = stat.S_IMODE(os.fstat(source.fd).st_mode)
+    rows = [{"offset": e.offset, "old": e.old.hex(), "new": e.new.hex()} for e in edits]
+    with Staged(source.path + JOURNAL, mode) as staged:
+        staged.file.write(json.dumps({"size": source.size, "edits": rows}).encode())
+        staged.publish()
+    try:
+        _write(source.path, lambda fd: source.patch(edits, fd))
+    except BaseException:
+        recover(source.path)
+        raise
+
+
+def recover(path: str) -> bool:
+    """Undo a patch that was interrupted; return whether there was one.
+
+    Raises
+    ------
+    XfastError
+        If the journal is not ours, or does not fit the file.
+    """
+    try:
+        fd = os.open(path + JOURNAL, os.O_RDONLY | os.O_NONBLOCK | NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        trusted = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
+        data = file.read(JOURNAL_LIMIT) if trusted else b""
+    try:
+        journal = json.loads(data)
+        size = journal["size"]
+        edits = [
+            Splice(row["offset"], bytes.fromhex(row["old"]), bytes.fromhex(row["new"]))
+            for row in journal["edits"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise XfastError(f"{path + JOURNAL}: found no journal of ours, needed one") from None
+    _write(path, lambda fd: _undo(path, fd, size, edits))
+    finish(path)
+    return True
+
+
+def _undo(path: str, fd: int, size: int, edits: list[Splice]) -> None:
+    """Put old bytes back, after a look that every byte is still an old or a new one."""
+    fits = os.fstat(fd).st_size == size
+    for edit in edits:
+        found = os.pread(fd, len(edit.old), edit.offset)
+        bytewise = zip(found, edit.old, edit.new, strict=False)
+        fits &= len(found) == len(edit.old) == len(edit.new)
+        fits &= all(byte in (old, new) for byte, old, new in bytewise)
+    if not fits:
+        raise XfastError(f"{path}: is not the file that {path + JOURNAL} belongs to")
+    for edit in edits:
+        os.pwrite(fd, edit.old, edit.offset)
+
+
+def _write(path: str, change: Callable[[int], None]) -> None:
+    """Let `change` write into a file; its times stay."""
+    fd = os.open(path, os.O_RDWR | NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        change(fd)
+        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def finish(path: str) -> None:
+    """Remove the journal of a file, durably: the patch is done."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.unlink(os.path.basename(path) + JOURNAL, dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
