@@ -13,7 +13,7 @@ PACKAGE = Path(xfast.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    {"features", "errors", "_convert", "_core", "_cpu", "_hw", "_memory"},
+    {"features", "errors", "_bench", "_convert", "_core", "_cpu", "_hw", "_memory"},
     {"layout"},
     {"cpuid", "rules"},
     {"area", "behaviour", "rows", "verdict"},
