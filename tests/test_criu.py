@@ -20,6 +20,8 @@ from xfast import snapshots
 from xfast.area import keep
 from xfast.errors import FormatError, PolicyError, XfastError
 from xfast.features import SSE, X87
+from xfast.hosts.catalogue import catalogue
+from xfast.judge import check
 from xfast.layout import PRESETS
 from xfast.registers import Registers
 from xfast.snapshots import criu
@@ -107,6 +109,51 @@ class TestImages:
             "xsave_size": 2432,
             "xsave_size_max": 2432,
         }
+
+    def test_cpuinfo_is_the_cpuid_of_every_thread(self):
+        (snapshot,) = snapshots.read(SAMPLE)
+        for vcpu in snapshot.vcpus:
+            cpuid = vcpu.cpuid
+            assert (cpuid.vendor, cpuid.signature, cpuid.xcr0) == ("AuthenticAMD", 0xA10F11, 0xE7)
+            assert cpuid.find(0xD).ebx == 2432
+            assert {"avx512f", "avx512_bf16", "xsave", "pni", "lm"} - cpuid.features == {
+                "avx512_bf16"  # leaf 7.1 is none of CRIU's capability words
+            }
+
+    def test_a_larger_area_on_the_target_is_seen(self):
+        """CRIU issue 3120: the process keeps buffers of the size that its first CPU reported."""
+        (snapshot,) = snapshots.read(SAMPLE)
+        (verdict,) = check(snapshot, catalogue()["amd-genoa"])
+        sizes = {
+            (f.severity, f.snapshot_value, f.host_value)
+            for f in verdict.findings
+            if f.code == "SIZE"
+        }
+        assert sizes == {("risky", "2432", "2440")}
+
+    def test_cpuinfo_of_another_type(self, tmp_path):
+        shutil.copytree(SAMPLE, tmp_path / "images")
+        path = tmp_path / "images" / "cpuinfo.img"
+        for entry in (message(1, b"abc"), message(6, b"abc"), number(7, 5), number(2, 1 << 63)):
+            path.write_bytes(image(message(1, entry), magic=criu.CPUINFO_MAGIC))
+            if entry[:1] == number(2, 0)[:1]:
+                assert snapshots.read(tmp_path / "images")[0].facts["cpuinfo"]
+                continue
+            with pytest.raises(FormatError, match="of another type"):
+                snapshots.read(tmp_path / "images")
+
+    def test_more_threads_than_open_files(self, tmp_path):
+        resource = pytest.importorskip("resource")
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for tid in range(1, 301):
+            (folder / f"core-{tid}.img").write_bytes(CORE.read_bytes())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        try:
+            assert len(snapshots.read(folder)[0].vcpus) == 300
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     @pytest.mark.parametrize("common", [True, False])
     def test_one_image(self, tmp_path, common):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xfast.hosts.model import Host
     from xfast.layout import Layout
     from xfast.snapshots.model import Snapshot
+    from xfast.verdict import Policy, Verdict
 
 OK, FINDING, TROUBLE = 0, 1, 2
 
@@ -140,9 +141,23 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print notes as well")
 
 
+def _verdicts(
+    args: argparse.Namespace, hosts: list[Host], policy: Policy, failed: list[str]
+) -> Iterator[Verdict]:
+    """Yield a verdict for each pair, one snapshot after the other."""
+    from xfast.judge import check
+
+    for snapshot in snapshots_of(args, failed):
+        for host, verdict in zip(hosts, check(snapshot, hosts, policy=policy), strict=True):
+            if args.live and host.source == "this machine":
+                from xfast.kvm.confirm import confirm
+
+                verdict = confirm(snapshot, host, verdict)
+            yield verdict
+
+
 def _check(args: argparse.Namespace) -> int:
     from xfast import report
-    from xfast.judge import check
     from xfast.verdict import Policy
 
     policy = Policy(args.level, frozenset(code.upper() for code in args.ignore))
@@ -150,21 +165,13 @@ def _check(args: argparse.Namespace) -> int:
     if not hosts:
         raise XfastError("check: got no host, needed --host NAME, FILE or 'this', or --live")
     failed: list[str] = []
-    verdicts = []
-    for snapshot in snapshots_of(args, failed):
-        for host, verdict in zip(hosts, check(snapshot, hosts, policy=policy), strict=True):
-            if args.live and host.source == "this machine":
-                from xfast.kvm.confirm import confirm
-
-                verdict = confirm(snapshot, host, verdict)
-            verdicts.append(verdict)
+    tally = report.Tally()
+    verdicts = tally.count(_verdicts(args, hosts, policy, failed))
     report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
-    print(report.summary(verdicts, len(failed)), file=sys.stderr)
-    words = {verdict.verdict for verdict in verdicts}
-    contradicted = any("can't" in v.live or "not as foretold" in v.live for v in verdicts)
-    if failed or contradicted or "unknown" in words:
+    print(tally.closing_line(len(failed)), file=sys.stderr)
+    if failed or tally.contradicted or tally.words["unknown"]:
         return TROUBLE
-    return FINDING if "incompatible" in words else OK
+    return FINDING if tally.words["incompatible"] else OK
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:

@@ -213,10 +213,13 @@ def _size(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
 
 def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]:
     """A process keeps XSAVE buffers of the size its first CPU reported."""
-    layout = state.vcpu.layout
-    if layout is None or state.vcpu.xcr0 is None or host.layout is None or host.xcr0 is None:
+    vcpu = state.vcpu
+    told = vcpu.cpuid.find(0xD) if vcpu.cpuid else None
+    here = told.ebx if told else 0
+    if not told and vcpu.layout is not None and vcpu.xcr0 is not None:
+        here = vcpu.layout.standard_size(vcpu.xcr0)
+    if not here or host.layout is None or host.xcr0 is None:
         return
-    here = layout.standard_size(state.vcpu.xcr0)
     there = host.layout.standard_size(host.xcr0)
     if there > here:
         yield _finding(

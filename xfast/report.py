@@ -196,14 +196,28 @@ def _pairs(hosts: Mapping[str, set[str]]) -> str:
     return "\n".join(lines)
 
 
-def summary(verdicts: list[Verdict], unread: int) -> str:
-    """Return the closing line: how many pairs of each kind."""
-    counts = Counter(v.verdict for v in verdicts)
-    fixable = sum(v.verdict == "incompatible" and v.fixable == "safe" for v in verdicts)
-    parts = [f"{counts[word]} {word}" for word in COLOURS if counts[word]]
-    text = f"{len(verdicts)} pairs: " + (", ".join(parts) or "none judged")
-    text += f"; {fixable} can be fixed without loss" if fixable else ""
-    return text + (f"; {unread} inputs could not be read" if unread else "")
+class Tally:
+    """Counts verdicts as they pass, for the closing line and the exit code."""
+
+    def __init__(self) -> None:
+        self.words: Counter[str] = Counter()
+        self.fixable = 0
+        self.contradicted = False
+
+    def count(self, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+        """Yield `verdicts` on, and count them."""
+        for verdict in verdicts:
+            self.words[verdict.verdict] += 1
+            self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
+            self.contradicted |= "can't" in verdict.live or "not as foretold" in verdict.live
+            yield verdict
+
+    def closing_line(self, unread: int) -> str:
+        """Say how many pairs of each kind there were, and how many inputs were `unread`."""
+        parts = [f"{self.words[word]} {word}" for word in COLOURS if self.words[word]]
+        text = f"{self.words.total()} pairs: " + (", ".join(parts) or "none judged")
+        text += f"; {self.fixable} can be fixed without loss" if self.fixable else ""
+        return text + (f"; {unread} inputs could not be read" if unread else "")
 
 
 COLUMNS = (
@@ -222,13 +236,16 @@ def flat(verdicts: Iterable[Verdict]) -> Iterator[dict[str, Any]]:
             yield {**dict.fromkeys(COLUMNS), **whole, **finding}
 
 
-def write_verdicts(verdicts: list[Verdict], form: str, out: TextIO, *, notes: bool) -> None:
-    """Write an answer of ``xfast check`` in one of FORMATS."""
+def write_verdicts(verdicts: Iterable[Verdict], form: str, out: TextIO, *, notes: bool) -> None:
+    """Write an answer of ``xfast check`` in one of FORMATS; JSON and CSV as the verdicts come."""
     if form == "table":
-        matrix_text(verdicts, console(out), notes=notes)
+        matrix_text(list(verdicts), console(out), notes=notes)
     elif form == "json":
-        json.dump({"schema": SCHEMA, "verdicts": [v.as_json() for v in verdicts]}, out, indent=1)
-        out.write("\n")
+        out.write(f'{{"schema": "{SCHEMA}", "verdicts": [')
+        for i, verdict in enumerate(verdicts):
+            out.write(",\n" if i else "\n")
+            json.dump(verdict.as_json(), out)
+        out.write("\n]}\n")
     elif form == "ndjson":
         for verdict in verdicts:
             out.write(json.dumps({"schema": SCHEMA, **verdict.as_json()}) + "\n")
@@ -240,7 +257,7 @@ def write_verdicts(verdicts: list[Verdict], form: str, out: TextIO, *, notes: bo
         _parquet(verdicts, out)
 
 
-def _parquet(verdicts: list[Verdict], out: TextIO) -> None:
+def _parquet(verdicts: Iterable[Verdict], out: TextIO) -> None:
     try:
         import pyarrow as pa
         from pyarrow import parquet

@@ -5,27 +5,28 @@ in Intel's layout. Podman's and CRI-O's checkpoints are tar archives with these 
 names of tar members are compared, never used as paths.
 
 *Source*: CRIU images/core-x86.proto, core.proto, cpuinfo.proto, criu/include/magic.h;
-Protocol Buffers "Encoding"; POSIX pax "ustar Interchange Format".
+Protocol Buffers "Encoding".
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.cpuid import Cpuid
 from xfast.errors import FormatError, PolicyError
-from xfast.features import SSE, X87
+from xfast.features import SSE, X87, XFEATURE_MASK_FPSSE
 from xfast.layout import PRESETS, Layout
-from xfast.snapshots import edit
+from xfast.snapshots import edit, infer, tar
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.snapshots.source import Source
+from xfast.snapshots.tar import Member
 
 IMG_COMMON_MAGIC = 0x54564319
 CORE_MAGIC = 0x55053847
@@ -34,11 +35,6 @@ MARCH_X86_64 = 1
 IMAGE_LIMIT = 4 << 20
 CORE_NAME = re.compile(r"core-(\d{1,10})\.img")
 CPUINFO_NAME = "cpuinfo.img"
-
-TAR_BLOCK = 512
-TAR_MAGIC_OFFSET = 257
-TAR_NAME_LIMIT = 1 << 16
-TAR_MEMBER_LIMIT = 1 << 20
 
 LAYOUT = PRESETS["intel"].restricted(0x2FF)
 """Where the registers are laid out here; an image has no layout and no other components."""
@@ -87,6 +83,20 @@ CPUINFO_FIELDS = {
     10: "xsave_size_max",
 }
 
+VENDOR_TEXT = {1: b"GenuineIntel", 2: b"AuthenticAMD"}
+REGISTERS = ("eax", "ebx", "ecx", "edx")
+CAPABILITY = {
+    0: (1, "edx"),
+    1: (0x80000001, "edx"),
+    4: (1, "ecx"),
+    6: (0x80000001, "ecx"),
+    9: (7, "ebx"),
+    11: (7, "ecx"),
+    13: (0x80000008, "ebx"),
+    18: (7, "edx"),
+}
+"""Word of `capability` -> the CPUID leaf and register that it is a copy of."""
+
 
 class Field(NamedTuple):
     """One field of a protobuf message: `raw` is all its bytes, tag included."""
@@ -94,14 +104,6 @@ class Field(NamedTuple):
     number: int
     value: int | bytes
     raw: bytes
-
-
-class Member(NamedTuple):
-    """One image: its bytes lie at `offset` of the file; `name` is its last path component."""
-
-    name: str
-    offset: int
-    size: int
 
 
 class Broken(ValueError):
@@ -214,7 +216,7 @@ def sniff(source: Source) -> bool:
     """Tell whether a file is one of CRIU's images, or a tar archive."""
     if source.size < 8:
         return False
-    return source.unpack("<I", 0)[0] in (IMG_COMMON_MAGIC, CORE_MAGIC) or _is_tar(source)
+    return source.unpack("<I", 0)[0] in (IMG_COMMON_MAGIC, CORE_MAGIC) or tar.sniff(source)
 
 
 def read(
@@ -238,11 +240,27 @@ def read(
     FormatError
         If an image is damaged, of another architecture, or there is none.
     """
-    if _is_tar(source):
-        members = [(source, member) for member in _tar(source)]
-    else:
-        members = [(source, Member(os.path.basename(source.path), 0, source.size))]
-    return [_snapshot(source.path, members, source.container)]
+    return [_snapshot(source.path, _members(source), source.container)]
+
+
+def _members(source: Source) -> Iterator[tuple[Source, Member]]:
+    """Yield the images in a file, each with the source in which it lies."""
+    if not tar.sniff(source):
+        yield source, Member(os.path.basename(source.path), 0, source.size)
+        return
+    seen = set()
+    for member in tar.members(source):
+        if _wanted(member.name):
+            if member.name in seen:
+                raise FormatError(
+                    source.path, member.offset, f"found {member.name} twice, needed it once"
+                )
+            seen.add(member.name)
+            yield source, member
+
+
+def _wanted(name: str) -> bool:
+    return name == CPUINFO_NAME or CORE_NAME.fullmatch(name) is not None
 
 
 def read_folder(path: str) -> list[Snapshot]:
@@ -253,25 +271,28 @@ def read_folder(path: str) -> list[Snapshot]:
     list of Snapshot
         One, of kind ``process``, a Vcpu a thread, in the order of their ids. A vcpu's `facts`
         name its file (``member``) and the registers it has (``fields``); the snapshot's hold
-        ``cpuinfo``, the dumping machine's CPUs as cpuinfo.img tells them. CRIU 4.2 leaves SSE
-        out of its ``xfeatures_mask`` (0xe5 where XCR0 is 0xe7).
+        ``cpuinfo``, the dumping machine's CPUs as cpuinfo.img tells them, and each vcpu's
+        `cpuid` the first of them. CRIU 4.2 leaves SSE out of its ``xfeatures_mask`` (0xe5 where
+        XCR0 is 0xe7).
 
     Raises
     ------
     FormatError
         If an image is damaged or of another architecture.
     """
-    with contextlib.ExitStack() as stack:
-        members = []
-        for name in sorted(os.listdir(path)):
-            if CORE_NAME.fullmatch(name) or name == CPUINFO_NAME:
-                source = stack.enter_context(Source.open(os.path.join(path, name)))
-                members.append((source, Member(name, 0, source.size)))
-        return [_snapshot(path, members, ())]
+    return [_snapshot(path, _files(path), ())]
+
+
+def _files(folder: str) -> Iterator[tuple[Source, Member]]:
+    """Yield the images in a directory, one open at a time."""
+    for name in sorted(os.listdir(folder)):
+        if _wanted(name):
+            with Source.open(os.path.join(folder, name)) as source:
+                yield source, Member(name, 0, source.size)
 
 
 def _snapshot(
-    path: str, members: list[tuple[Source, Member]], container: tuple[str, ...]
+    path: str, members: Iterable[tuple[Source, Member]], container: tuple[str, ...]
 ) -> Snapshot:
     vcpus = []
     facts: dict[str, Any] = {"threads_without_state": 0}
@@ -299,6 +320,13 @@ def _snapshot(
                 facts={"member": member.name, **found[1]},
             )
         )
+    if facts.get("cpuinfo"):
+        used = 0
+        for vcpu in vcpus:
+            used |= infer.header(vcpu.area)[0]
+        cpuid = _cpuid(facts["cpuinfo"][0], used)
+        for vcpu in vcpus:
+            vcpu.cpuid = cpuid
     if not vcpus:
         raise FormatError(path, None, "found no core-TID.img with registers, needed one a thread")
     vcpus.sort(key=lambda vcpu: vcpu.index)
@@ -331,75 +359,45 @@ def _entry(source: Source, member: Member, magic: int) -> tuple[int, bytes]:
 def _cpuinfo(message: bytes) -> list[dict[str, Any]]:
     """Return what cpuinfo.img tells, a dict a CPU."""
     cpus = []
-    for number, value, _ in fields(message):
-        if number != 1 or not isinstance(value, bytes):
+    for number, entry, _ in fields(message):
+        if number != 1 or not isinstance(entry, bytes):
             continue
         cpu: dict[str, Any] = {"capability": []}
-        for item in fields(value):
-            name = CPUINFO_FIELDS.get(item.number)
+        for item in fields(entry):
+            name = CPUINFO_FIELDS.get(item.number, "")
+            if name and isinstance(item.value, bytes) is not (name == "model_id"):
+                raise Broken(f"found {name} of another type, needed a number (a text of model_id)")
             if name == "capability":
                 cpu[name].append(item.value)
             elif name:
-                known = item.value
-                cpu[name] = known.decode("latin-1") if isinstance(known, bytes) else known
+                value = item.value
+                cpu[name] = value if isinstance(value, int) else value.decode("latin-1")
         cpus.append(cpu)
     return cpus
 
 
-def _is_tar(source: Source) -> bool:
-    return source.size >= TAR_BLOCK and source.read(TAR_MAGIC_OFFSET, 5) == b"ustar"
+def _cpuid(cpu: Mapping[str, Any], used: int) -> Cpuid:
+    """Return the dumping CPU's CPUID as far as cpuinfo.img tells it.
 
+    Components in `used`, and x87 and SSE, are there whether ``xfeatures_mask`` has them or not.
 
-def _tar(source: Source) -> list[Member]:
-    """Return the images in a tar archive.
-
-    Raises
-    ------
-    FormatError
-        If the archive is damaged, or has an image twice.
+    *Source*: CRIU compel/arch/x86/src/lib/include/uapi/asm/cpu.h (enum cpuid_leafs).
     """
-    found: dict[str, Member] = {}
-    position, name = 0, ""
-    for _ in range(TAR_MEMBER_LIMIT):
-        header = source.read(position, TAR_BLOCK) if position < source.size else b""
-        if not any(header):
-            return list(found.values())
-        size = _tar_number(source, position, header[124:136])
-        checksum = sum(header[:148]) + sum(header[156:]) + 8 * 0x20
-        if checksum != _tar_number(source, position + 148, header[148:156]):
-            raise FormatError(source.path, position + 148, "found a wrong checksum of a tar header")
-        data = position + TAR_BLOCK
-        if data + size > source.size:
-            raise FormatError(
-                source.path,
-                position,
-                f"found a member of {size} bytes, needed at most {source.size - data}",
-            )
-        kind = header[156:157]
-        if kind in (b"L", b"x"):
-            text = source.read(data, min(size, TAR_NAME_LIMIT)).decode("utf-8", "replace")
-            longer = re.search(r"\d+ path=([^\n]*)\n", text) if kind == b"x" else None
-            name = longer[1] if longer else text.rstrip("\0") if kind == b"L" else name
-        else:
-            name = name or header[:100].split(b"\0")[0].decode("utf-8", "replace")
-            base = name.rpartition("/")[2]
-            if kind in (b"0", b"\0") and (CORE_NAME.fullmatch(base) or base == CPUINFO_NAME):
-                if base in found:
-                    raise FormatError(source.path, position, f"found {base} twice, needed it once")
-                found[base] = Member(base, data, size)
-            name = ""
-        position = data + -(-size // TAR_BLOCK) * TAR_BLOCK
-    raise FormatError(source.path, position, f"found over {TAR_MEMBER_LIMIT} members")
-
-
-def _tar_number(source: Source, offset: int, digits: bytes) -> int:
-    """Return a number of a tar header: octal digits, or (bit 7 set) bytes."""
-    if digits[0] & 0x80:
-        return int.from_bytes(digits, "big") & (1 << 8 * len(digits) - 1) - 1
-    text = digits.strip(b" \0") or b"0"
-    if not re.fullmatch(rb"[0-7]+", text):
-        raise FormatError(source.path, offset, f"found {digits!r}, needed octal digits")
-    return int(text, 8)
+    family, model = (int(cpu.get(name, 0)) for name in ("cpu_family", "model"))
+    signature = (model & 0xF) << 4 | (model >> 4 & 0xF) << 16 | int(cpu.get("stepping", 0)) & 0xF
+    signature |= min(family, 0xF) << 8 | (max(family - 0xF, 0) & 0xFF) << 20
+    registers = {(leaf, name): 0 for leaf, _ in CAPABILITY.values() for name in REGISTERS}
+    for word, place in CAPABILITY.items():
+        if word < len(cpu["capability"]):
+            registers[place] = int(cpu["capability"][word]) & 0xFFFFFFFF
+    registers[1, "eax"] = signature
+    rows = {(leaf, 0): [registers[leaf, name] for name in REGISTERS] for leaf, _ in registers}
+    ebx, edx, ecx = struct.unpack("<3I", VENDOR_TEXT.get(cpu.get("vendor_id", 0), bytes(12)))
+    rows[0, 0] = [0xD, ebx, ecx, edx]
+    mask = int(cpu.get("xfeatures_mask", 0)) | used | XFEATURE_MASK_FPSSE
+    sizes = [int(cpu.get(name, 0)) & 0xFFFFFFFF for name in ("xsave_size", "xsave_size_max")]
+    rows[0xD, 0] = [mask & 0xFFFFFFFF, *sizes, mask >> 32 & 0xFFFFFFFF]
+    return Cpuid.from_rows(rows)
 
 
 def splices(
@@ -421,7 +419,7 @@ def splices(
     """
     found = []
     folder = os.path.isdir(snapshot.path)
-    tar = not folder and _is_tar(source)
+    packed = not folder and tar.sniff(source)
     for i, area in areas.items():
         vcpu = snapshot.vcpus[i]
         name = vcpu.facts["member"]
@@ -435,9 +433,11 @@ def splices(
             _check_holds(core, new, f"{snapshot.path}: {name}")
             splice = Splice(offset, old, struct.pack("<I", len(core)) + core, name)
             if folder:
-                found.append(splice._replace(member=name))
-            else:
-                found.append(_in_tar(file, splice, name) if tar else splice)
+                splice = splice._replace(member=name)
+            elif packed:
+                member = next(m for _, m in _members(source) if m.name == name)
+                splice = tar.resized(source, member, splice)
+            found.append(splice)
     return found
 
 
@@ -474,19 +474,3 @@ def _check_holds(core: bytes, area: NDArray[np.uint8], where: str) -> None:
             f"{where}: got registers that the image has no field for, needed those that the "
             "dumping machine had"
         )
-
-
-def _in_tar(source: Source, splice: Splice, name: str) -> Splice:
-    """Return an edit of a tar archive's member, with the header and the padding that it needs."""
-    member = next(member for member in _tar(source) if member.name == name)
-    start = member.offset - TAR_BLOCK
-    old = source.read(start, TAR_BLOCK + -(-member.size // TAR_BLOCK) * TAR_BLOCK)
-    begin = splice.offset - start
-    content = old[TAR_BLOCK:begin] + splice.new
-    content += old[begin + len(splice.old) : TAR_BLOCK + member.size]
-    header = bytearray(old[:TAR_BLOCK])
-    header[124:136] = b"%011o\0" % len(content)
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    padding = bytes(-len(content) % TAR_BLOCK)
-    return splice._replace(offset=start, old=old, new=bytes(header) + content + padding)

@@ -31,11 +31,11 @@ SOFTWARE_OFFSET = 464
 """Where Linux and FreeBSD note the user components that the kernel knows (sw_bytes.xfeatures)."""
 
 VENDORS = {
-    b"GenuineIntel": "intel",
-    b"CentaurHauls": "intel",
-    b"  Shanghai  ": "intel",
-    b"AuthenticAMD": "amd",
-    b"HygonGenuine": "amd",
+    "GenuineIntel": "intel",
+    "CentaurHauls": "intel",
+    "  Shanghai  ": "intel",
+    "AuthenticAMD": "amd",
+    "HygonGenuine": "amd",
 }
 """CPUID's vendor text -> the beginning of the names of its presets."""
 
@@ -119,7 +119,7 @@ def place(
         return Place(given, "given")
     xstate_bv, _ = header(area)
     known = cpuid.layout if cpuid else Layout(())
-    vendor = _vendor(cpuid)
+    vendor = VENDORS.get(cpuid.vendor or "", "") if cpuid else ""
     if known.slots and not xstate_bv & ~known.mask:
         return Place(known, "cpuid")
     wanted = mask | software_mask(area) | xstate_bv | known.user_mask
@@ -133,12 +133,6 @@ def place(
         missing = names_of(xstate_bv & ~known.mask)
         return Place(known, "cpuid", f"it has no place for {missing}, and {found.note}")
     return found
-
-
-def _vendor(cpuid: Cpuid | None) -> str:
-    row = cpuid.find(0) if cpuid else None
-    text = struct.pack("<3I", row.ebx, row.edx, row.ecx) if row else b""
-    return VENDORS.get(text, "")
 
 
 def infer(
