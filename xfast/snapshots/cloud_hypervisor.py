@@ -30,7 +30,8 @@ from xfast.snapshots import edit, infer, raw
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.snapshots.source import Source
 
-SIZE_LIMIT = 256 << 20
+SIZE_LIMIT = 64 << 20
+"""A vCPU takes some 15 KB, four times that in arrays of bytes; parsed, JSON is much larger."""
 MSR_IA32_XFD = 0x1C4
 MSR_IA32_XSS = 0xDA0
 CR4_OFFSET = 248
