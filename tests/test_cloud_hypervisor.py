@@ -238,7 +238,10 @@ class TestBadInput:
                 lambda text: text.replace('"snapshot_data":{"state"', '"data":{"state"'),
                 "snapshot_data",
             ),
-            (lambda text: text.replace('\\"eax\\":', '\\"eax\\":-'), "CPUID register out of range"),
+            (
+                lambda text: text.replace('\\"eax\\":', '\\"eax\\":-'),
+                "needed numbers function, index",
+            ),
             (lambda text: text.replace('\\"eax\\":', '\\"ea\\":'), "needed numbers function"),
             (
                 lambda text: text.replace('\\"xcrs\\":[', '\\"xcrs\\":[999,'),
@@ -263,6 +266,21 @@ class TestBadInput:
         with pytest.raises(FormatError, match=words) as caught:
             snapshots.read(path)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("wrong", [True, -1, 1 << 70, 1.5, "x", [], {}, [[1]], [None] * 3])
+    @pytest.mark.parametrize("field", ["cpuid", "msrs", "xcrs", "sregs", "xsave", "fpu"])
+    def test_values_of_another_type(self, tmp_path, states, field, wrong):
+        states[0][field] = wrong
+        try:
+            (vcpu, _) = read(tmp_path / "state.json", v39(states)).vcpus
+        except FormatError:
+            vcpu = None
+        assert vcpu is None or (field != "xsave" and wrong in ([], {}))
+
+    def test_cpuid_registers_have_32_bits(self, tmp_path, states):
+        states[0]["cpuid"][3]["ebx"] = 1 << 32
+        with pytest.raises(FormatError, match="CPUID register out of range"):
+            read(tmp_path / "state.json", v39(states))
 
     def test_json_of_others_is_not_ours(self, tmp_path):
         (tmp_path / "other.json").write_text('{"snapshots": {}}')

@@ -68,6 +68,12 @@ class TestFiles:
             (".cpuid2", b"\x01", "found 1 bytes, needed struct kvm_cpuid2"),
             (".cpuid2", b"\xff" * 400, "found 4294967295 entries in 400 bytes"),
             (".cpuid2", struct.pack("<2I7I3I", 1, 0, 0xD, 0, 1, 4, 0, 0, 0, 0, 0, 0), None),
+            (
+                ".cpuid2",
+                struct.pack("<2I7I3I", 2, 0, 0xD, 0, 1, 4, 0, 0, 0, 0, 0, 0)
+                + struct.pack("<7I3I", 0xD, 2, 1, 1 << 30, 576, 0, 0, 0, 0, 0),
+                "its .cpuid2: layout: component 2",
+            ),
         ],
     )
     def test_damaged_companions(self, tmp_path, sample, name, content, words):
@@ -79,7 +85,7 @@ class TestFiles:
             return
         with pytest.raises(FormatError, match=words) as caught:
             snapshots.read(path)
-        assert caught.value.path == str(path.with_suffix(name))
+        assert caught.value.path.startswith(str(path.with_suffix("")))
 
     def test_plain_file_of_many_areas(self, tmp_path, sample):
         path = tmp_path / "areas"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast import area as engine
-from xfast.errors import PolicyError
+from xfast.errors import LayoutError, PolicyError
 from xfast.features import (
     KVM_XSAVE_SIZE,
     LEGACY_SIZE,
@@ -65,7 +65,8 @@ def relaid(
     PolicyError
         If the layout of an area is not known.
     LayoutError
-        If a component has no place in `to`.
+        If a component has no place in `to`, or MXCSR none in the compacted format: there it goes
+        with SSE only.
     """
     sources = [_known(snapshot, vcpu) for vcpu in snapshot.vcpus]
     targets = [to or layout for layout in sources]
@@ -91,6 +92,11 @@ def relaid(
             out=row,
             software=kept,
         )
+        if engine.diff(vcpu.area, row, source, target):
+            raise LayoutError(
+                f"{snapshot.path}: vCPU {vcpu.index}: MXCSR without SSE's bit has no place in the "
+                "compacted format"
+            )
         old = vcpu.area[MXCSR_MASK_FIELD]
         row[MXCSR_MASK_FIELD] = old
         if old.any() and source.moved(target, enabled):

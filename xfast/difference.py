@@ -46,7 +46,8 @@ def compare(one: Sequence[Snapshot], two: Sequence[Snapshot]) -> list[Difference
     Parameters
     ----------
     one, two : sequence of Snapshot
-        As `xfast.read` returns them; compared in their order, vCPUs by number.
+        As `xfast.read` returns them; compared in their order, vCPUs by number, and vCPUs with
+        threads by position.
 
     Returns
     -------
@@ -59,7 +60,7 @@ def compare(one: Sequence[Snapshot], two: Sequence[Snapshot]) -> list[Difference
     for first, second in zip(one, two, strict=False):
         ours = {vcpu.index: vcpu for vcpu in first.vcpus}
         theirs = {vcpu.index: vcpu for vcpu in second.vcpus}
-        if not ours.keys() & theirs.keys():  # a VM's vCPUs and a core's threads: by position
+        if first.kind != second.kind:  # a VM's vCPUs and a core's threads: by position
             theirs = dict(zip(ours, second.vcpus, strict=False))
         for index in sorted(ours.keys() | theirs.keys()):
             if index in ours and index in theirs:

@@ -30,7 +30,8 @@ from xfast.snapshots import edit, infer, raw
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.snapshots.source import Source
 
-SIZE_LIMIT = 256 << 20
+SIZE_LIMIT = 64 << 20
+"""A vCPU takes some 15 KB, four times that in arrays of bytes; parsed, JSON is much larger."""
 MSR_IA32_XFD = 0x1C4
 MSR_IA32_XSS = 0xDA0
 CR4_OFFSET = 248
@@ -307,16 +308,22 @@ def _rows(value: Any, fields: tuple[str, ...]) -> Iterator[dict[str, int]]:
     """
     if isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
         value = value[1]
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"found {str(value)[:60]}, needed a list")
     for row in value or ():
-        if not isinstance(row, dict) or not all(isinstance(row.get(f), int) for f in fields):
+        if not isinstance(row, dict) or not all(_is_u64(row.get(name)) for name in fields):
             raise ValueError(f"found the row {str(row)[:60]}, needed numbers {', '.join(fields)}")
         yield row
+
+
+def _is_u64(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
 
 
 def _cpuid(value: Any) -> Cpuid | None:
     fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
     rows = [[row[f] for f in fields] for row in _rows(value, fields)]
-    if any(not 0 <= number < 1 << 32 for row in rows for number in row):
+    if any(number >> 32 for row in rows for number in row):
         raise ValueError("found a CPUID register out of range, needed 32 bits")
     return Cpuid(tuple(Entry(*row) for row in rows)) if rows else None
 
@@ -332,7 +339,7 @@ def _xcr0(value: Any) -> int | None:
 def _cr4(value: Any) -> int | None:
     """Return CR4 from kvm_sregs: its bytes, or (old) its fields."""
     if isinstance(value, dict):
-        return value.get("cr4")
+        return value["cr4"] if _is_u64(value.get("cr4")) else None
     return None if value is None else int(struct.unpack_from("<Q", _bytes(value), CR4_OFFSET)[0])
 
 

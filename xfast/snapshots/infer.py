@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -153,47 +154,52 @@ def infer(
     __copy_xstate_to_uabi_buf().
     """
     compacted = bool(header(area)[1] & XCOMP_BV_COMPACTED)
-    names = [
+    names = tuple(
         name
         for name in candidates(mask, None if compacted else size)
         if agrees is None or not PRESETS[name].moved(agrees, mask)
-    ]
+    )
     if not names:
         size_clause = f" in {size} bytes" if size else ""
         return Place(
             None, "unknown", f"no known layout holds {mask:#x} ({names_of(mask)}){size_clause}"
         )
-    everywhere = len(_groups(list(candidates(mask)), mask, compacted)) == 1
+    everywhere = len(_groups(tuple(candidates(mask)), mask, compacted)) == 1
     evidence = []
     if size and not compacted:
         evidence.append(f"{size} bytes")
     for clue, fits in _clues(area, mask, vendor, compacted):
         if len(_groups(names, mask, compacted)) == 1:
             break
-        left = [name for name in names if fits(name)]
+        left = tuple(name for name in names if fits(name))
         if left and len(left) < len(names):
             names = left
             evidence.append(clue)
     groups = _groups(names, mask, compacted)
     if len(groups) > 1:
-        return Place(
-            None, "unknown", f"mask {mask:#x} fits each of {', '.join(g[0] for g in groups)}"
-        )
+        return Place(None, "unknown", f"mask {mask:#x} fits each of {', '.join(groups)}")
     name = names[0] if len(names) == 1 else "common"
-    layout = PRESETS[names[0]].restricted(mask)
+    layout = _layout(names[0], mask, name)
     why = " and ".join([f"mask {mask:#x}", *evidence])
     who = "the same on every known machine" if everywhere else ", ".join(names)
-    return Place(Layout(layout.slots, name), "inferred", f"from {why}: {who}")
+    return Place(layout, "inferred", f"from {why}: {who}")
 
 
-def _groups(names: list[str], mask: int, compacted: bool) -> list[list[str]]:
-    """Put together the presets that agree on where `mask` lies (compacted: on its sizes)."""
-    groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+@lru_cache(maxsize=1024)
+def _layout(preset: str, mask: int, name: str) -> Layout:
+    """Return what of a preset is in `mask`, under a name of its own."""
+    return Layout(PRESETS[preset].restricted(mask).slots, name)
+
+
+@lru_cache(maxsize=1024)
+def _groups(names: tuple[str, ...], mask: int, compacted: bool) -> tuple[str, ...]:
+    """Return one of each group of presets that agree on the places of `mask` (or its sizes)."""
+    groups: dict[tuple[tuple[int, ...], ...], str] = {}
     for name in names:
         slots = PRESETS[name].restricted(mask).slots
         key = tuple((s.nr, s.size) if compacted else (s.nr, s.size, s.offset) for s in slots)
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
+        groups.setdefault(key, name)
+    return tuple(groups.values())
 
 
 def _clues(
@@ -209,7 +215,7 @@ def _clues(
     if not compacted:
         filled = np.flatnonzero(area[EXTENDED_OFFSET:]) + EXTENDED_OFFSET
         clues.append(
-            ("where its bytes lie", lambda name: _explains(PRESETS[name].restricted(mask), filled))
+            ("where its bytes lie", lambda name: _explains(_layout(name, mask, name), filled))
         )
     return clues
 
