@@ -120,7 +120,7 @@ def test_what_a_thread_raises_reaches_the_caller(threaded):
         return 0
 
     with pytest.raises(KeyError):
-        rows.spread(sample(9), fail)
+        rows.spread(9, 9 * 4096, fail)
     assert threading.active_count() == 1
 
 

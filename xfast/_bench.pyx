@@ -5,7 +5,7 @@
 Every function returns seconds. Built on the functions that other Cython code may cimport.
 """
 
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cimport numpy as cnp
@@ -28,7 +28,7 @@ cdef double now() noexcept nogil:
 
 def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream, Py_ssize_t times=1):
     """Copy `out.nbytes` bytes (whole lines), past the caches or not."""
-    cdef Py_ssize_t i, n = cnp.PyArray_NBYTES(out) // 64 * 64
+    cdef Py_ssize_t _i, n = cnp.PyArray_NBYTES(out) // 64 * 64
     cdef const uint8_t *s = <const uint8_t *>cnp.PyArray_DATA(src)
     cdef uint8_t *d = <uint8_t *>cnp.PyArray_DATA(out)
     cdef double start
@@ -39,7 +39,7 @@ def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream, Py_ssi
         raise ValueError("copy: needed contiguous arrays, `out` writable and 64-byte aligned")
     with nogil:
         start = now()
-        for i in range(times):
+        for _i in range(times):
             loops.copy(d, s, n, stream)
         start = now() - start
     return start
@@ -62,16 +62,30 @@ def read(cnp.ndarray src not None):
     return start
 
 
+def touch(cnp.ndarray areas):
+    """Load from the two lines of each area that an audit needs."""
+    global sink
+    cdef Rows r = rows(areas, "areas", False)
+    cdef double start
+    cdef uint64_t any
+    with nogil:
+        start = now()
+        any = loops.touch(r.data, r.stride, r.n)
+        start = now() - start
+    sink = any != 0
+    return start
+
+
 def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t times=1):
     """Convert the same batch again and again."""
     cdef Rows r = rows(src, "src", False)
     cdef Rows w = rows(out, "out", True)
     cdef Job job = job_of(&r, &w)
-    cdef Py_ssize_t i
+    cdef Py_ssize_t _i
     cdef double start
     job.cache = how.acquire(r.size, w.size)
     start = now()
-    for i in range(times):
+    for _i in range(times):
         loops.convert(&job)
     start = now() - start
     how.release(job.cache)
@@ -83,11 +97,11 @@ def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t tim
     cdef Rows r = rows(src, "src", False)
     cdef Rows w = rows(into, "into", True)
     cdef Job job = how.job(&r, &w)
-    cdef Py_ssize_t i
+    cdef Py_ssize_t _i
     cdef double start
     job.cache = how.acquire(r.size, w.size)
     start = now()
-    for i in range(times):
+    for _i in range(times):
         loops.merge(&job)
     start = now() - start
     how.release(job.cache)

@@ -22,8 +22,8 @@ from xfast._area cimport (
 )
 from xfast._core cimport Rows, Table, loops, overlap, rows, rows_ahead, stream_above, vector
 from xfast._plan cimport (
-    BLEND, CACHE, CARRY, COPY, PACKED, PATCH, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job, Kind,
-    Plan, Range, Step,
+    BLEND, CACHE, CARRY, COPY, PACKED, PATCH, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job,
+    Kind, Plan, Range, Step,
 )
 from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange
 

@@ -35,3 +35,4 @@ cdef struct Loops:
     # The limits of the machine, to measure the others against
     void (*copy)(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noexcept nogil
     bint (*read)(const uint8_t *src, Py_ssize_t n) noexcept nogil
+    uint64_t (*touch)(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcept nogil

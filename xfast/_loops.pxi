@@ -12,7 +12,7 @@ from xfast._area cimport (
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
-    BLEND, CARRY, COPY, PACKED, PATCH, RING, TARGET, ZERO, Blend, Cache, Job, Plan, Range, Step, find,
+    BLEND, CARRY, COPY, PACKED, PATCH, RING, TARGET, ZERO, Blend, Job, Plan, Range, Step, find,
 )
 from xfast._simd cimport (
     LINE, line_and, line_any, line_load, line_merge, line_or, line_store, line_store_part,
@@ -21,7 +21,7 @@ from xfast._simd cimport (
 
 cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
-    AUDIT_AHEAD = 64  # rows whose two lines an audit fetches ahead
+    AUDIT_AHEAD = 128  # rows whose two lines an audit fetches ahead
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -615,6 +615,19 @@ cdef bint read(const uint8_t *src, Py_ssize_t n) noexcept nogil:
     return nonzero(src, <uint32_t>n, False)
 
 
+cdef uint64_t touch(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    """Load from the two lines that an audit needs, fetched as far ahead."""
+    cdef uint64_t any = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        if i + AUDIT_AHEAD < n:
+            prefetch_far(row + AUDIT_AHEAD * stride)
+            prefetch_far(row + AUDIT_AHEAD * stride + LEGACY)
+        any |= load64(row) | load64(row + LEGACY)
+        row += stride
+    return any
+
+
 cdef Loops LOOPS
 LOOPS.convert = convert
 LOOPS.merge = merge
@@ -626,6 +639,7 @@ LOOPS.diff = diff
 LOOPS.keep = keep
 LOOPS.copy = copy
 LOOPS.read = read
+LOOPS.touch = touch
 
 
 def loops():

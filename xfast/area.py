@@ -142,7 +142,11 @@ def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
     rows, single = rows_of(areas)
     dropped = np.empty(len(rows), "u8")
     table, mask = table_of(layout), check_mask(mask)
-    spread(rows, lambda part: _core.keep(rows[part], table, mask, scrub, dropped[part]))
+    spread(
+        len(rows),
+        rows.size if scrub else 64 * len(rows),
+        lambda part: _core.keep(rows[part], table, mask, scrub, dropped[part]),
+    )
     return dropped[0].item() if single else dropped
 
 
@@ -217,7 +221,7 @@ def _convert_rows(
         each = values if values is None else values[part]
         return how.convert(rows[part], into[part], lost[part], each)
 
-    if spread(rows, run) and not lossy:
+    if spread(len(rows), rows.size, run) and not lossy:
         refuse_lost(lost, "areas", f"{where} in {into.shape[1]} bytes; lossy=True drops them")
     return out
 
@@ -298,7 +302,11 @@ def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -
     if len(a) != len(b):
         raise ValueError(f"two: got {len(b)} areas, needed {len(a)}, as many as one")
     tables = table_of(layout), table_of(two_layout or layout)
-    spread(a, lambda part: _core.diff(a[part], tables[0], b[part], tables[1], differing[part]))
+    spread(
+        len(a),
+        2 * a.size,
+        lambda part: _core.diff(a[part], tables[0], b[part], tables[1], differing[part]),
+    )
     return differing[0].item() if single else differing
 
 
@@ -314,7 +322,10 @@ def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
     rows, single = rows_of(areas)
     status = np.empty(len(rows), np.uint8)
     mask = check_mask(mask)
-    spread(rows, lambda part: _core.audit(rows[part], mask, mxcsr_mask, status[part]))
+    two_lines = 128 * len(rows)
+    spread(
+        len(rows), two_lines, lambda part: _core.audit(rows[part], mask, mxcsr_mask, status[part])
+    )
     return status[0].item() if single else status
 
 
@@ -336,7 +347,7 @@ def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
     rows, single = rows_of(areas)
     inuse = np.empty(len(rows), "u8")
     table = table_of(layout)
-    spread(rows, lambda part: _core.xinuse(rows[part], table, early, inuse[part]))
+    spread(len(rows), rows.size, lambda part: _core.xinuse(rows[part], table, early, inuse[part]))
     return inuse[0].item() if single else inuse
 
 
@@ -499,7 +510,7 @@ def set_uabi(
         mxcsr_mask=mxcsr_mask,
     )
     status = np.empty(len(rows), "u4")
-    spread(rows, lambda part: how.merge(rows[part], images[part], status[part]))
+    spread(len(rows), rows.size, lambda part: how.merge(rows[part], images[part], status[part]))
     return status[0].item() if single else status
 
 

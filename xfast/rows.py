@@ -48,7 +48,7 @@ def tune(
     rows_ahead : int
         Areas that such a batch fetches ahead of the one it works on. Default: 4.
     thread_above : int
-        Bytes of a batch from which it is shared among threads. Default: 32 MiB.
+        Bytes read in a batch from which it is shared among threads. Default: 32 MiB.
     threads : int
         Threads that share a batch, the calling one included. Default: 2, or 1 where this
         process has only one CPU: memory, not the core, is the limit.
@@ -140,14 +140,13 @@ def check_mask(mask: int, name: str = "mask") -> int:
     return int(mask)
 
 
-def spread(rows: Areas, run: Callable[[slice], int]) -> int:
-    """Run over all rows, large batches in several threads; return the results, ored.
+def spread(n: int, touched: int, run: Callable[[slice], int]) -> int:
+    """Run over `n` rows, in several threads if enough bytes are touched; return results, ored.
 
     The calling thread takes the first part itself, and starts the others only for this batch:
     against its length the start costs nothing, and nothing is left that a fork could break.
     """
-    n = len(rows)
-    parts = _threads["most"] if rows.size >= _threads["above"] else 1
+    parts = _threads["most"] if touched >= _threads["above"] else 1
     if parts <= 1 or n < parts:
         return run(slice(0, n))
     bounds = [n * i // parts for i in range(parts + 1)]

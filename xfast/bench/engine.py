@@ -123,7 +123,8 @@ class Cold:
     size: int
     out_size: int
     limit: str
-    """``copy``: stream `out_size` bytes an area; ``read``: read `size` bytes; ``read2``: twice."""
+    """``copy``: stream `out_size` bytes an area; ``read``: read `size` bytes, ``read2``: twice;
+    ``2 lines``: load from the two lines of each area that an audit needs."""
     target: float
     run: Callable[[Areas, Areas], object]
     layout: Layout
@@ -186,6 +187,7 @@ def cold_cases() -> Iterator[Cold]:
         yield Cold("compact", mix, 4096, 4096, "copy", target, compact, INTEL)
         yield Cold("relayout zen4", mix, 4096, 4096, "copy", target, zen4, INTEL)
     yield Cold("audit", "mixed", 4096, 0, "read", 14, _audit, INTEL)
+    yield Cold("audit", "mixed", 4096, 0, "2 lines", 0.9, _audit, INTEL)
     for mix in ("mixed", "full"):
         yield Cold("xinuse", mix, 4096, 0, "read", 1.0, _xinuse(False), INTEL)
         yield Cold("xinuse", mix, 2752, 0, "read", 0.95, _xinuse(False), INTEL)
@@ -225,6 +227,8 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
             if case.both:  # the areas in the target are still needed
                 into = memory.scratch[turn % 4 * CHUNK :][:CHUNK]
             return _bench.copy(memory.chunk(0, turn), into[: n * case.out_size], True)
+        if case.limit == "2 lines":
+            return _bench.touch(memory.chunk(0, turn)[: n * case.size].reshape(n, case.size))
         seconds = _bench.read(memory.chunk(0, turn)[: n * case.size])
         if case.limit == "read2":
             seconds += _bench.read(memory.chunk(1, turn)[: n * case.size])
