@@ -14,7 +14,7 @@ from collections import Counter
 from xfast.cpuid import Cpuid
 from xfast.hosts.this import this_host
 from xfast.kvm import Kernel, live
-from xfast.kvm.vcpu import KVM_FPU
+from xfast.kvm.uapi import KVM_FPU
 
 SIGNIFICANT = 1
 X87_HEAD = struct.pack("<HHBBHQQ", 0x37F, 0x1800, 0xFF, 0, 0, 0, 0)

@@ -19,7 +19,14 @@ from xfast.kvm.fpu import (
     ARCH_REQ_XCOMP_PERM,
     FPU_GUEST_PERM_LOCKED,
 )
-from xfast.kvm.vcpu import CR4_PKE, KVM_FPU, MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
+from xfast.kvm.uapi import KVM_FPU
+from xfast.kvm.vcpu import (
+    CR4_OSXSAVE,
+    CR4_PKE,
+    MSR_IA32_XFD,
+    MSR_IA32_XFD_ERR,
+    MSR_IA32_XSS,
+)
 from xfast.layout import preset
 
 S_FORMS = frozenset({"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "xfd"})
@@ -202,10 +209,7 @@ def test_saves_with_xfd_call_the_tile_init():
     vcpu = amx_vcpu()
     vcpu.set_xsave(buffer(0x60003))
 
-    def guest(processor):
-        vcpu.kernel.fpu.fpu_update_guest_xfd(vcpu.guest_fpu, TILEDATA)
-
-    vcpu.run(guest)
+    vcpu.run(lambda processor: vcpu.set_msr(MSR_IA32_XFD, TILEDATA))
     assert bv_of(vcpu.get_xsave2()) & ~PKRU == 0x20003
 
 
@@ -416,8 +420,53 @@ def test_odd_buffers():
     with pytest.raises(ValueError, match="buffer"):
         vcpu.set_xsave("text")
     refused(errno.E2BIG, vcpu.set_cpuid2, [(i, 0, 0, 0, 0, 0, 0) for i in range(257)])
-    for value in (-1, 1 << 64):
-        refused(errno.EINVAL, vcpu.set_xcrs, [(0, value)])
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("set_xcrs", [[(0, -1)]]),
+        ("set_xcrs", [[(0, 1 << 64)]]),
+        ("set_xcrs", [[(-1, 1)]]),
+        ("set_cpuid2", [[(0xD, 0, 1, 1 << 32, 0, 0, 0)]]),
+        ("set_cpuid2", [[(0xD, 0, 1)]]),
+        ("set_cpuid2", [[(0xD, 0, -1, 0, 0, 0, 0)]]),
+        ("set_msr", [PL3_SSP, -1]),
+        ("set_msr", [MSR_IA32_XFD, 1 << 64]),
+        ("xsetbv", [0, -1]),
+    ],
+)
+def test_numbers_that_c_could_not_pass_are_python_s_to_refuse(call, arguments):
+    vcpu = cet_vcpu()
+    before = state_of(vcpu)
+    with pytest.raises(ValueError, match="needed"):
+        getattr(vcpu, call)(*arguments)
+    assert state_of(vcpu) == before
+
+
+def test_xsetbv_of_the_guest():
+    vcpu = cet_vcpu()
+    seen = []
+
+    def guest(processor):
+        seen.extend([vcpu.xsetbv(0, 7), processor.xcr0, vcpu.xsetbv(0, 5), vcpu.xsetbv(1, 1)])
+        seen.append(vcpu.xsetbv(0, 3, cpl=3))
+
+    vcpu.cr4 = CR4_OSXSAVE
+    vcpu.run(guest)
+    assert seen == [True, 7, False, False, False]
+    assert vcpu.xcr0 == 7
+    assert vcpu.kernel.fpu.processor.xcr0 == 0x602E7
+
+
+def test_msrs_can_be_reached_while_the_guest_runs():
+    vcpu = cet_vcpu()
+
+    def guest(processor):
+        vcpu.set_msr(PL3_SSP, 0x3000)
+
+    vcpu.run(guest)
+    assert vcpu.get_msr(PL3_SSP) == 0x3000
 
 
 def test_a_kernel_needs_to_know_its_host():

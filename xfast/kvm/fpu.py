@@ -233,7 +233,7 @@ class Fpu:
         return int(self.processor.values[at : at + 4].view("<u4")[0])
 
     def wrpkru(self, value: int) -> None:
-        """Write the PKRU register."""
+        """Write the PKRU register (u32)."""
         at = self.processor.offsets[9]
         self.processor.values[at : at + 4].view("<u4")[0] = value
         self.processor.tracked |= PKRU
