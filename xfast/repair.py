@@ -122,7 +122,7 @@ class Plan:
         if finding.fix == "lossy":
             way = f"--drop {finding.component} --even-if-live gives the data up"
         elif finding.code == "LAYOUT":
-            way = "the guest's own CPUID in the file has the old places too; choose another host"
+            way = "the guest's own CPUID has the old places too; --layout NAME overrules it"
         raise PolicyError(
             f"{self.snapshot.path}: {self.host.name} would refuse it all the same: vCPU "
             f"{finding.vcpu}: {finding.code}: {finding.why}; {way}"
@@ -240,21 +240,12 @@ class _Repair:
         self.dropped = state.bv & (asked | sum(1 << nr for nr in self.reasons))
         self.kept = state.bv & ~self.dropped
         codes = {finding.code: finding for finding in findings}
-        self.layout = self._target("LAYOUT" in codes)
+        self.layout = host.layout if "LAYOUT" in codes else state.vcpu.layout
         self.moves = self.layout != state.vcpu.layout
         self.why_moved = codes.get("LAYOUT")
         self.unclean = codes.get("FORMAT")
         self.expands = bool(self.unclean and state.xcomp & XCOMP_BV_COMPACTED)
         self.trims = TILEDATA & self.dropped and "SIZE" in codes and not state.vcpu.portable
-
-    def _target(self, moves: bool) -> Layout | None:
-        """Return the layout of the result.
-
-        Where the file's own CPUID fixes the layout, an area in another one would contradict the
-        file: it is left, and the finding with it.
-        """
-        vcpu = self.state.vcpu
-        return self.host.layout if moves and vcpu.layout_source != "cpuid" else vcpu.layout
 
     def size(self, trims: bool) -> int:
         """Return the bytes that the result needs at least; `trims` cuts it to the host's size."""
