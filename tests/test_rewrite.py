@@ -339,6 +339,30 @@ def test_a_full_disk(leak, tmp_path, capsys):
         assert names(tmp_path) == {"leak"}
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for the stream, and not for a second one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system, and not everywhere")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("where", ["in place", "new"])
+def test_a_file_system_without_room(leak, small_disk, capsys, where):
+    path = small_disk / "leak"
+    path.write_bytes(leak.read_bytes())
+    how = ["--in-place"] if where == "in place" else ["-o", str(small_disk / "out")]
+    assert main(["fix", str(path), "--host", HOST, *how]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert path.read_bytes() == leak.read_bytes()
+    assert names(small_disk) == {"leak"}
+
+
 def as_nobody(work) -> int:
     """Run `work` in a child without root's rights; return its exit code."""
     child = os.fork()
