@@ -72,10 +72,11 @@ class Vcpu:
         Whether it has entered the guest.
     """
 
-    def __init__(self, kernel: Kernel, confidential: bool = False) -> None:
+    def __init__(self, kernel: Kernel, confidential: bool, protected_vm: bool) -> None:
         self.kernel = kernel
         self.guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
         self.guest_fpu.fpstate.is_confidential = confidential
+        self.has_protected_state = protected_vm and "protected-state" in kernel.behaviours
         self.cpuid = Cpuid(())
         self.guest_supported_xcr0 = self.guest_supported_xss = 0
         self.xcr0, self.xss, self.pkru, self.cr4 = X87, 0, 0, 0
@@ -154,6 +155,14 @@ class Vcpu:
             entries[at] = entry
         return Cpuid(tuple(entries))
 
+    def _out_of_reach(self) -> bool:
+        """Return whether KVM can't read the state; raise EINVAL where that is an error."""
+        if not self.guest_fpu.fpstate.is_confidential:
+            return False
+        if self.has_protected_state:
+            raise refuse(errno.EINVAL, "the guest's state is protected")
+        return True
+
     # XSAVE areas
 
     def get_xsave(self, out: Any = None) -> bytes:
@@ -186,7 +195,7 @@ class Vcpu:
         mask = reported(
             self.kernel.behaviours, guest.fpstate.user_xfeatures, self.guest_supported_xcr0
         )
-        if guest.fpstate.is_confidential:
+        if self._out_of_reach():
             area = np.zeros(size, np.uint8)
         else:
             area = self.kernel.fpu.fpu_copy_guest_fpstate_to_uabi(guest, size, mask, self.pkru)
@@ -217,7 +226,7 @@ class Vcpu:
         (row,), _ = rows_of(buffer, "buffer")
         if len(row) < size:
             raise refuse(errno.EFAULT, f"{len(row)} readable bytes, needed {size}")
-        if fpstate.is_confidential:
+        if self._out_of_reach():
             return
         row = self._parse(row[:size])
         header = headers(row)
@@ -312,7 +321,7 @@ class Vcpu:
         *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_get_fpu().
         """
         regs = self.guest_fpu.fpstate.regs
-        if self.guest_fpu.fpstate.is_confidential:
+        if self._out_of_reach():
             return bytes(KVM_FPU.size)
         fcw, fsw, ftw, fop, fip, fdp = struct.unpack("<HHBxHQQ", regs[:24].tobytes())
         st, xmm = regs[32:160].tobytes(), regs[160:416].tobytes()
@@ -329,7 +338,7 @@ class Vcpu:
         data = memoryview(buffer).cast("B")
         if len(data) < KVM_FPU.size:
             raise refuse(errno.EFAULT, f"{len(data)} readable bytes, needed {KVM_FPU.size}")
-        if self.guest_fpu.fpstate.is_confidential:
+        if self._out_of_reach():
             return
         st, fcw, fsw, ftw, fop, fip, fdp, xmm, _ = KVM_FPU.unpack_from(data)
         regs = self.guest_fpu.fpstate.regs
@@ -458,6 +467,9 @@ class Vcpu:
             if guest:
                 guest(processor)
         finally:
+            if fpu.user_cfg.max_features & XFEATURE_MASK_USER_DYNAMIC:
+                # fpu_sync_guest_vmexit_xfd_state(): the guest may write the MSR without an exit
+                self.guest_fpu.fpstate.xfd = processor.xfd
             if switches:
                 self.pkru = fpu.rdpkru()
                 if self.pkru != host_pkru:
