@@ -296,6 +296,18 @@ def test_a_batch_moves_to_the_hosts_layout():
     assert np.array_equal(fix_areas(mixed, GENOA, host(0xE7)).areas, fixed.areas)
 
 
+def test_a_batch_into_the_callers_memory():
+    images = np.stack([area(0x207, live=6)] * 5)
+    out = np.full((5, 4096), 0xAA, np.uint8)
+    fixed = fix_areas(images, INTEL, host(0x602E7), guest=7, out=out)
+    assert fixed.areas is out
+    assert (engine.headers(out).xstate_bv == 7).all()
+    assert fix_areas(images, INTEL, host(0x602E7)).areas.shape == (5, 4096)
+    assert fix_areas(images[:0], INTEL, host(7)).areas.shape == (0, 4096)
+    with pytest.raises(ValueError, match="memory"):
+        fix_areas(images, INTEL, host(7), out=images)
+
+
 def test_a_host_that_does_not_tell_takes_no_batch():
     with pytest.raises(PolicyError, match="kvm_xcr0"):
         fix_areas(area(7), INTEL, Host("unknown"))
