@@ -14,7 +14,8 @@ from collections import Counter
 from xfast.cpuid import Cpuid
 from xfast.hosts.this import this_host
 from xfast.kvm import Kernel, live
-from xfast.kvm.vcpu import KVM_FPU
+from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
+from xfast.kvm.uapi import KVM_FPU
 
 SIGNIFICANT = 1
 X87_HEAD = struct.pack("<HHBBHQQ", 0x37F, 0x1800, 0xFF, 0, 0, 0, 0)
@@ -60,7 +61,11 @@ class Machine:
 
     VCPUS_OF_A_VM = 100
 
-    def __init__(self):
+    def __init__(self, amx=False):
+        self.amx = amx
+        if amx:  # before the first vCPU of this process, the one that this_host() makes included
+            with live.Kernel() as kernel:
+                kernel.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, 18)
         self.host = this_host()
         self.live = None
         self.made = 0
@@ -71,6 +76,8 @@ class Machine:
             self.close()
             self.live, self.made = live.Kernel(), 0
             self.model = Kernel(self.host)
+            if self.amx:
+                self.model.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, 18)
         self.made += 1
         return Pair(self.model.create_vcpu(), self.live.create_vcpu())
 
@@ -165,7 +172,7 @@ def area(rng, wild):
             data[at : at + size] = bytes(size)
     if fault == 4:
         return bytes(data[: rng.choice((0, 1, 576, 2816, 4095))])
-    return bytes(data) + bytes(rng.choice((0, 0, 0, 1, 4096)))
+    return bytes(data) + bytes(rng.choice((0, 0, 1, 4096, 8192)))
 
 
 def xcrs(rng):
@@ -248,13 +255,13 @@ def shrink(machine, operations):
     return kept
 
 
-def search(operations, seed, length=40):
+def search(operations, seed, length=40, amx=False):
     """Run `operations` operations; return how many of each kind. Raises Difference, shrunk.
 
     Sequences that the machine disturbed are counted apart, and their operations not at all.
     """
     rng = random.Random(seed)
-    machine = Machine()
+    machine = Machine(amx)
     done = Counter()
     try:
         while done.total() < operations:
@@ -277,9 +284,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=100_000, help="operations")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--amx", action="store_true", help="with permission to give guests AMX")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    done = search(arguments.n, arguments.seed)
+    done = search(arguments.n, arguments.seed, amx=arguments.amx)
     seconds = time.perf_counter() - start
     print(f"{done.total()} operations without a difference in {seconds:.0f} s: {dict(done)}")
 

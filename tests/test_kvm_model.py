@@ -19,7 +19,14 @@ from xfast.kvm.fpu import (
     ARCH_REQ_XCOMP_PERM,
     FPU_GUEST_PERM_LOCKED,
 )
-from xfast.kvm.vcpu import CR4_PKE, KVM_FPU, MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
+from xfast.kvm.uapi import KVM_FPU
+from xfast.kvm.vcpu import (
+    CR4_OSXSAVE,
+    CR4_PKE,
+    MSR_IA32_XFD,
+    MSR_IA32_XFD_ERR,
+    MSR_IA32_XSS,
+)
 from xfast.layout import preset
 
 S_FORMS = frozenset({"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "xfd"})
@@ -202,10 +209,7 @@ def test_saves_with_xfd_call_the_tile_init():
     vcpu = amx_vcpu()
     vcpu.set_xsave(buffer(0x60003))
 
-    def guest(processor):
-        vcpu.kernel.fpu.fpu_update_guest_xfd(vcpu.guest_fpu, TILEDATA)
-
-    vcpu.run(guest)
+    vcpu.run(lambda processor: vcpu.set_msr(MSR_IA32_XFD, TILEDATA))
     assert bv_of(vcpu.get_xsave2()) & ~PKRU == 0x20003
 
 
@@ -403,6 +407,75 @@ def test_confidential_guests_tell_and_take_nothing():
     assert vcpu.guest_fpu.fpstate.xstate_bv == 0
 
 
+def test_protected_vms_refuse_since_6_10():
+    """Linux kernel commit 517987e3fb19 (in v6.10)."""
+    for release, code in (("6.9", 0), ("6.10", errno.EINVAL)):
+        kernel = Kernel(intel(user=0x2E7), release)
+        vcpu = kernel.create_vcpu(confidential=True, protected_vm=True)
+        calls = [(vcpu.get_xsave,), (vcpu.set_xsave, bytes(4096)), (vcpu.get_fpu,)]
+        for call, *arguments in [*calls, (vcpu.set_fpu, bytes(416))]:
+            if code:
+                refused(code, call, *arguments)
+            else:
+                call(*arguments)
+        plain = kernel.create_vcpu(protected_vm=True)
+        plain.set_xsave(buffer(7))
+
+
+def test_init_leaves_what_is_not_in_the_image_alone():
+    """kvm_xstate_reset() asks get_xsave_addr(), which is NULL for a clear XSTATE_BV bit."""
+    vcpu = Kernel(intel(user=0xFF), "6.18").create_vcpu()
+    vcpu.set_xsave(buffer(0x1F))
+    vcpu.set_xsave(buffer(7))
+    before = vcpu.guest_fpu.fpstate.regs.tobytes()
+    vcpu.init()
+    assert vcpu.guest_fpu.fpstate.regs.tobytes() == before
+
+
+def test_xfd_is_switched_with_the_registers():
+    """__fpstate_reset(): 0 for guests, the host's default for tasks."""
+    vcpu = amx_vcpu()
+    fpu = vcpu.kernel.fpu
+    seen = []
+
+    def guest(processor):
+        seen.append(processor.xfd)
+        processor.xfd = TILEDATA  # WRMSR that KVM does not intercept
+
+    assert fpu.processor.xfd == TILEDATA
+    vcpu.run(guest)
+    vcpu.run(guest)
+    assert seen == [0, TILEDATA]
+    assert vcpu.get_msr(MSR_IA32_XFD) == TILEDATA
+    assert fpu.processor.xfd == TILEDATA
+
+
+@pytest.mark.parametrize(("guest", "accepted"), [(0x602E7, True), (0x2E7, False), (None, False)])
+def test_tiles_are_taken_only_from_a_guest_with_amx(guest, accepted):
+    host = intel()
+    vcpu = vcpu_for(host, of_release("6.18"), guest)
+    area = buffer(0x60007)
+    told = outcome(area, host, guest, kernel=of_release("6.18"))
+    assert (told.refused is None) == accepted
+    if accepted:
+        vcpu.set_xsave(area)
+    else:
+        assert told.refused.bits == TILEDATA
+        refused(errno.EINVAL, vcpu.set_xsave, area)
+
+
+def test_outcome_tells_of_xfd():
+    host = intel()
+    old, new = (
+        outcome(buffer(0x60007), host, 0x602E7, kernel=of_release(r), xfd=TILEDATA)
+        for r in ("6.12.66", "6.12.67")
+    )
+    assert (old.cleared, old.panics, old.loaded) == (0, TILEDATA, 0x60007)
+    assert (new.cleared, new.panics, new.loaded) == (TILEDATA, 0, 0x20007)
+    with pytest.raises(ValueError, match="mxcsr_mask"):
+        outcome(buffer(7), Host("unknown"), 7)
+
+
 def test_odd_buffers():
     vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu()
     refused(errno.EFAULT, vcpu.set_xsave, bytes(4095))
@@ -416,8 +489,53 @@ def test_odd_buffers():
     with pytest.raises(ValueError, match="buffer"):
         vcpu.set_xsave("text")
     refused(errno.E2BIG, vcpu.set_cpuid2, [(i, 0, 0, 0, 0, 0, 0) for i in range(257)])
-    for value in (-1, 1 << 64):
-        refused(errno.EINVAL, vcpu.set_xcrs, [(0, value)])
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("set_xcrs", [[(0, -1)]]),
+        ("set_xcrs", [[(0, 1 << 64)]]),
+        ("set_xcrs", [[(-1, 1)]]),
+        ("set_cpuid2", [[(0xD, 0, 1, 1 << 32, 0, 0, 0)]]),
+        ("set_cpuid2", [[(0xD, 0, 1)]]),
+        ("set_cpuid2", [[(0xD, 0, -1, 0, 0, 0, 0)]]),
+        ("set_msr", [PL3_SSP, -1]),
+        ("set_msr", [MSR_IA32_XFD, 1 << 64]),
+        ("xsetbv", [0, -1]),
+    ],
+)
+def test_numbers_that_c_could_not_pass_are_python_s_to_refuse(call, arguments):
+    vcpu = cet_vcpu()
+    before = state_of(vcpu)
+    with pytest.raises(ValueError, match="needed"):
+        getattr(vcpu, call)(*arguments)
+    assert state_of(vcpu) == before
+
+
+def test_xsetbv_of_the_guest():
+    vcpu = cet_vcpu()
+    seen = []
+
+    def guest(processor):
+        seen.extend([vcpu.xsetbv(0, 7), processor.xcr0, vcpu.xsetbv(0, 5), vcpu.xsetbv(1, 1)])
+        seen.append(vcpu.xsetbv(0, 3, cpl=3))
+
+    vcpu.cr4 = CR4_OSXSAVE
+    vcpu.run(guest)
+    assert seen == [True, 7, False, False, False]
+    assert vcpu.xcr0 == 7
+    assert vcpu.kernel.fpu.processor.xcr0 == 0x602E7
+
+
+def test_msrs_can_be_reached_while_the_guest_runs():
+    vcpu = cet_vcpu()
+
+    def guest(processor):
+        vcpu.set_msr(PL3_SSP, 0x3000)
+
+    vcpu.run(guest)
+    assert vcpu.get_msr(PL3_SSP) == 0x3000
 
 
 def test_a_kernel_needs_to_know_its_host():
@@ -476,8 +594,14 @@ xsaves = st.sampled_from(
 guests = st.sampled_from((None, 0, 1, 3, 7, 0xE7, 0x2E7, 0x40, 0x207, 0x602E7))
 behaviour_sets = st.one_of(
     st.sampled_from(RELEASES).map(of_release),
-    st.sets(st.sampled_from(sorted(BEHAVIOURS))).map(lambda names: Behaviours(frozenset(names))),
+    st.sets(st.sampled_from(sorted(BEHAVIOURS))).map(lambda names: possible(names)),
 )
+
+
+def possible(names):
+    """Return a set of behaviours; AMX for guests came as a whole, on top of the core's copying."""
+    amx = {"fpu-core-uabi", "dynamic-features", "guest-permission", "dynamic-at-cpuid", "xsave2"}
+    return Behaviours(frozenset(names | amx if "kvm-amx" in names else names))
 
 
 @st.composite

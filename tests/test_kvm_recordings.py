@@ -18,7 +18,7 @@ from xfast.features import BY_NAME, PKRU
 from xfast.hosts.model import Host
 from xfast.instructions import xrstor
 from xfast.kvm import Kernel
-from xfast.kvm.vcpu import KVM_EXIT_HLT
+from xfast.kvm.uapi import KVM_EXIT_HLT
 from xfast.layout import from_leaf_d
 from xfast.processor import Cpu, Processor
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import xfast
 from xfast import area as engine
+from xfast.amend import apply
 from xfast.behaviour import of_release
 from xfast.cli import main
 from xfast.errors import PolicyError, XfastError
@@ -295,6 +296,18 @@ def test_a_batch_moves_to_the_hosts_layout():
     assert np.array_equal(fix_areas(mixed, GENOA, host(0xE7)).areas, fixed.areas)
 
 
+def test_a_batch_into_the_callers_memory():
+    images = np.stack([area(0x207, live=6)] * 5)
+    out = np.full((5, 4096), 0xAA, np.uint8)
+    fixed = fix_areas(images, INTEL, host(0x602E7), guest=7, out=out)
+    assert fixed.areas is out
+    assert (engine.headers(out).xstate_bv == 7).all()
+    assert fix_areas(images, INTEL, host(0x602E7)).areas.shape == (5, 4096)
+    assert fix_areas(images[:0], INTEL, host(7)).areas.shape == (0, 4096)
+    with pytest.raises(ValueError, match="memory"):
+        fix_areas(images, INTEL, host(7), out=images)
+
+
 def test_a_host_that_does_not_tell_takes_no_batch():
     with pytest.raises(PolicyError, match="kvm_xcr0"):
         fix_areas(area(7), INTEL, Host("unknown"))
@@ -432,19 +445,27 @@ def test_stacks_of_areas_shrink_together(tmp_path, fmt):
         assert np.load(tmp_path / "out").shape == (2, 4096)
 
 
-def test_every_snapshot_of_a_disk_image_at_once(shared, tmp_path):
-    image = shared / "samples" / "qemu" / "q72-savevm-tiny-S-smp2.qcow2"
+def test_a_disk_image_through_its_own_tables(shared, tmp_path):
     path = tmp_path / "disk.qcow2"
-    shutil.copyfile(image, path)
-    from xfast.amend import apply
-
-    plans = [
-        plan_fix(one, host(0x2FF), drop=["avx", "bndregs"], even_if_live=True)
-        for one in xfast.read(path)
-    ]
-    if any(plan.areas for plan in plans):
-        assert apply(plans, in_place=True)
-    assert [plan_fix(one, host(0x2FF)).areas for one in xfast.read(path)] == [{}] * len(plans)
+    shutil.copyfile(shared / "samples" / "qemu" / "q72-savevm-tiny-S-smp2.qcow2", path)
+    before = path.read_bytes()
+    plans = [plan_fix(one, host(0x2FF)) for one in xfast.read(path)]
+    assert not any(plan.areas for plan in plans)
+    for plan in plans:
+        for i, vcpu in enumerate(plan.snapshot.vcpus):
+            plan.areas[i] = vcpu.area.copy()
+            plan.areas[i][160:176] = 0x11 * (i + 1)
+    record = apply(plans, in_place=True)
+    after = path.read_bytes()
+    differing = np.flatnonzero(np.frombuffer(before, "u1") != np.frombuffer(after, "u1"))
+    inside = np.zeros(len(before), bool)
+    for edit in record["edits"]:
+        inside[edit["offset"] : edit["offset"] + edit["length"][0]] = True
+    assert len(differing) == 32 * len(plans)
+    assert inside[differing].all()
+    for plan, now in zip(plans, xfast.read(path), strict=True):
+        for i, vcpu in enumerate(now.vcpus):
+            assert np.array_equal(vcpu.area, plan.areas[i])
 
 
 def test_the_verb(data, tmp_path, capsys):
@@ -516,3 +537,55 @@ def test_a_finding_by_a_joined_name():
     assert {change.component for change in plan.changes} == {"cet_u", "cet_s"}
     assert not plan.left
     assert BY_NAME["cet_u"].supervisor
+
+
+@pytest.mark.parametrize("name", ["xf-max-smp2-gzip-trimmed.save", "xf-max-smp2-xz-trimmed.save"])
+def test_libvirts_images_keep_their_header_and_compression(data, tmp_path, name):
+    import gzip
+    import struct
+
+    path = tmp_path / name
+    shutil.copy(data / "qemu" / name, path)
+    (found,) = xfast.read(path)
+    target = xfast.resolve("qemu-tcg-max")
+    plan = plan_fix(found, target, drop=["bndregs", "bndcsr"], even_if_live=True)
+    record = plan.apply(str(tmp_path / "out"))
+    old, new = path.read_bytes(), (tmp_path / "out").read_bytes()
+    body = 92 + struct.unpack_from("<I", old, 20)[0]
+    assert new[:body] == old[:body]
+    unpack = gzip.decompress if "gzip" in name else lzma.decompress
+    before, after = unpack(old[body:]), unpack(new[body:])
+    differing = np.flatnonzero(np.frombuffer(before, "u1") != np.frombuffer(after, "u1"))
+    inside = np.zeros(len(before), bool)
+    for edit in record["edits"]:
+        assert edit["field"] == "cpu/mpx"
+        inside[edit["offset"] : edit["offset"] + edit["length"][0]] = True
+        assert before[edit["offset"] :].startswith(bytes.fromhex(edit["before"]))
+        assert after[edit["offset"] :].startswith(bytes.fromhex(edit["after"]))
+    assert differing.size
+    assert inside[differing].all()
+    (fixed,) = xfast.read(tmp_path / "out")
+    assert fixed.container == found.container
+    for one, two in zip(found.vcpus, fixed.vcpus, strict=True):
+        assert engine.diff(one.area, two.area, INTEL) & ~0x18 == 0
+        assert not held(two.area) & 0x18
+
+
+def test_pkru_of_a_stream_that_has_no_bit_for_it(data, tmp_path):
+    """TCG's XSTATE_BV is always 0; its PKRU goes by its subsection."""
+    source = data / "qemu" / "q72-max-smp2-q35.qemustate.xz"
+    (found,) = xfast.read(source)
+    assert held(found.vcpus[0].area) & PKRU
+    plan = plan_fix(found, xfast.resolve("qemu-tcg-max"), drop=["pkru"], even_if_live=True)
+    plan.apply(str(tmp_path / "out"))
+    (fixed,) = xfast.read(tmp_path / "out")
+    assert not any(held(vcpu.area) & PKRU for vcpu in fixed.vcpus)
+
+
+def test_what_a_format_has_no_bit_for_is_an_error(data, tmp_path):
+    source = data / "qemu" / "q72-max-smp2-q35.qemustate.xz"
+    (found,) = xfast.read(source)
+    plan = plan_fix(found, xfast.resolve("qemu-tcg-max"), drop=["sse"], even_if_live=True)
+    with pytest.raises(XfastError):
+        plan.apply(str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())

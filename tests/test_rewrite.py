@@ -148,25 +148,59 @@ def test_two_at_once(leak):
     assert names(leak.parent) == {"leak"}
 
 
-def interrupted(path: Path) -> bytes:
-    """Leave a file with one of its two edits done, and the journal; return the old bytes."""
+def edits_of(path: Path) -> list[Splice]:
     old = path.read_bytes()
-    edits = [Splice(at, old[at : at + 8], b"12345678", "") for at in (100, 5000)]
-    source = xfast.snapshots.Source.open(path)
-    real = type(source).patch
+    return [Splice(at, old[at : at + 8], b"12345678", "") for at in (100, 5000)]
 
-    def half(self, splices, fd):
-        real(self, list(splices)[:1], fd)
-        os.pwrite(fd, b"12", 5000)
-        raise KeyboardInterrupt
 
-    with source, pytest.MonkeyPatch.context() as patcher:
-        patcher.setattr(type(source), "patch", half)
-        patcher.setattr(rewrite, "recover", lambda path: False)
-        with pytest.raises(KeyboardInterrupt):
-            rewrite.patch(source, edits)
-    assert path.read_bytes() != old
+def interrupted(path: Path) -> bytes:
+    """Leave a file as a crash does: an edit and a half done, the journal beside it."""
+    old = path.read_bytes()
+    rows = [
+        {"offset": edit.offset, "old": edit.old.hex(), "new": edit.new.hex()}
+        for edit in edits_of(path)
+    ]
+    journal = path.with_name("leak.xfast-journal")
+    journal.write_text(json.dumps({"size": len(old), "edits": rows}))
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"12345678", 100)
+        os.pwrite(file.fileno(), b"12", 5000)
     return old
+
+
+def test_a_patch_that_fails_is_undone(leak, monkeypatch):
+    old, before = leak.read_bytes(), identity(leak)
+    real = xfast.snapshots.Source.patch
+
+    def fails(self, splices, fd):
+        real(self, list(splices)[:1], fd)
+        assert "leak.xfast-journal" in names(leak.parent)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xfast.snapshots.Source, "patch", fails)
+    with (
+        xfast.snapshots.Source.open(leak) as source,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        rewrite.patch(source, edits_of(leak))
+    assert leak.read_bytes() == old
+    assert identity(leak) == before
+    assert names(leak.parent) == {"leak"}
+
+
+def test_a_patch_that_goes_on_is_not_undone(leak, monkeypatch):
+    def slow(self, splices, fd):
+        done = subprocess.run(
+            [sys.executable, "-c", f"from xfast import rewrite; rewrite.recover({str(leak)!r})"],
+            capture_output=True,
+            text=True,
+        )
+        assert "another process is writing it" in done.stderr
+
+    monkeypatch.setattr(xfast.snapshots.Source, "patch", slow)
+    with xfast.snapshots.Source.open(leak) as source:
+        rewrite.patch(source, edits_of(leak))
+    assert names(leak.parent) == {"leak"}
 
 
 def test_an_interrupted_patch_is_not_read_and_is_undone(leak, capsys):
@@ -303,6 +337,30 @@ def test_a_full_disk(leak, tmp_path, capsys):
         assert "can't be written: File too large" in line
         assert leak.read_bytes() == old
         assert names(tmp_path) == {"leak"}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for the stream, and not for a second one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system, and not everywhere")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("where", ["in place", "new"])
+def test_a_file_system_without_room(leak, small_disk, capsys, where):
+    path = small_disk / "leak"
+    path.write_bytes(leak.read_bytes())
+    how = ["--in-place"] if where == "in place" else ["-o", str(small_disk / "out")]
+    assert main(["fix", str(path), "--host", HOST, *how]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert path.read_bytes() == leak.read_bytes()
+    assert names(small_disk) == {"leak"}
 
 
 def as_nobody(work) -> int:

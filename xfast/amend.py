@@ -15,7 +15,7 @@ from xfast import snapshots
 from xfast.errors import XfastError
 from xfast.record import SUFFIX, record_of, sha256
 from xfast.repair import Plan
-from xfast.rewrite import Staged, finish, make_like, patch, refuse_if_busy, stamp_of
+from xfast.rewrite import Staged, Stamp, make_like, patch, refuse_if_busy, stamp_of
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.snapshots.source import EXPAND_LIMIT, Source, copy_bytes
 
@@ -111,6 +111,7 @@ class _Rewrite:
     def file(self) -> dict[str, Any] | None:
         """Rewrite a file."""
         with Source.open(self.path, expand_limit=self.expand_limit) as source:
+            stamp = stamp_of(source.base.fd)
             edits = self._edits(source)
             if not edits:
                 if not self.in_place:
@@ -125,20 +126,23 @@ class _Rewrite:
                     _write_json(note, record)
                     if self.backup:
                         self._copy(source, self.path + BACKUP)
-                    refuse_if_busy(self.path, fd, stamp_of(fd), named=True)
+                    refuse_if_busy(self.path, fd, stamp, named=True)
                     patch(source, edits)
-                    finish(self.path)
                     note.publish()
                 else:
-                    self._replace(source, edits, note, record)
+                    self._replace(source, stamp, edits, note, record)
             return record
 
     def _replace(
-        self, source: Source, edits: list[Splice], note: Staged, record: dict[str, Any]
+        self,
+        source: Source,
+        stamp: Stamp,
+        edits: list[Splice],
+        note: Staged,
+        record: dict[str, Any],
     ) -> None:
         """Write the whole file anew, read it back, and give it its place."""
         base = source.base
-        stamp = stamp_of(base.fd)
         refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
         with Staged(self.target, _mode(base.fd)) as staged:
             source.rewrite(edits, staged.file)

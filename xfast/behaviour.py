@@ -201,6 +201,14 @@ _TABLE = (
         "6.5.9 is inferred: it was released together with 6.1.60",
     ),
     Behaviour(
+        "protected-state",
+        "517987e3fb19",
+        "KVM: x86: add fields to struct kvm_arch for CoCo features",
+        ("6.10-rc1",),
+        "in VMs of a type with protected state, GET and SET of a confidential vCPU's FPU answer "
+        "EINVAL; before, they do nothing",
+    ),
+    Behaviour(
         "host-apx",
         "50c5b071e283",
         "x86/fpu/apx: Enable APX state support",

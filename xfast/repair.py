@@ -122,7 +122,7 @@ class Plan:
         if finding.fix == "lossy":
             way = f"--drop {finding.component} --even-if-live gives the data up"
         elif finding.code == "LAYOUT":
-            way = "the guest's own CPUID in the file has the old places too; choose another host"
+            way = "the guest's own CPUID has the old places too; --layout NAME overrules it"
         raise PolicyError(
             f"{self.snapshot.path}: {self.host.name} would refuse it all the same: vCPU "
             f"{finding.vcpu}: {finding.code}: {finding.why}; {way}"
@@ -240,21 +240,12 @@ class _Repair:
         self.dropped = state.bv & (asked | sum(1 << nr for nr in self.reasons))
         self.kept = state.bv & ~self.dropped
         codes = {finding.code: finding for finding in findings}
-        self.layout = self._target("LAYOUT" in codes)
+        self.layout = host.layout if "LAYOUT" in codes else state.vcpu.layout
         self.moves = self.layout != state.vcpu.layout
         self.why_moved = codes.get("LAYOUT")
         self.unclean = codes.get("FORMAT")
         self.expands = bool(self.unclean and state.xcomp & XCOMP_BV_COMPACTED)
         self.trims = TILEDATA & self.dropped and "SIZE" in codes and not state.vcpu.portable
-
-    def _target(self, moves: bool) -> Layout | None:
-        """Return the layout of the result.
-
-        Where the file's own CPUID fixes the layout, an area in another one would contradict the
-        file: it is left, and the finding with it.
-        """
-        vcpu = self.state.vcpu
-        return self.host.layout if moves and vcpu.layout_source != "cpuid" else vcpu.layout
 
     def size(self, trims: bool) -> int:
         """Return the bytes that the result needs at least; `trims` cuts it to the host's size."""
@@ -271,7 +262,7 @@ class _Repair:
         area = vcpu.area.copy()
         engine.keep(area, known, engine.ALL & ~self.dropped)
         if self.layout is not None and (self.moves or self.expands):
-            area = moved(area, known, self.layout, self.host, size or len(area))
+            area = moved(area, known, self.layout, self.host, size=size or len(area))
         elif self.unclean:
             area[HEADER_REST] = 0
         if size is not None and not vcpu.portable:
@@ -327,18 +318,23 @@ def _held(state: State, nr: int) -> str:
     return "live" if state.live >> nr & 1 else "init"
 
 
-def moved(areas: Any, layout: Layout, to: Layout, host: Host, size: int) -> NDArray[np.uint8]:
+def moved(
+    areas: Any,
+    layout: Layout,
+    to: Layout,
+    host: Host,
+    *,
+    size: int | None = None,
+    out: Any = None,
+    mask: int = engine.ALL,
+) -> NDArray[np.uint8]:
     """Return areas in standard format, in another layout or their own.
 
     What tells of the machine that wrote them (MXCSR_MASK and the kernel's word of user
-    components) becomes the host's where they move to another layout.
-
-    Raises
-    ------
-    LayoutError
-        If a component has no place there.
+    components) becomes the host's where they move to another layout. `size`, `out`, `mask` and
+    LayoutError are those of `xfast.relayout`.
     """
-    result = engine.relayout(areas, layout, to, size=size)
+    result = engine.relayout(areas, layout, to, mask=mask, size=size, out=out)
     for field in (MXCSR_MASK_FIELD, SOFTWARE_FIELD):
         result[..., field] = areas[..., field]
     if layout.moved(to, engine.ALL):
@@ -362,6 +358,7 @@ def fix_areas(
     *,
     guest: int | None = None,
     drop: int = 0,
+    out: Any = None,
 ) -> Fixed:
     """Make bare areas such as a host's KVM_SET_XSAVE takes, a whole batch in one call.
 
@@ -376,6 +373,9 @@ def fix_areas(
         User components that the guests may have (mask); default: all that the host can give.
     drop : int
         Components that may go even where they are live (mask).
+    out : (n, size) or (size,) uint8, optional
+        Receives the areas; default: a new array, rows as long as they were, or longer where
+        the host's layout needs it.
 
     Returns
     -------
@@ -403,13 +403,10 @@ def fix_areas(
             f"areas[{row}]: {names_of(int(lost[row]))} holds live data that {host.name} can't take "
             f"or the guest may not have ({np.count_nonzero(lost)} areas); drop= gives them up"
         )
-    head = engine.headers(rows)
     to = host.layout if host.layout is not None else layout
-    result = rows.copy()
-    engine.keep(result, layout, may)
-    if layout.moved(to, may) or (head.xcomp_bv & np.uint64(XCOMP_BV_COMPACTED)).any():
-        size = max(to.standard_size(may & to.user_mask), KVM_XSAVE_SIZE)
-        result = moved(result, layout, to, host, size)
-    else:
-        result[:, HEADER_REST] = 0
-    return Fixed(result[0], dropped[0].item()) if single else Fixed(result, dropped)
+    if out is None:
+        kept = int(np.bitwise_or.reduce(found.xstate_bv, initial=0)) & may
+        out = engine.empty(len(rows), max(to.standard_size(kept), rows.shape[1]))
+        out = out[0] if single else out
+    moved(rows, layout, to, host, out=engine.rows_of(out, "out")[0], mask=may)
+    return Fixed(out, dropped[0].item() if single else dropped)

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from xfast.errors import XfastError
@@ -176,10 +176,10 @@ def make_like(fd: int, original: int) -> None:
 
 
 def patch(source: Source, edits: Sequence[Splice]) -> None:
-    """Write edits where they lie in a file: only the pages they touch, and a journal beside it.
+    """Write edits where they lie in a file: only the pages they touch.
 
-    The journal stays until `finish`; until then nothing of ours reads the file, and `recover`
-    undoes the edits.
+    While they are written a journal lies beside the file, and nothing of ours reads it; after a
+    crash `recover` undoes what was written.
 
     Parameters
     ----------
@@ -190,22 +190,25 @@ def patch(source: Source, edits: Sequence[Splice]) -> None:
     Raises
     ------
     XfastError
-        If there is a journal already.
+        If another process is writing the file, or there is a journal already.
     FormatError
         If an edit's old bytes are not what the file holds.
     OSError
         If it can't be written; what was written is undone.
     """
-    mode = stat.S_IMODE(os.fstat(source.fd).st_mode)
     rows = [{"offset": e.offset, "old": e.old.hex(), "new": e.new.hex()} for e in edits]
-    with Staged(source.path + JOURNAL, mode) as staged:
-        staged.file.write(json.dumps({"size": source.size, "edits": rows}).encode())
-        staged.publish()
-    try:
-        _write(source.path, lambda fd: source.patch(edits, fd))
-    except BaseException:
-        recover(source.path)
-        raise
+    with _locked(source.path) as fd:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        with Staged(source.path + JOURNAL, mode) as staged:
+            staged.file.write(json.dumps({"size": source.size, "edits": rows}).encode())
+            staged.publish()
+        try:
+            source.patch(edits, fd)
+        except BaseException:
+            _undo(source.path, fd, source.size, edits)
+            _finish(source.path, fd)
+            raise
+        _finish(source.path, fd)
 
 
 def recover(path: str) -> bool:
@@ -214,31 +217,53 @@ def recover(path: str) -> bool:
     Raises
     ------
     XfastError
-        If the journal is not ours, or does not fit the file.
+        If the journal is not ours or does not fit the file, or if its patch goes on.
+    OSError
+        If the journal is a symbolic link, or the file can't be written.
     """
-    try:
-        fd = os.open(path + JOURNAL, os.O_RDONLY | os.O_NONBLOCK | NOFOLLOW)
-    except FileNotFoundError:
+    if not os.path.lexists(path + JOURNAL):
         return False
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        trusted = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
-        data = file.read(JOURNAL_LIMIT) if trusted else b""
-    try:
-        journal = json.loads(data)
-        size = journal["size"]
-        edits = [
-            Splice(row["offset"], bytes.fromhex(row["old"]), bytes.fromhex(row["new"]))
-            for row in journal["edits"]
-        ]
-    except (ValueError, KeyError, TypeError):
-        raise XfastError(f"{path + JOURNAL}: found no journal of ours, needed one") from None
-    _write(path, lambda fd: _undo(path, fd, size, edits))
-    finish(path)
+    with _locked(path) as fd:
+        try:
+            journal_fd = os.open(path + JOURNAL, os.O_RDONLY | os.O_NONBLOCK | NOFOLLOW)
+        except FileNotFoundError:  # the patch came to its end just now
+            return False
+        with os.fdopen(journal_fd, "rb") as file:
+            status = os.fstat(journal_fd)
+            trusted = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
+            data = file.read(JOURNAL_LIMIT) if trusted else b""
+        try:
+            journal = json.loads(data)
+            size = journal["size"]
+            edits = [
+                Splice(row["offset"], bytes.fromhex(row["old"]), bytes.fromhex(row["new"]))
+                for row in journal["edits"]
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise XfastError(f"{path + JOURNAL}: found no journal of ours, needed one") from None
+        _undo(path, fd, size, edits)
+        _finish(path, fd)
     return True
 
 
-def _undo(path: str, fd: int, size: int, edits: list[Splice]) -> None:
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[int]:
+    """Yield a file opened for writing, which no other process of ours writes; its times stay."""
+    fd = os.open(path, os.O_RDWR | NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(fd)
+        try:
+            yield fd
+        finally:
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except BlockingIOError:
+        raise XfastError(f"{path}: another process is writing it") from None
+    finally:
+        os.close(fd)
+
+
+def _undo(path: str, fd: int, size: int, edits: Sequence[Splice]) -> None:
     """Put old bytes back, after a look that every byte is still an old or a new one."""
     fits = os.fstat(fd).st_size == size
     for edit in edits:
@@ -252,20 +277,9 @@ def _undo(path: str, fd: int, size: int, edits: list[Splice]) -> None:
         os.pwrite(fd, edit.old, edit.offset)
 
 
-def _write(path: str, change: Callable[[int], None]) -> None:
-    """Let `change` write into a file; its times stay."""
-    fd = os.open(path, os.O_RDWR | NOFOLLOW)
-    try:
-        status = os.fstat(fd)
-        change(fd)
-        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def finish(path: str) -> None:
-    """Remove the journal of a file, durably: the patch is done."""
+def _finish(path: str, fd: int) -> None:
+    """Bring a file to the disk, and then remove its journal."""
+    os.fsync(fd)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.unlink(os.path.basename(path) + JOURNAL, dir_fd=folder)

@@ -233,7 +233,7 @@ class Fpu:
         return int(self.processor.values[at : at + 4].view("<u4")[0])
 
     def wrpkru(self, value: int) -> None:
-        """Write the PKRU register."""
+        """Write the PKRU register (u32)."""
         at = self.processor.offsets[9]
         self.processor.values[at : at + 4].view("<u4")[0] = value
         self.processor.tracked |= PKRU
@@ -329,7 +329,6 @@ class Fpu:
         by_cpuid = "user-xfeatures-guest" in self.behaviours
         if not by_cpuid or "get-trims" in self.behaviours:
             new.user_xfeatures |= event
-        new.xfd = old.xfd & ~event
         new.is_guest, new.is_confidential = True, old.is_confidential
         guest.fpstate = new
         guest.xfeatures |= event
@@ -447,7 +446,7 @@ class Fpu:
         if not core:
             buffer = buffer.copy()
             buffer[HEADER_OFFSET + 8 : HEADER_OFFSET + 64] = 0
-        area.set_uabi(
+        fault = area.set_uabi(
             buffer,
             self.layout,
             regs,
@@ -455,6 +454,8 @@ class Fpu:
             mxcsr_mask=0xFFFFFFFF,
             supervisor=supervisor_kept(self.behaviours),
         )
+        if fault:  # only a set of behaviours that no kernel ever had accepts such a buffer
+            raise refuse(errno.EINVAL, f"the image has no place: {area.UabiFault(fault).name}")
         if not core:
             regs[:LEGACY_SIZE] = buffer[:LEGACY_SIZE]
 

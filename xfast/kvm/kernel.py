@@ -85,12 +85,20 @@ class Kernel:
         """Ask for, or about, dynamic components; see `xfast.kvm.fpu.Fpu.arch_prctl`."""
         return self.fpu.arch_prctl(code, arg)
 
-    def create_vcpu(self, *, confidential: bool = False) -> Vcpu:
-        """Create a vCPU; a confidential one has a state that KVM can't read.
+    def create_vcpu(self, *, confidential: bool = False, protected_vm: bool = False) -> Vcpu:
+        """Create a vCPU.
+
+        Parameters
+        ----------
+        confidential : bool
+            Its state is one that KVM can't read (SEV-ES, SEV-SNP, TDX).
+        protected_vm : bool
+            It is in a VM of a type made for that, where its FPU's ioctls are errors; in a VM
+            that KVM_SEV_ES_INIT made so, they do nothing.
 
         *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_create().
         """
-        return Vcpu(self, confidential)
+        return Vcpu(self, confidential, protected_vm)
 
 
 def supported_xcr0(host: Host, behaviours: Behaviours, enabled: int) -> int:

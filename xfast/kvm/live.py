@@ -37,7 +37,7 @@ from xfast.hosts.this import (
     guest_supported,
 )
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM, ARCH_REQ_XCOMP_PERM
-from xfast.kvm.vcpu import KVM_FPU, KVM_MAX_XCRS
+from xfast.kvm.uapi import KVM_FPU, KVM_MAX_XCRS, cpuid_of, unsigned, xcrs_of
 from xfast.layout import Layout
 
 KVM_GET_VCPU_MMAP_SIZE = 0xAE04
@@ -196,7 +196,7 @@ class Vcpu:
 
     def set_cpuid2(self, entries: Cpuid | Iterable[Iterable[int]]) -> None:
         """KVM_SET_CPUID2."""
-        rows = entries.entries if isinstance(entries, Cpuid) else [tuple(e) for e in entries]
+        rows = cpuid_of(entries).entries
         data = struct.pack("<II", len(rows), 0) + b"".join(ENTRY.pack(*row) for row in rows)
         self._ioctl(KVM_SET_CPUID2, data, "KVM_SET_CPUID2")
 
@@ -248,10 +248,10 @@ class Vcpu:
         self, xcrs: Iterable[tuple[int, int]], *, nr: int | None = None, flags: int = 0
     ) -> None:
         """KVM_SET_XCRS."""
-        xcrs = list(xcrs)
+        rows, nr, flags = xcrs_of(xcrs, nr, flags)
         data = bytearray(XCRS.size)
-        struct.pack_into("<II", data, 0, len(xcrs) if nr is None else nr, flags)
-        for i, (number, value) in enumerate(xcrs[:KVM_MAX_XCRS]):
+        struct.pack_into("<II", data, 0, nr, flags)
+        for i, (number, value) in enumerate(rows[:KVM_MAX_XCRS]):
             struct.pack_into("<I4xQ", data, 8 + 16 * i, number, value)
         self._ioctl(KVM_SET_XCRS, data, "KVM_SET_XCRS")
 
@@ -274,6 +274,7 @@ class Vcpu:
 
     def set_msr(self, index: int, value: int) -> None:
         """KVM_SET_MSRS of one MSR; EINVAL where KVM does not take it."""
+        unsigned(value, 64, f"MSR {index:#x}")
         one = struct.pack("<IIIIQ", 1, 0, index, 0, value)
         if not self._ioctl(KVM_SET_MSRS, one, "KVM_SET_MSRS"):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), f"MSR {index:#x}")

@@ -34,21 +34,24 @@ from xfast.features import (
     XFEATURE_MASK_USER_DYNAMIC,
 )
 from xfast.kvm.fpu import refuse
+from xfast.kvm.uapi import (
+    KVM_EXIT_HLT,
+    KVM_FPU,
+    KVM_MAX_CPUID_ENTRIES,
+    KVM_MAX_XCRS,
+    cpuid_of,
+    unsigned,
+    xcrs_of,
+)
 from xfast.processor import Processor
 
 if TYPE_CHECKING:
     from xfast.kvm.kernel import Kernel
 
-KVM_MAX_CPUID_ENTRIES = 256
-KVM_MAX_XCRS = 16
-KVM_EXIT_HLT = 5
 CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
 MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS = 0x1C4, 0x1C5, 0xDA0
 CET_MSRS = {0x6A0: (11, 0), 0x6A7: (11, 8), 0x6A4: (12, 0), 0x6A5: (12, 8), 0x6A6: (12, 16)}
 """MSRs that live in a guest's CET components: {index: (component, byte)}."""
-
-KVM_FPU = struct.Struct("<128sHHBxHQQ256sI4x")
-"""struct kvm_fpu: fpr, fcw, fsw, ftwx, last_opcode, last_ip, last_dp, xmm, mxcsr."""
 
 XSAVEC_OR_XSAVES = 0b1010
 """CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""
@@ -69,10 +72,11 @@ class Vcpu:
         Whether it has entered the guest.
     """
 
-    def __init__(self, kernel: Kernel, confidential: bool = False) -> None:
+    def __init__(self, kernel: Kernel, confidential: bool, protected_vm: bool) -> None:
         self.kernel = kernel
         self.guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
         self.guest_fpu.fpstate.is_confidential = confidential
+        self.has_protected_state = protected_vm and "protected-state" in kernel.behaviours
         self.cpuid = Cpuid(())
         self.guest_supported_xcr0 = self.guest_supported_xss = 0
         self.xcr0, self.xss, self.pkru, self.cr4 = X87, 0, 0, 0
@@ -96,8 +100,7 @@ class Vcpu:
         *Source*: Linux arch/x86/kvm/cpuid.c kvm_set_cpuid(), kvm_check_cpuid(),
         kvm_vcpu_after_set_cpuid().
         """
-        if not isinstance(entries, Cpuid):
-            entries = Cpuid(tuple(Entry(*entry) for entry in entries))
+        entries = cpuid_of(entries)
         if len(entries.entries) > KVM_MAX_CPUID_ENTRIES:
             raise refuse(errno.E2BIG, f"{len(entries.entries)} CPUID entries")
         behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
@@ -152,6 +155,14 @@ class Vcpu:
             entries[at] = entry
         return Cpuid(tuple(entries))
 
+    def _out_of_reach(self) -> bool:
+        """Return whether KVM can't read the state; raise EINVAL where that is an error."""
+        if not self.guest_fpu.fpstate.is_confidential:
+            return False
+        if self.has_protected_state:
+            raise refuse(errno.EINVAL, "the guest's state is protected")
+        return True
+
     # XSAVE areas
 
     def get_xsave(self, out: Any = None) -> bytes:
@@ -184,7 +195,7 @@ class Vcpu:
         mask = reported(
             self.kernel.behaviours, guest.fpstate.user_xfeatures, self.guest_supported_xcr0
         )
-        if guest.fpstate.is_confidential:
+        if self._out_of_reach():
             area = np.zeros(size, np.uint8)
         else:
             area = self.kernel.fpu.fpu_copy_guest_fpstate_to_uabi(guest, size, mask, self.pkru)
@@ -215,7 +226,7 @@ class Vcpu:
         (row,), _ = rows_of(buffer, "buffer")
         if len(row) < size:
             raise refuse(errno.EFAULT, f"{len(row)} readable bytes, needed {size}")
-        if fpstate.is_confidential:
+        if self._out_of_reach():
             return
         row = self._parse(row[:size])
         header = headers(row)
@@ -271,17 +282,28 @@ class Vcpu:
 
         *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xcrs().
         """
-        xcrs = list(xcrs)
-        nr = len(xcrs) if nr is None else nr
+        rows, nr, flags = xcrs_of(xcrs, nr, flags)
         if not self.kernel.fpu.has_xsave or nr > KVM_MAX_XCRS or flags:
             raise refuse(errno.EINVAL, f"nr_xcrs {nr}, flags {flags:#x}")
-        xcrs += [(0, 0)] * (nr - len(xcrs))
-        value = next((value for number, value in xcrs[:nr] if number == 0), None)
+        rows += [(0, 0)] * (nr - len(rows))
+        value = next((value for number, value in rows[:nr] if number == 0), None)
         if value is not None:
             problem = xcr0_problem(value, self.xcr0_limit)
             if problem:
                 raise refuse(errno.EINVAL, f"XCR0 {value:#x}: {problem}")
             self.xcr0 = value
+
+    def xsetbv(self, index: int, value: int, *, cpl: int = 0) -> bool:
+        """Take the guest's XSETBV; return whether it was taken, or else raised #GP there.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_emulate_xsetbv().
+        """
+        if cpl or index or xcr0_problem(unsigned(value, 64, "XCR0"), self.xcr0_limit):
+            return False
+        self.xcr0 = value
+        if self.guest_fpu.fpstate.in_use:
+            self.kernel.fpu.processor.xcr0 = value
+        return True
 
     @property
     def xcr0_limit(self) -> int:
@@ -299,7 +321,7 @@ class Vcpu:
         *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_get_fpu().
         """
         regs = self.guest_fpu.fpstate.regs
-        if self.guest_fpu.fpstate.is_confidential:
+        if self._out_of_reach():
             return bytes(KVM_FPU.size)
         fcw, fsw, ftw, fop, fip, fdp = struct.unpack("<HHBxHQQ", regs[:24].tobytes())
         st, xmm = regs[32:160].tobytes(), regs[160:416].tobytes()
@@ -316,7 +338,7 @@ class Vcpu:
         data = memoryview(buffer).cast("B")
         if len(data) < KVM_FPU.size:
             raise refuse(errno.EFAULT, f"{len(data)} readable bytes, needed {KVM_FPU.size}")
-        if self.guest_fpu.fpstate.is_confidential:
+        if self._out_of_reach():
             return
         st, fcw, fsw, ftw, fop, fip, fdp, xmm, _ = KVM_FPU.unpack_from(data)
         regs = self.guest_fpu.fpstate.regs
@@ -350,6 +372,7 @@ class Vcpu:
 
         *Source*: Linux arch/x86/kvm/x86.c kvm_set_msr_common(), kvm_set_xstate_msr().
         """
+        unsigned(value, 64, f"MSR {index:#x}")
         if index in CET_MSRS:
             nr, at = self._cet(index)
             self._with_guest_fpu(lambda p: _store(p, nr, at, value))
@@ -384,6 +407,8 @@ class Vcpu:
     def _with_guest_fpu(self, action: Callable[[Processor], Any]) -> Any:
         """Do something to the registers while they are the guest's."""
         fpu = self.kernel.fpu
+        if self.guest_fpu.fpstate.in_use:
+            return action(fpu.processor)
         fpu.fpu_swap_kvm_fpstate(self.guest_fpu, True)
         try:
             return action(fpu.processor)
@@ -442,6 +467,9 @@ class Vcpu:
             if guest:
                 guest(processor)
         finally:
+            if fpu.user_cfg.max_features & XFEATURE_MASK_USER_DYNAMIC:
+                # fpu_sync_guest_vmexit_xfd_state(): the guest may write the MSR without an exit
+                self.guest_fpu.fpstate.xfd = processor.xfd
             if switches:
                 self.pkru = fpu.rdpkru()
                 if self.pkru != host_pkru:
