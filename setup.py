@@ -8,16 +8,13 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {
-    "_loops_plain": ["-DXFAST_PLAIN"],
-    "_loops_avx2": ["-mavx2", "-mbmi2"],
-    "_loops_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mbmi2",
-        "-mprefer-vector-width=512",
-    ],
+# GCC would call memset for runs of a few lines, which costs more than to write them.
+LOOPS = ["-O3", "-fno-tree-loop-distribute-patterns"]
+FLAGS = {
+    "_loops_plain": [*LOOPS, "-DXFAST_PLAIN"],
+    "_loops_baseline": LOOPS,
+    "_loops_avx2": [*LOOPS, "-mavx2", "-mbmi2"],
+    "_loops_avx512": [*LOOPS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mbmi2"],
 }
 """The same loops once for each instruction set; `_core` takes one when it is imported."""
 
@@ -30,7 +27,7 @@ EXTENSIONS = [
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
         ],
-        extra_compile_args=["-O3", *ISA_FLAGS.get(path.stem, ())],
+        extra_compile_args=FLAGS.get(path.stem, ["-O3"]),
         depends=["xfast/_simd.h", "xfast/_loops.pxi"],
     )
     for path in sorted(Path("xfast").glob("*.pyx"))

@@ -79,6 +79,13 @@ cdef inline void copy_lines(
 
 cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
     cdef line_t none = line_zero()
+    while lines >= 4:
+        put(dst, none, stream)
+        put(dst + LINE, none, stream)
+        put(dst + 2 * LINE, none, stream)
+        put(dst + 3 * LINE, none, stream)
+        dst += 4 * LINE
+        lines -= 4
     while lines:
         put(dst, none, stream)
         dst += LINE
