@@ -25,6 +25,7 @@ cdef struct Slots:
     uint32_t offset[COMPONENTS]
     uint64_t overlap[COMPONENTS]
     uint64_t shared  # components that overlap another
+    uint64_t ragged  # components that do not fill their last line
     uint64_t known
     uint64_t align64
 

@@ -86,6 +86,8 @@ cdef class Table:
             s.size[i] = slot[1]
             s.offset[i] = slot[2]
             s.known |= bit(i)
+            if s.size[i] % 64:
+                s.ragged |= bit(i)
             if slot[4]:
                 s.align64 |= bit(i)
         for i in range(2, 63):

@@ -588,12 +588,18 @@ cdef inline void scrub_one(
 cdef void keep(const Scan *scan) noexcept nogil:
     cdef uint8_t *row = scan.rows
     cdef uint64_t *dropped = <uint64_t *>scan.out
+    cdef const uint8_t *next
+    cdef uint64_t rest
     cdef Py_ssize_t i
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         if scan.stream and i + HEADERS_AHEAD < scan.n:
-            prefetch_far(row + HEADERS_AHEAD * scan.stride + LEGACY)
+            next = row + HEADERS_AHEAD * scan.stride
+            prefetch_far(next + LEGACY)
+            rest = at.found & scan.slots.ragged & ~scan.mask if scan.flag else 0
+            while rest:  # lines of which only a part is wiped have to be read
+                prefetch_far(next + at.offset[take_lowest(&rest)])
         dropped[i] = load64(row + LEGACY) & ~scan.mask
         if dropped[i] and scan.flag:
             locate(scan.slots, row, scan.size, &at)
