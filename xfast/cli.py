@@ -40,8 +40,13 @@ def _size(text: str) -> int:
 
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which every verb reads snapshots."""
+    """Add the arguments by which a verb reads any number of snapshots."""
     parser.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="file, directory or -")
+    reading_options(parser)
+
+
+def reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which every verb reads snapshots."""
     parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
     parser.add_argument("--size", type=_size, help="bytes of an area in a raw file (default 4096)")
     parser.add_argument(
