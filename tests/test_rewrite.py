@@ -183,7 +183,7 @@ def test_a_patch_that_fails_is_undone(leak, monkeypatch):
         xfast.snapshots.Source.open(leak) as source,
         pytest.raises(OSError, match="No space left"),
     ):
-        rewrite.patch(source, edits_of(leak))
+        rewrite.patch(source, edits_of(leak), lambda: None)
     assert leak.read_bytes() == old
     assert identity(leak) == before
     assert names(leak.parent) == {"leak"}
@@ -200,7 +200,7 @@ def test_a_patch_that_goes_on_is_not_undone(leak, monkeypatch):
 
     monkeypatch.setattr(xfast.snapshots.Source, "patch", slow)
     with xfast.snapshots.Source.open(leak) as source:
-        rewrite.patch(source, edits_of(leak))
+        rewrite.patch(source, edits_of(leak), lambda: None)
     assert names(leak.parent) == {"leak"}
 
 
