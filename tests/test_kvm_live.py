@@ -45,7 +45,7 @@ class SameOperations(RuleBasedStateMachine):
 
     @rule(rng=seeds)
     def set_xsave(self, rng):
-        self.pair.apply("set_xsave", kvm_pair.area(rng, wild=True))
+        self.pair.apply("set_xsave", kvm_pair.area(rng, wild=False))
 
     @rule()
     def get_xsave(self):
