@@ -225,3 +225,10 @@ def test_a_real_kvm_confirms_the_verdicts(run):
     assert answers[CLEAN.name] == "KVM accepts"
     assert answers["kernel618-regs64-3thr.core.xz"] == ""
     assert not [answer for answer in answers.values() if "not as foretold" in answer]
+
+
+def test_the_story_of_the_leak_is_replayed(run):
+    status, out, _ = run("explain", "ad856280ddea")
+    assert status == 0
+    assert "XSTATE_BV 0x207 x87+sse+avx+pkru: the leak" in out
+    assert "reported as done, lost x87+sse+avx" in out

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from xfast import snapshots
-from xfast.errors import XfastError
+from xfast.area import headers
+from xfast.errors import PolicyError, XfastError
 from xfast.record import SUFFIX, record_of, sha256
 from xfast.repair import Plan
 from xfast.rewrite import Staged, Stamp, make_like, patch, refuse_if_busy, stamp_of
@@ -112,7 +113,8 @@ class _Rewrite:
         """Rewrite a file."""
         with Source.open(self.path, expand_limit=self.expand_limit) as source:
             stamp = stamp_of(source.base.fd)
-            edits = self._edits(source)
+            size = len(self.plans[0].snapshot.vcpus[0].area)
+            edits = self._edits(source, self._read(source, size))
             if not edits:
                 if not self.in_place:
                     self._copy(source.base, self.target)
@@ -127,7 +129,7 @@ class _Rewrite:
                     if self.backup:
                         self._copy(source, self.path + BACKUP)
                     refuse_if_busy(self.path, fd, stamp, named=True)
-                    patch(source, edits)
+                    patch(source, edits, lambda: self._check_source(source))
                     note.publish()
                 else:
                     self._replace(source, stamp, edits, note, record)
@@ -147,7 +149,8 @@ class _Rewrite:
         with Staged(self.target, _mode(base.fd)) as staged:
             source.rewrite(edits, staged.file)
             staged.file.flush()
-            self._read_back(staged.temporary_path)
+            with Source.open(staged.temporary_path, expand_limit=self.expand_limit) as again:
+                self._check_source(again)
             record["files"][0]["after"] = sha256(staged.file.fileno())
             _write_json(note, record)
             if self.in_place:
@@ -162,7 +165,7 @@ class _Rewrite:
         """Rewrite the images in a CRIU directory."""
         first = os.path.join(self.path, self.plans[0].snapshot.vcpus[0].facts["member"])
         with Source.open(first, expand_limit=self.expand_limit) as source:
-            edits = self._edits(source)
+            edits = self._edits(source, snapshots.read(self.path))
         record = self._record(edits)
         if self.in_place:
             self._members(self.path, edits, record)
@@ -173,7 +176,7 @@ class _Rewrite:
             try:
                 shutil.copytree(self.path, staged, symlinks=True, copy_function=_copy_into)
                 self._members(staged, edits, record)
-                self._read_back(staged)
+                self._check(snapshots.read(staged))
                 os.rename(staged, self.target)
             except BaseException:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -193,9 +196,9 @@ class _Rewrite:
             with Source.open(path) as source, Staged(path) as staged:
                 stamp = stamp_of(source.fd)
                 source.rewrite([edit for edit in edits if edit.member == name], staged.file)
+                staged.file.flush()
                 make_like(staged.file.fileno(), source.fd)
                 refuse_if_busy(path, source.fd, stamp, named=True)
-                staged.file.flush()
                 hashes = {
                     "before": sha256(source.fd),
                     "after": sha256(staged.file.fileno()),
@@ -209,38 +212,31 @@ class _Rewrite:
         moving = any(len(edit.old) != len(edit.new) for edit in edits)
         return self.in_place and not source.outer and not moving and source.size >= PATCH_FROM
 
-    def _edits(self, source: Source) -> list[Splice]:
+    def _edits(self, source: Source, now: list[Snapshot]) -> list[Splice]:
         """Return the edits of all plans, after a look that the file still holds what was read."""
         edits: list[Splice] = []
-        size = len(self.plans[0].snapshot.vcpus[0].area)
-        for plan, now in zip(self.plans, self._snapshots(self.path, size), strict=True):
-            if not _same(now, plan.snapshot, {}):
+        for plan, found in zip(self.plans, now, strict=True):
+            if _differs(found, plan.snapshot, {}):
                 raise XfastError(f"{self.path}: changed since it was read; nothing was written")
             edits += snapshots.splices(source, plan.snapshot, plan.areas)
         return sorted(edits, key=lambda edit: (edit.member, edit.offset))
 
-    def _snapshots(self, path: str, size: int) -> list[Snapshot]:
+    def _read(self, source: Source, size: int) -> list[Snapshot]:
         """Read a file as that of the plans was read; `size` is that of a raw area (bytes)."""
         like = self.plans[0].snapshot
-        return snapshots.read(
-            path,
-            format=like.format,
-            layout=like.vcpus[0].layout,
-            size=size,
-            expand_limit=self.expand_limit,
-        )
+        reader = snapshots.format_named(like.format)
+        return reader.read(source, layout=like.vcpus[0].layout, size=size)
 
-    def _read_back(self, path: str) -> None:
-        """Raise XfastError unless what was staged holds what was planned."""
+    def _check(self, found: list[Snapshot]) -> None:
+        """Raise PolicyError unless what was written holds what was planned."""
+        for plan, now in zip(self.plans, found, strict=True):
+            difference = _differs(now, plan.snapshot, plan.areas)
+            if difference:
+                raise PolicyError(f"{self.path}: the format can't hold the plan: {difference}")
+
+    def _check_source(self, source: Source) -> None:
         plan = self.plans[0]
-        size = len(plan.areas.get(0, plan.snapshot.vcpus[0].area))
-        try:
-            found = self._snapshots(path, size)
-        except XfastError as problem:
-            raise XfastError(f"{self.path}: the result can't be read back: {problem}") from None
-        pairs = zip(self.plans, found, strict=True)
-        if not all(_same(now, plan.snapshot, plan.areas) for plan, now in pairs):
-            raise XfastError(f"{self.path}: the result does not hold what was planned")
+        self._check(self._read(source, len(plan.areas.get(0, plan.snapshot.vcpus[0].area))))
 
     def _record(self, edits: list[Splice]) -> dict[str, Any]:
         changes = [change for plan in self.plans for change in plan.changes]
@@ -258,17 +254,18 @@ class _Rewrite:
             staged.publish()
 
 
-def _same(found: Snapshot, snapshot: Snapshot, areas: dict[int, Any]) -> bool:
-    """Tell whether what was read is a snapshot with new areas, zeros behind them aside."""
+def _differs(found: Snapshot, snapshot: Snapshot, areas: dict[int, Any]) -> str:
+    """Say in what a file differs from a snapshot with new areas, zeros behind them aside."""
     if len(found.vcpus) != len(snapshot.vcpus):
-        return False
+        return f"found {len(found.vcpus)} vCPUs, needed {len(snapshot.vcpus)}"
     for i, (one, two) in enumerate(zip(found.vcpus, snapshot.vcpus, strict=True)):
         area = areas.get(i, two.area)
         shared = min(len(area), len(one.area))
         same = np.array_equal(area[:shared], one.area[:shared])
         if not same or area[shared:].any() or one.area[shared:].any():
-            return False
-    return True
+            masks = (headers(side).xstate_bv for side in (one.area, area))
+            return "vCPU {}: found XSTATE_BV {:#x}, needed {:#x}".format(one.index, *masks)
+    return ""
 
 
 def _keep(path: str) -> None:

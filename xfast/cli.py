@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from xfast.verdict import Policy, Verdict
 
 OK, FINDING, TROUBLE = 0, 1, 2
+LEAK_STORY = "ad856280ddea"
+"""The commit whose story `explain` replays on the model."""
 
 
 def complain(text: object) -> None:
@@ -40,8 +42,13 @@ def _size(text: str) -> int:
 
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options by which every verb reads snapshots."""
+    """Add the arguments by which a verb reads any number of snapshots."""
     parser.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="file, directory or -")
+    reading_options(parser)
+
+
+def reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which every verb reads snapshots."""
     parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
     parser.add_argument("--size", type=_size, help="bytes of an area in a raw file (default 4096)")
     parser.add_argument(
@@ -193,6 +200,11 @@ def _explain(args: argparse.Namespace) -> int:
     if subject.upper() in RULES:
         print(_page(RULES[subject.upper()]))
         return OK
+    if len(subject) >= 7 and LEAK_STORY.startswith(subject.lower()):
+        from xfast.kvm import render, story
+
+        print(render(story()))
+        return OK
     for message in MESSAGES:
         if message.pattern.search(subject):
             print(message.text)
@@ -218,6 +230,7 @@ def _lazily(module: str) -> tuple[Callable[[argparse.ArgumentParser], None], Cal
 
 BENCHES = {
     "swap": ("compare ways to switch between host and guest FPU state", "xfast.bench.swap"),
+    "engine": ("hold the engine against this machine's own limits", "xfast.bench.engine"),
 }
 
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from xfast import behaviour
 from xfast.area import ALL, classify, headers
 from xfast.behaviour import Behaviours
-from xfast.features import PKRU, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, XFEATURE_MASK_FPSSE
+from xfast.features import (
+    PKRU,
+    SUPERVISOR_MASK,
+    XCOMP_BV_COMPACTED,
+    XFEATURE_MASK_FPSSE,
+    XFEATURE_MASK_USER_DYNAMIC,
+)
 from xfast.hosts.model import Host
 from xfast.layout import Layout
 from xfast.snapshots.model import Vcpu
@@ -132,6 +138,7 @@ def target_of(state: State, host: Host) -> Target:
     for kernel in kernels_of(host):
         for guest in guests:
             takes, reports = kernel_masks(kernel, user, supported, guest & supported)
+            takes |= state.bv & ~behaviour.loaded(kernel, state.bv, state.vcpu.xfd or 0)
             all_take &= takes
             any_takes |= takes
             all_report &= reports
@@ -142,8 +149,12 @@ def target_of(state: State, host: Host) -> Target:
 
 
 def kernel_masks(kernel: Behaviours, user: int, supported: int, guest: int) -> tuple[int, int]:
-    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2."""
-    narrowed = behaviour.user_xfeatures(kernel, user, guest)
+    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2.
+
+    A dynamic component is enabled for a guest only if its CPUID has it.
+    """
+    enabled = user & ~(XFEATURE_MASK_USER_DYNAMIC & ~guest)
+    narrowed = behaviour.user_xfeatures(kernel, enabled, guest)
     return (
         behaviour.accepted(kernel, narrowed, supported),
         behaviour.reported(kernel, narrowed, guest),

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from xfast.errors import XfastError
@@ -175,7 +175,7 @@ def make_like(fd: int, original: int) -> None:
     os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def patch(source: Source, edits: Sequence[Splice]) -> None:
+def patch(source: Source, edits: Sequence[Splice], check: Callable[[], None]) -> None:
     """Write edits where they lie in a file: only the pages they touch.
 
     While they are written a journal lies beside the file, and nothing of ours reads it; after a
@@ -186,6 +186,8 @@ def patch(source: Source, edits: Sequence[Splice]) -> None:
     source : Source
         The file, not compressed; the edits leave its length as it is.
     edits : sequence of Splice
+    check : callable
+        Called when the edits are written; where it raises they are undone.
 
     Raises
     ------
@@ -204,6 +206,7 @@ def patch(source: Source, edits: Sequence[Splice]) -> None:
             staged.publish()
         try:
             source.patch(edits, fd)
+            check()
         except BaseException:
             _undo(source.path, fd, source.size, edits)
             _finish(source.path, fd)

@@ -9,10 +9,10 @@
 """
 
 from xfast.kvm.fpu import KernelPanic
+from xfast.kvm.history import render, story
 from xfast.kvm.kernel import Kernel
 from xfast.kvm.migration import VMMS, Migration, migrate
-from xfast.kvm.outcome import Outcome, outcome
-from xfast.kvm.story import render, story
+from xfast.kvm.prediction import Outcome, outcome
 from xfast.kvm.vcpu import Vcpu
 
 __all__ = [

@@ -16,7 +16,8 @@ class Kernel:
     Parameters
     ----------
     host : Host
-        Needs layout, xcr0 and mxcsr_mask; kvm_xcr0 is derived where the host does not say it.
+        Needs layout, xcr0 and mxcsr_mask; kvm_xcr0 is derived where the host does not say it,
+        an xss that it does not say counts as none.
     behaviours : Behaviours or str, optional
         The kernel's behaviours, or a release that has them; default: the host's.
     processor : Processor, optional

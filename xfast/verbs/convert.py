@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from xfast.cli import complain, layout_named
+from xfast.cli import complain, layout_named, reading_options
 from xfast.convert import as_core, as_npy, as_qemu, as_raw, relaid, rewritten
 from xfast.errors import XfastError
 from xfast.rewrite import Staged
@@ -29,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "QEMU's cpu sections as JSON; elfcore: a core with a thread a vCPU",
     )
     parser.add_argument("--compacted", action="store_true", help="compacted format (raw, npy)")
-    parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
-    parser.add_argument("--size", type=int, help="bytes of an area in a raw file (default 4096)")
+    reading_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code 0."""
     if args.compacted and args.wrapping not in ("raw", "npy"):
         raise XfastError(f"convert: got --compacted, needed --as raw or npy, not {args.wrapping}")
-    found = read(args.snapshot, layout=layout_named(args.layout), size=args.size)
+    layout = layout_named(args.layout)
+    found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
     if len(found) != 1:
         raise XfastError(f"{args.snapshot}: found {len(found)} snapshots, needed one")
     (snapshot,) = found

@@ -6,15 +6,14 @@ import argparse
 import json
 import sys
 
-from xfast.cli import layout_named
+from xfast.cli import layout_named, reading_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("one", metavar="A", help="file or directory")
     parser.add_argument("two", metavar="B", help="file or directory")
-    parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
-    parser.add_argument("--size", type=int, help="bytes of an area in a raw file (default 4096)")
+    reading_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -24,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from xfast.snapshots import read
 
     layout = layout_named(args.layout)
-    sides = [read(path, layout=layout, size=args.size) for path in (args.one, args.two)]
+    how = {"layout": layout, "size": args.size, "expand_limit": args.expand_limit}
+    sides = [read(path, **how) for path in (args.one, args.two)]
     found = compare(*sides)
     if args.json:
         rows = [one.as_json() for one in found]

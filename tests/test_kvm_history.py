@@ -3,7 +3,7 @@
 import pytest
 
 from xfast.kvm import render, story
-from xfast.kvm.story import KERNELS
+from xfast.kvm.history import KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_x87_and_sse_were_lost_until_a1020a25e697(told):
 def test_as_text_kernels_that_agree_share_a_line():
     text = render(story())
     assert text.count("\n") < 50
-    assert "5.16 (the leak (bf5d00470787)):\n       XSTATE_BV 0x207" in text
+    assert "5.16 (bf5d00470787, the leak):\n       XSTATE_BV 0x207" in text
     assert max(map(len, text.splitlines())) < 140
 
 

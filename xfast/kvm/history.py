@@ -19,7 +19,7 @@ from xfast.processor import Processor
 
 KERNELS = {
     "5.15": "KVM's own code",
-    "5.16": "the leak (bf5d00470787)",
+    "5.16": "bf5d00470787, the leak",
     "5.18.2": "ad856280ddea",
     "6.1": "a1020a25e697",
     "6.6": "8647c52e9504",
