@@ -365,7 +365,7 @@ def run_all(size: int = 1 << 30, samples: int = 32, only: str = "") -> Iterator[
 def machine() -> dict[str, object]:
     """Return the facts that results depend on; nothing that names the machine or its owner."""
     facts: dict[str, object] = {
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "isa": _core.ISA,
