@@ -30,6 +30,7 @@ from xfast.features import (
     names_of,
     parse_component,
 )
+from xfast.findings_criu import criu_findings
 from xfast.hosts.model import Host
 from xfast.judge import findings_of, verdict_of
 from xfast.layout import Layout, recognise
@@ -189,12 +190,8 @@ def plan_fix(
     size = max(repair.size(trims) for repair in repairs) if repairs else 0
     resizes = trims or any(size > len(vcpu.area) for vcpu in snapshot.vcpus)
     vcpus = [repair.result(size if resizes else None) for repair in repairs]
-    after = verdict_of(
-        snapshot.path,
-        host,
-        [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus],
-        rules,
-    )
+    mended = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus]
+    after = verdict_of(snapshot.path, host, mended, rules)
     areas = {
         i: new.area
         for i, (old, new) in enumerate(zip(snapshot.vcpus, vcpus, strict=True))
@@ -203,7 +200,12 @@ def plan_fix(
     changes = [change for repair in repairs for change in repair.changes()]
     changes += _resized(snapshot.vcpus, vcpus)
     lost_pkru = any(repair.dropped & PKRU for repair in repairs)
-    notes = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
+    notes: tuple[str, ...] = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
+    notes += tuple(
+        f"cpuinfo.img stays as it is: {finding.why}"
+        for finding in criu_findings(mended, host, rules)
+        if finding.severity == "blocks"
+    )
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 
 
