@@ -167,7 +167,8 @@ def plan_fix(
     Raises
     ------
     PolicyError
-        If a component of `drop` is live and `even_if_live` is not given.
+        If a component of `drop` is live and `even_if_live` is not given, or if its place is not
+        known, so that its data would stay.
     ValueError
         If a word of `drop` names no component.
 
@@ -179,12 +180,7 @@ def plan_fix(
     before = verdict_of(snapshot.path, host, states, rules)
     repairs = []
     for state in states:
-        if asked & state.bv & (state.live | state.unreadable) and not even_if_live:
-            raise PolicyError(
-                f"{snapshot.path}: vCPU {state.vcpu.index}: "
-                f"{names_of(asked & state.bv & (state.live | state.unreadable))} holds live data; "
-                "--even-if-live gives them up"
-            )
+        _require_droppable(snapshot.path, state, asked, even_if_live)
         repairs.append(_Repair(state, host, _actionable(state, host, rules), asked))
     trims = any(repair.trims for repair in repairs)
     size = max(repair.size(trims) for repair in repairs) if repairs else 0
@@ -215,6 +211,19 @@ def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
         if len(old.area) != len(new.area):
             sizes = f"{len(old.area)}", f"{len(new.area)}"
             yield Change(old.index, "", "SIZE", "size", *sizes, "", "as long as the host takes it")
+
+
+def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) -> None:
+    """Raise PolicyError if a component that is asked for may not be dropped."""
+    where = f"{path}: vCPU {state.vcpu.index}: "
+    live = asked & state.bv & (state.live | state.unreadable)
+    if live and not even_if_live:
+        raise PolicyError(f"{where}{names_of(live)} holds live data; --even-if-live gives them up")
+    if live & ~XFEATURE_MASK_FPSSE and state.vcpu.layout is None:
+        raise PolicyError(
+            f"{where}where {names_of(live & ~XFEATURE_MASK_FPSSE)} lies is not known "
+            f"({state.vcpu.layout_note}); --layout names the layout"
+        )
 
 
 def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:
