@@ -20,7 +20,7 @@ FLOORS = (
     {"registers", "processor", "instructions", "hosts", "snapshots"},
     {"kvm"},
     {"requirement"},
-    {"findings"},
+    {"findings", "findings_criu"},
     {"judge"},
     {"repair", "rewrite", "record", "amend", "report", "difference"},
     {"convert", "bench"},

@@ -129,7 +129,7 @@ class TestImages:
             for f in verdict.findings
             if f.code == "SIZE"
         }
-        assert sizes == {("risky", "2432", "2440")}
+        assert sizes == {("risky", "2432", "2440"), ("blocks", "2432", "2440")}
 
     def test_cpuinfo_of_another_type(self, tmp_path):
         shutil.copytree(SAMPLE, tmp_path / "images")

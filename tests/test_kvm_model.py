@@ -579,6 +579,27 @@ def test_bytes_of_another_layout_are_lost_on_those_who_pass_them_on():
     assert raw.lost == 0xE0
 
 
+@pytest.mark.parametrize("vmm", VMMS)
+def test_amx_migrates_where_the_target_can_permit_it(vmm):
+    vcpu = amx_vcpu()
+    vcpu.set_xcrs([(0, 0x602E7)])
+    vcpu.set_xsave(buffer(0x602E7))
+    assert str(migrate(vcpu, intel(), vmm, kernel="6.18")) == "done"
+    refusal = migrate(vcpu, intel(user=0x2E7), vmm, kernel="6.18")
+    assert refusal.failed.startswith("KVM_SET_CPUID2: Operation not permitted")
+    assert refusal.silent == (vmm == "qemu-7.2")
+    assert refusal.lost == 0x602E7
+
+
+def test_a_guest_that_reads_less_than_it_had_is_told_apart():
+    """b1 kernels drop x87 and SSE of a guest without XSAVE; nothing fails, and all is lost."""
+    vcpu = Kernel(intel(user=7), "5.18.2").create_vcpu()
+    vcpu.set_xsave(buffer(3))
+    vcpu.set_cpuid2([(1, 0, 0, 0, 0, 0, 0)])
+    moved = migrate(vcpu, intel(user=7), "firecracker", kernel="6.6")
+    assert (moved.failed, moved.xstate_bv, moved.lost, moved.silent) == ("", 0, 3, True)
+
+
 def test_an_unknown_vmm_is_named():
     vcpu = Kernel(intel(user=7), "6.6").create_vcpu()
     with pytest.raises(ValueError, match="bochs"):

@@ -223,6 +223,8 @@ def test_a_core_of_an_old_gdb_is_refused(data, tmp_path):
     assert not plan.changes
     with pytest.raises(PolicyError, match="would refuse"):
         plan.apply(str(tmp_path / "out"))
+    with pytest.raises(PolicyError, match="is not known"):
+        plan_fix(found, host(7), drop=["opmask", "zmm_hi256", "hi16_zmm"], even_if_live=True)
 
 
 def test_a_plan_for_a_good_snapshot_is_empty():

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -88,26 +89,17 @@ def apply(
         raise XfastError(f"{name}: can't be written: {problem.strerror or problem}") from None
 
 
+@dataclass(frozen=True)
 class _Rewrite:
     """One call of `apply`: its parameters, and its two ways."""
 
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        path: str,
-        target: str,
-        note: str,
-        in_place: bool,
-        backup: bool,
-        expand_limit: int,
-    ) -> None:
-        self.plans = plans
-        self.path = path
-        self.target = target
-        self.note = note
-        self.in_place = in_place
-        self.backup = backup
-        self.expand_limit = expand_limit
+    plans: Sequence[Plan]
+    path: str
+    target: str
+    note: str
+    in_place: bool
+    backup: bool
+    expand_limit: int
 
     def file(self) -> dict[str, Any] | None:
         """Rewrite a file."""

@@ -319,6 +319,19 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
             "whoever restores the area gives it the init value, and these bytes are lost",
             component=nr,
         )
+    differs = state.vcpu.facts.get("fpu_differs", [])
+    if differs:
+        yield _finding(
+            state,
+            "INUSE",
+            "note",
+            ("xsave", "fpu"),
+            f"the file's fpu object and its XSAVE area differ in {', '.join(differs)}: a restore "
+            "runs KVM_SET_FPU after KVM_SET_XSAVE, so fpu wins, but for MXCSR, which KVM_SET_FPU "
+            "leaves as it is",
+            ref="Cloud Hypervisor hypervisor/src/kvm/mod.rs KvmVcpu::set_state(); Linux "
+            "arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_set_fpu()",
+        )
     idle = state.bv & ~state.live & ~state.unreadable & ~leaked(state)
     for nr in bits(idle & ~XFEATURE_MASK_FPSSE):
         if state.vcpu.layout is not None and target.host is not None and target.host >> nr & 1:

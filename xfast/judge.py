@@ -14,6 +14,7 @@ import numpy as np
 
 from xfast.cpuid import Cpuid
 from xfast.findings import FUNCTIONS
+from xfast.findings_criu import criu_findings
 from xfast.hosts.model import Host
 from xfast.layout import Layout
 from xfast.requirement import State, state_of, target_of
@@ -25,11 +26,16 @@ from xfast.verdict import Finding, Policy, Verdict
 def findings_of(state: State, host: Host, policy: Policy) -> Iterator[Finding]:
     """Yield what every rule has to say of one vCPU on one host."""
     target = target_of(state, host)
-    for code, rule in FUNCTIONS.items():
-        for finding in rule(state, host, target, policy):
-            if code in policy.ignore:
-                finding = replace(finding, severity="note", open=False)
-            yield finding
+    for rule in FUNCTIONS.values():
+        yield from _heeding(policy, rule(state, host, target, policy))
+
+
+def _heeding(policy: Policy, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings, those of ignored rules as notes."""
+    for finding in findings:
+        if finding.code in policy.ignore:
+            finding = replace(finding, severity="note", open=False)
+        yield finding
 
 
 def _same(state: State, host: Host) -> bool:
@@ -39,9 +45,12 @@ def _same(state: State, host: Host) -> bool:
     return asked is not None and asked == have
 
 
-def verdict_of(path: str, host: Host, states: list[State], policy: Policy) -> Verdict:
-    """Return the verdict for one host, from the states of all vCPUs."""
+def verdict_of(
+    path: str, host: Host, states: list[State], policy: Policy, more: Iterable[Finding] = ()
+) -> Verdict:
+    """Return the verdict for one host, from the states of all vCPUs and what `more` there is."""
     findings = [f for state in states for f in findings_of(state, host, policy)]
+    findings += _heeding(policy, more)
     findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
     blocking = [f for f in findings if f.severity == "blocks"]
     if blocking:
@@ -102,4 +111,7 @@ def check(
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
     states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
     pool = [hosts] if isinstance(hosts, Host) else hosts
-    return [verdict_of(snapshot.name, host, states, rules) for host in pool]
+    return [
+        verdict_of(snapshot.name, host, states, rules, criu_findings(states, host, rules))
+        for host in pool
+    ]

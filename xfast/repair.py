@@ -30,6 +30,7 @@ from xfast.features import (
     names_of,
     parse_component,
 )
+from xfast.findings_criu import criu_findings
 from xfast.hosts.model import Host
 from xfast.judge import findings_of, verdict_of
 from xfast.layout import Layout, recognise
@@ -166,7 +167,8 @@ def plan_fix(
     Raises
     ------
     PolicyError
-        If a component of `drop` is live and `even_if_live` is not given.
+        If a component of `drop` is live and `even_if_live` is not given, or if its place is not
+        known, so that its data would stay.
     ValueError
         If a word of `drop` names no component.
 
@@ -178,23 +180,14 @@ def plan_fix(
     before = verdict_of(snapshot.path, host, states, rules)
     repairs = []
     for state in states:
-        if asked & state.bv & (state.live | state.unreadable) and not even_if_live:
-            raise PolicyError(
-                f"{snapshot.path}: vCPU {state.vcpu.index}: "
-                f"{names_of(asked & state.bv & (state.live | state.unreadable))} holds live data; "
-                "--even-if-live gives them up"
-            )
+        _require_droppable(snapshot.path, state, asked, even_if_live)
         repairs.append(_Repair(state, host, _actionable(state, host, rules), asked))
     trims = any(repair.trims for repair in repairs)
     size = max(repair.size(trims) for repair in repairs) if repairs else 0
     resizes = trims or any(size > len(vcpu.area) for vcpu in snapshot.vcpus)
     vcpus = [repair.result(size if resizes else None) for repair in repairs]
-    after = verdict_of(
-        snapshot.path,
-        host,
-        [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus],
-        rules,
-    )
+    mended = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus]
+    after = verdict_of(snapshot.path, host, mended, rules)
     areas = {
         i: new.area
         for i, (old, new) in enumerate(zip(snapshot.vcpus, vcpus, strict=True))
@@ -203,7 +196,12 @@ def plan_fix(
     changes = [change for repair in repairs for change in repair.changes()]
     changes += _resized(snapshot.vcpus, vcpus)
     lost_pkru = any(repair.dropped & PKRU for repair in repairs)
-    notes = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
+    notes: tuple[str, ...] = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
+    notes += tuple(
+        f"cpuinfo.img stays as it is: {finding.why}"
+        for finding in criu_findings(mended, host, rules)
+        if finding.severity == "blocks"
+    )
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 
 
@@ -213,6 +211,19 @@ def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
         if len(old.area) != len(new.area):
             sizes = f"{len(old.area)}", f"{len(new.area)}"
             yield Change(old.index, "", "SIZE", "size", *sizes, "", "as long as the host takes it")
+
+
+def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) -> None:
+    """Raise PolicyError if a component that is asked for may not be dropped."""
+    where = f"{path}: vCPU {state.vcpu.index}: "
+    live = asked & state.bv & (state.live | state.unreadable)
+    if live and not even_if_live:
+        raise PolicyError(f"{where}{names_of(live)} holds live data; --even-if-live gives them up")
+    if live & ~XFEATURE_MASK_FPSSE and state.vcpu.layout is None:
+        raise PolicyError(
+            f"{where}where {names_of(live & ~XFEATURE_MASK_FPSSE)} lies is not known "
+            f"({state.vcpu.layout_note}); --layout names the layout"
+        )
 
 
 def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:

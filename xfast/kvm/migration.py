@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
 from xfast import area
 from xfast.behaviour import Behaviours
-from xfast.features import KVM_XSAVE_SIZE, PKRU, XFEATURE_MASK_FPSSE, names_of
+from xfast.features import (
+    KVM_XSAVE_SIZE,
+    PKRU,
+    TILEDATA,
+    XFEATURE_MASK_FPSSE,
+    XFEATURE_MASK_USER_DYNAMIC,
+    names_of,
+)
 from xfast.hosts.model import Host
+from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
 from xfast.kvm.kernel import Kernel
 from xfast.kvm.vcpu import Vcpu
 
@@ -104,9 +113,6 @@ def migrate(
     ------
     ValueError
         If there is no such VMM.
-    LayoutError
-        If the area holds a component that the target has no place for and the VMM builds the
-        area anew.
 
     *Source*: the functions that VMMS names.
     """
@@ -115,6 +121,9 @@ def migrate(
     how = VMMS[vmm]
     here, there = vcpu.kernel, Kernel(other_host, kernel)
     saved = np.frombuffer(vcpu.get_xsave2() if here.xsave2_size else vcpu.get_xsave(), np.uint8)
+    if vcpu.cpuid.xcr0 & XFEATURE_MASK_USER_DYNAMIC:
+        with contextlib.suppress(OSError):  # SET_CPUID2 will then say EPERM
+            there.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, TILEDATA.bit_length() - 1)
     target = there.create_vcpu()
     arguments = {
         "set_cpuid2": vcpu.cpuid,

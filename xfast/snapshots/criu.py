@@ -63,7 +63,7 @@ XSAVE_FIELDS: dict[int, Row] = {
     5: ("opmask_reg", 1088, "<u8", 8),
     6: ("zmm_upper", 1152, "<u8", 64),
     7: ("hi16_zmm", 1664, "<u8", 128),
-    8: ("pkru", 2688, "<u4", 1),
+    8: ("pkru", 2688, "<u4", 2),
 }
 """Field number -> its name, where its numbers lie in the area, their type, how many there are."""
 CET_FIELDS = {1: "cet", 2: "ssp"}
@@ -86,16 +86,17 @@ CPUINFO_FIELDS = {
 VENDOR_TEXT = {1: b"GenuineIntel", 2: b"AuthenticAMD"}
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 CAPABILITY = {
-    0: (1, "edx"),
-    1: (0x80000001, "edx"),
-    4: (1, "ecx"),
-    6: (0x80000001, "ecx"),
-    9: (7, "ebx"),
-    11: (7, "ecx"),
-    13: (0x80000008, "ebx"),
-    18: (7, "edx"),
+    0: (1, 0, "edx"),
+    1: (0x80000001, 0, "edx"),
+    4: (1, 0, "ecx"),
+    6: (0x80000001, 0, "ecx"),
+    9: (7, 0, "ebx"),
+    10: (0xD, 1, "eax"),
+    11: (7, 0, "ecx"),
+    13: (0x80000008, 0, "ebx"),
+    18: (7, 0, "edx"),
 }
-"""Word of `capability` -> the CPUID leaf and register that it is a copy of."""
+"""Word of `capability` -> the CPUID leaf, sub-leaf and register that it is a copy of."""
 
 
 class Field(NamedTuple):
@@ -271,9 +272,9 @@ def read_folder(path: str) -> list[Snapshot]:
     list of Snapshot
         One, of kind ``process``, a Vcpu a thread, in the order of their ids. A vcpu's `facts`
         name its file (``member``) and the registers it has (``fields``); the snapshot's hold
-        ``cpuinfo``, the dumping machine's CPUs as cpuinfo.img tells them, and each vcpu's
-        `cpuid` the first of them. CRIU 4.2 leaves SSE out of its ``xfeatures_mask`` (0xe5 where
-        XCR0 is 0xe7).
+        ``cpuinfo``, the dumping machine's CPUs as cpuinfo.img tells them. The first of them is
+        in each vcpu's `facts` too, and is its `cpuid`. CRIU leaves SSE out of its
+        ``xfeatures_mask`` (0xe5 where XCR0 is 0xe7).
 
     Raises
     ------
@@ -327,6 +328,7 @@ def _snapshot(
         cpuid = _cpuid(facts["cpuinfo"][0], used)
         for vcpu in vcpus:
             vcpu.cpuid = cpuid
+            vcpu.facts["cpuinfo"] = facts["cpuinfo"][0]
     if not vcpus:
         raise FormatError(path, None, "found no core-TID.img with registers, needed one a thread")
     vcpus.sort(key=lambda vcpu: vcpu.index)
@@ -386,12 +388,13 @@ def _cpuid(cpu: Mapping[str, Any], used: int) -> Cpuid:
     family, model = (int(cpu.get(name, 0)) for name in ("cpu_family", "model"))
     signature = (model & 0xF) << 4 | (model >> 4 & 0xF) << 16 | int(cpu.get("stepping", 0)) & 0xF
     signature |= min(family, 0xF) << 8 | (max(family - 0xF, 0) & 0xFF) << 20
-    registers = {(leaf, name): 0 for leaf, _ in CAPABILITY.values() for name in REGISTERS}
+    leaves = [(leaf, subleaf) for leaf, subleaf, _ in CAPABILITY.values()]
+    registers = {(*leaf, name): 0 for leaf in leaves for name in REGISTERS}
     for word, place in CAPABILITY.items():
         if word < len(cpu["capability"]):
             registers[place] = int(cpu["capability"][word]) & 0xFFFFFFFF
-    registers[1, "eax"] = signature
-    rows = {(leaf, 0): [registers[leaf, name] for name in REGISTERS] for leaf, _ in registers}
+    registers[1, 0, "eax"] = signature
+    rows = {leaf: [registers[*leaf, name] for name in REGISTERS] for leaf in leaves}
     ebx, edx, ecx = struct.unpack("<3I", VENDOR_TEXT.get(cpu.get("vendor_id", 0), bytes(12)))
     rows[0, 0] = [0xD, ebx, ecx, edx]
     mask = int(cpu.get("xfeatures_mask", 0)) | used | XFEATURE_MASK_FPSSE
