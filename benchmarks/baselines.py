@@ -118,7 +118,18 @@ def xinuse_vectorised(areas, layout, mask):
 
 
 def xinuse_by_area(areas, layout, mask):
-    return np.concatenate([xinuse_vectorised(area[None], layout, mask) for area in areas])
+    used = np.zeros(len(areas), "u8")
+    for i, area in enumerate(areas):
+        have = int(area[512:520].view("<u8")[0]) & mask
+        for nr in bits(have):
+            if nr == 0:
+                slots = area[32:160].reshape(8, 16)[:, :10]
+                live = bytes(area[:5]) != b"\x7f\x03\0\0\0" or area[6:24].any() or slots.any()
+            else:
+                ((start, end),) = spans_of(layout, nr)
+                live = area[start : end if nr != 9 else start + 4].any()
+            used[i] |= np.uint64(bool(live) << nr)
+    return used
 
 
 def keep_vectorised(areas, layout, mask):
@@ -133,9 +144,15 @@ def keep_vectorised(areas, layout, mask):
 
 
 def keep_by_area(areas, layout, mask):
-    return np.concatenate(
-        [keep_vectorised(areas[i : i + 1], layout, mask) for i in range(len(areas))]
-    )
+    dropped = np.zeros(len(areas), "u8")
+    for i, area in enumerate(areas):
+        header = area[512:520].view("<u8")
+        drop = dropped[i] = int(header[0]) & ~mask
+        header[0] &= np.uint64(mask)
+        for nr in bits(int(drop)):
+            for start, end in spans_of(layout, nr):
+                area[start:end] = 0
+    return dropped
 
 
 def diff_vectorised(one, two, layout, mask):
@@ -152,9 +169,14 @@ def diff_vectorised(one, two, layout, mask):
 
 
 def diff_by_area(one, two, layout, mask):
-    return np.concatenate(
-        [diff_vectorised(a[None], b[None], layout, mask) for a, b in zip(one, two, strict=True)]
-    )
+    out = np.zeros(len(one), "u8")
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        for nr in bits(int(a[512:520].view("<u8")[0]) & mask):
+            for start, end in spans_of(layout, nr):
+                end = start + 4 if nr == 9 else end
+                if not np.array_equal(a[start:end], b[start:end]):
+                    out[i] |= np.uint64(1 << nr)
+    return out
 
 
 def set_uabi_vectorised(areas, images, layout, mask, mxcsr_mask):
@@ -173,12 +195,17 @@ def set_uabi_vectorised(areas, images, layout, mask, mxcsr_mask):
 
 
 def set_uabi_by_area(areas, images, layout, mask, mxcsr_mask):
-    return np.concatenate(
-        [
-            set_uabi_vectorised(areas[i : i + 1], images[i : i + 1], layout, mask, mxcsr_mask)
-            for i in range(len(areas))
-        ]
-    )
+    status = audit_struct(areas, mask, mxcsr_mask)
+    for i in np.flatnonzero(status == 0):
+        area, image = areas[i], images[i]
+        have = int(area[512:520].view("<u8")[0])
+        for nr in bits(have):
+            for start, end in spans_of(layout, nr):
+                image[start:end] = area[start:end]
+        if have & 7:
+            image[24:32] = area[24:32]
+        image[512:520] = area[512:520]
+    return status
 
 
 def compact_by_area(areas, out, layout):
