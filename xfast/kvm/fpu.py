@@ -326,9 +326,8 @@ class Fpu:
         new = self._fpstate(old.xfeatures | event, old.user_xfeatures)
         new.regs[:HEADER_OFFSET] = 0  # fpstate_realloc() does not call fpstate_init_user()
         new.size, new.user_size = self.guest_perm.state_size, self.guest_perm.user_state_size
-        by_cpuid = "user-xfeatures-guest" in self.behaviours
-        if not by_cpuid or "get-trims" in self.behaviours:
-            new.user_xfeatures |= event
+        # 5.17 to 6.5 leave this to KVM_SET_CPUID2, which sets it right after
+        new.user_xfeatures |= event
         new.is_guest, new.is_confidential = True, old.is_confidential
         guest.fpstate = new
         guest.xfeatures |= event
