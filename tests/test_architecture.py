@@ -16,7 +16,7 @@ FLOORS = (
     {"features", "errors", "_bench", "_convert", "_core", "_cpu", "_hw", "_memory"},
     {"layout"},
     {"cpuid", "rules"},
-    {"area", "behaviour", "rows", "verdict"},
+    {"area", "behaviour", "rows", "transfer", "verdict"},
     {"registers", "processor", "instructions", "hosts", "snapshots"},
     {"kvm"},
     {"requirement"},
