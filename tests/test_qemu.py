@@ -292,7 +292,7 @@ def test_a_length_with_a_brace_in_it_does_not_mislead(streams, tmp_path):
     data = data[: start - 4] + struct.pack(">I", len(text)) + text
     assert data[start - 1 : start + 1] == b"{{"
     snapshot = read_bytes(tmp_path, data)
-    assert snapshot.facts["description"]
+    assert snapshot.facts["description"] == "whole"
     assert_rule(snapshot.vcpus[1], 0x21F)
 
 
@@ -304,7 +304,7 @@ def test_streams_without_description(streams, tmp_path, name):
     expected = read(path)
     snapshot = read_bytes(tmp_path, undescribed(path.read_bytes()))
     assert snapshot.producer == expected.producer
-    assert not snapshot.facts["description"]
+    assert snapshot.facts["description"] == "none"
     for vcpu, other in zip(snapshot.vcpus, expected.vcpus, strict=True):
         assert np.array_equal(vcpu.area, other.area)
         assert vcpu.facts == other.facts

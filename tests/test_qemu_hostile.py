@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import re
 import struct
 import time
 
@@ -73,6 +74,66 @@ def test_truncated_anywhere(attempt, stream):
         assert result == 2 or "found" in result
 
 
+def places(stream):
+    """Return where the first vCPU's section begins, and where the EOF record lies."""
+    return stream.index(b"\x03cpu\0\0\0\0\0\0\0\x0c") - 5, description_at(stream) - 6
+
+
+def test_a_stream_cut_off_before_its_end_is_no_snapshot(attempt, stream):
+    """vCPUs may lie behind the cut, and a device that is lost does not restore either."""
+    first, eof = places(stream)
+    assert stream[eof] == 0
+    for size in [*range(first, eof, 97), eof - 1, eof]:
+        assert ": found" in str(attempt(stream[:size]))
+
+
+def test_a_stream_cut_off_between_sections_is_no_snapshot(attempt, stream):
+    """Where a section is whole, what follows it tells: EOF, or another section."""
+    first, eof = places(stream)
+    ends = [m.end() for m in re.finditer(rb"\x7e.{4}(?=\x04.{4}[\1-\x40]\w)", stream, re.S)]
+    ends = [end for end in ends if first < end < eof]
+    assert len(ends) > 20
+    for size in ends:
+        assert "no EOF record" in attempt(stream[:size]) or "found 0 vCPUs" in attempt(
+            stream[:size]
+        )
+
+
+def test_a_cut_within_the_description_costs_no_vcpu(tmp_path, attempt, stream):
+    _, eof = places(stream)
+    for size, word in [(eof + 1, "none"), (eof + 2, "damaged"), (len(stream) - 1, "damaged")]:
+        path = tmp_path / "stream"
+        path.write_bytes(stream[:size])
+        with Source.open(path) as source:
+            (snapshot,) = qemu.read(source)
+        assert (len(snapshot.vcpus), snapshot.facts["description"]) == (2, word)
+
+
+def test_a_description_that_is_no_object_is_damaged(tmp_path, stream):
+    path = tmp_path / "stream"
+    path.write_bytes(described(stream, b"[1,2]"))
+    with Source.open(path) as source:
+        (snapshot,) = qemu.read(source)
+    assert (len(snapshot.vcpus), snapshot.facts["description"]) == (2, "damaged")
+
+
+def test_zeros_behind_a_stream_are_padding(attempt, stream):
+    assert attempt(undescribed(stream) + bytes(5000)) == 2
+    assert "no EOF record" in attempt(undescribed(stream) + bytes(5000) + b"\1")
+
+
+def test_without_footers_all_vcpus_up_to_the_last_are_needed(attempt, stream):
+    """A stream of a machine type up to 2.3 whose vCPU 0 is followed by vCPU 2."""
+    data = undescribed(stream)
+    for match in [*re.finditer(rb"\x04.{4}\x03cpu.{4}\0\0\0\x0c", data, re.S)][::-1]:
+        footer = data.index(b"\x7e" + match[0][1:5], match.end())
+        data = data[:footer] + data[footer + 5 :]
+    assert attempt(data) == 2
+    assert "no EOF record" in attempt(data + b"\1")
+    at = data.rindex(b"\x03cpu\0\0\0\1")
+    assert "no EOF record" in attempt(data[: at + 7] + b"\2" + data[at + 8 :])
+
+
 @given(
     edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=9)), max_size=8),
     bare=st.booleans(),
@@ -109,6 +170,8 @@ LIES = {
     "no size": lambda d: cpu(d)["fields"][0].pop("size"),
     "huge array": lambda d: cpu(d)["fields"][0].update(array_len=1 << 62),
     "fields are a number": lambda d: cpu(d).update(fields=5),
+    "fields are an object": lambda d: cpu(d).update(fields={}),
+    "subsections are an object": lambda d: cpu(d).update(subsections={}),
     "fields are null": lambda d: cpu(d).update(fields=None),
     "no fields": lambda d: cpu(d).pop("fields"),
     "field is a list": lambda d: cpu(d)["fields"].append([]),
@@ -135,6 +198,8 @@ LIES = {
 def test_descriptions_that_lie(attempt, stream, lie):
     result = attempt(described(stream, LIES[lie]))
     assert result == 2 or "found" in result
+    if lie.endswith("an object"):
+        assert "found a description that makes no sense" in result
     if lie in ("a third vCPU", "many vCPUs"):
         assert "found 2 vCPUs in the QEMU stream, needed" in result
 
@@ -200,6 +265,18 @@ def test_disk_images_that_lie(attempt, stream, offset, value):
     assert attempt(data) == 2
     data[offset : offset + len(value)] = value
     assert "found" in attempt(data)
+
+
+def test_a_disk_image_cut_off_behind_its_vm_state(attempt, stream):
+    """The state is whole; the disk that goes with it is not, and QEMU opens no such image."""
+    data = bytearray(qcow2_image([("one", stream)]))
+    l2 = len(data)
+    data[36:48] = struct.pack(">IQ", 1, 2048)
+    data[2048:2056] = struct.pack(">Q", l2 | 1 << 63)
+    assert attempt(data + bytes(512)) == 2
+    assert f"offset {l2 + 511}: found the end" in attempt(data + bytes(511))
+    data[36:40] = b"\xff" * 4
+    assert "L1 entries" in attempt(data + bytes(512))
 
 
 def test_a_disk_image_without_snapshots(attempt):

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from xfast.errors import FormatError
 from xfast.snapshots.source import Source, View
 
 MAGIC = b"QFI\xfb"
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
+L1_LIMIT = 32 << 20
+"""No L1 table is longer (bytes): QCOW_MAX_L1_SIZE."""
 COMPRESSED = 1 << 62
 ZERO = 1
 ENTRY_SIZE = 40
@@ -39,11 +43,13 @@ def internals(source: Source) -> list[Internal]:
     Raises
     ------
     FormatError
-        If the snapshot table or a cluster table lies outside the file, or makes no sense.
+        If the snapshot table or a cluster table lies outside the file, or makes no sense. That
+        goes for the disk's own tables too: QEMU does not open an image without them.
 
     *Source*: QEMU block/qcow2.c qcow2_load_vmstate(), qcow2_vm_state_offset().
     """
     cluster_bits, disk_size = source.unpack(">IQ", 20)
+    active_size, active = source.unpack(">IQ", 36)
     count, at = source.unpack(">IQ", 60)
     if not 9 <= cluster_bits <= 21:
         raise FormatError(source.path, 20, f"found clusters of 2^{cluster_bits}, needed 9 to 21")
@@ -51,6 +57,7 @@ def internals(source: Source) -> list[Internal]:
         raise FormatError(
             source.path, 60, f"found {count} snapshots, needed at most {SNAPSHOT_LIMIT}"
         )
+    _check_tables(source, active, active_size, 1 << cluster_bits)
     found = []
     for _ in range(count):
         l1_offset, l1_size, id_length, name_length = source.unpack(">QIHH", at)
@@ -70,6 +77,18 @@ def internals(source: Source) -> list[Internal]:
             )
         at += (ENTRY_SIZE + extra_length + id_length + name_length + 7) & ~7
     return found
+
+
+def _check_tables(source: Source, offset: int, count: int, cluster: int) -> None:
+    """Require the disk's L1 table and every L2 table in it to lie in the file."""
+    if 8 * count > L1_LIMIT:
+        raise FormatError(source.path, 36, f"found {count} L1 entries, over {L1_LIMIT // 8}")
+    entries = np.frombuffer(source.read(offset, 8 * count), ">u8") & np.uint64(OFFSET_MASK)
+    end = int(entries.max(initial=0)) + cluster
+    if entries.any() and end > source.size:
+        raise FormatError(
+            source.path, source.size, f"found the end, needed an L2 table up to offset {end}"
+        )
 
 
 class _Clusters:

@@ -150,7 +150,7 @@ def _read(stream: _Stream) -> Snapshot:
         "machine": config.machine,
         "capabilities": config.capabilities,
         "producer_basis": basis,
-        "description": sections.described,
+        "description": sections.description,
     }
     if stream.internal:
         facts["internal_snapshot"] = stream.internal

@@ -30,6 +30,8 @@ HEAD_LIMIT = 1 << 20
 WINDOW = 1 << 17
 DEPTH_LIMIT = 16
 CPU_VERSION = 12
+CPU_HEADER = 17
+"""Bytes of a `cpu` section's header: type, section id, name, instance, version."""
 FIXED_SIZES = (1817, 1313)
 """Bytes of a `cpu` section before its subsections: x86_64, i386."""
 
@@ -71,6 +73,11 @@ DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
 NEXT = re.compile(rb"\x7e|\x05|\x04.{4}[\x01-\xff][\x21-\x7e]", re.DOTALL)
 """What may follow a subsection: a footer, another one, or (without footers) a section."""
+SECTION_END = re.compile(
+    rb"\x7e(?=(.{4})(?:\x04.{4}[\x01-\xff][\x21-\x7e]|\0(?:\x06|\0*\Z)))", re.DOTALL
+)
+"""A footer and its section id, before another section or EOF, which ends the stream or comes
+before the description; a disk image or O_DIRECT may pad it with zeros."""
 
 
 class Configuration(NamedTuple):
@@ -94,11 +101,14 @@ class CpuSection(NamedTuple):
 
 
 class Sections(NamedTuple):
-    """The vCPUs of a stream, and what the devices around them tell."""
+    """The vCPUs of a stream, and what the devices around them tell.
+
+    `description` is ``whole``, ``damaged`` or ``none``.
+    """
 
     cpus: list[CpuSection]
     kvmclock: bool
-    described: bool
+    description: str
 
 
 def start_of(source: Source) -> int | None:
@@ -166,27 +176,28 @@ def find_cpus(stream: Source) -> Sections:
     Raises
     ------
     FormatError
-        If there are none, or fewer than the description lists.
+        If there are none, or fewer than the description lists, or the stream is cut off.
 
     *Source*: QEMU migration/savevm.c qemu_savevm_state_complete_precopy().
     """
     end, devices = _description(stream)
     if devices is None:
-        cpus, kvmclock = _search(stream)
+        cpus, kvmclock, description = _search(stream)
         described = 0
     else:
+        description = "whole"
         described = sum(device.get("name") == "cpu" for device in devices)
         kvmclock = any(device.get("name") == "kvmclock" for device in devices)
         cpus = _walk(stream, devices, end)
         if len(cpus) < described:
-            cpus, _ = _search(stream)
+            cpus, _, _ = _search(stream)
     if not cpus or len(cpus) < described:
         raise FormatError(
             stream.path,
             stream.size,
             f"found {len(cpus)} vCPUs in the QEMU stream, needed {described or 'at least one'}",
         )
-    return Sections(sorted(cpus), kvmclock, devices is not None)
+    return Sections(sorted(cpus), kvmclock, description)
 
 
 def _description(stream: Source) -> tuple[int, list[dict[str, Any]] | None]:
@@ -216,13 +227,13 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     try:
         description = json.loads(text)
         devices = description["devices"]
-        if not all(isinstance(device["name"], str) for device in devices):
-            raise TypeError("a device without a name")
+        if not isinstance(devices, list) or not all(isinstance(d["name"], str) for d in devices):
+            raise TypeError("no list, or a device without a name")
     except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise FormatError(
             stream.path, offset, f"found a description that is none: {type(problem).__name__}"
         ) from None
-    return list(devices)
+    return devices
 
 
 def _measure(stream: Source, entry: Mapping[str, Any]) -> int:
@@ -237,6 +248,9 @@ def _measure(stream: Source, entry: Mapping[str, Any]) -> int:
 
 def _size(entry: Mapping[str, Any], depth: int) -> int:
     total = 0
+    for kind in ("fields", "subsections"):
+        if not isinstance(entry.get(kind, []), list):
+            raise ValueError(f"{kind} that are no list")
     for field in entry.get("fields", ()):
         total += _count(field["size"]) * _count(field.get("array_len", 1))
     for part in entry.get("subsections", ()):
@@ -313,11 +327,12 @@ def _described_cpu(
     return CpuSection(instance, offset, fixed, size, subsections)
 
 
-def _search(stream: Source) -> tuple[list[CpuSection], bool]:
+def _search(stream: Source) -> tuple[list[CpuSection], bool, str]:
     """Find the `cpu` sections of a stream without description, window by window from the end.
 
     QEMU saves vCPU 0 first, so that the search ends where it is found; what looks like a vCPU
-    before it is guest memory.
+    before it is guest memory. Returns the sections, whether there is a kvmclock, and what became
+    of the description.
     """
     found: dict[int, CpuSection] = {}
     refused: list[int] = []
@@ -342,8 +357,38 @@ def _search(stream: Source) -> tuple[list[CpuSection], bool]:
                 "found a cpu section with parts that are not known here, needed the description "
                 "that QEMU writes at the end of a stream",
             )
-    cpus = [section for section in found.values() if section.offset >= first]
-    return cpus, window.find(b"\x08kvmclock", first - start) >= 0
+    cpus = sorted(section for section in found.values() if section.offset >= first)
+    if not cpus:
+        return [], False, "none"
+    end = _end(window, cpus, start)
+    if end is None:
+        raise FormatError(
+            stream.path,
+            stream.size,
+            f"found {len(cpus)} vCPUs and no EOF record behind the devices, needed a whole stream",
+        )
+    description = "damaged" if window[end + 1 : end + 2] == b"\x06" else "none"
+    return cpus, window.find(b"\x08kvmclock", first - start) >= 0, description
+
+
+def _end(window: bytes, cpus: Sequence[CpuSection], start: int) -> int | None:
+    """Return where in `window` the EOF record lies, or None for a stream that is cut off.
+
+    Without description a section's length is not known, but its footer names it: from the first
+    vCPU's on, each has to lead to the next. Where there are no footers (machine types up to 2.3)
+    all that can be asked for is every vCPU up to the last, and EOF's zero.
+    """
+    first = cpus[0]
+    if window[first.offset + first.size - start] != FOOTER:
+        whole = [cpu.instance for cpu in cpus] == list(range(len(cpus)))
+        return len(window) - 1 if whole and not window[-1] else None
+    header = first.offset - start - CPU_HEADER
+    for match in SECTION_END.finditer(window, header):
+        if match[1] == window[header + 1 : header + 5]:
+            header = match.start() + 5
+            if not window[header]:
+                return header
+    return None
 
 
 def _bare_cpu(window: bytes, match: re.Match[bytes], start: int) -> CpuSection | None:
