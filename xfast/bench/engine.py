@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -95,18 +96,18 @@ class Memory:
     """Source and target, each cut into chunks; every sample takes the next ones."""
 
     def __init__(self, size: int) -> None:
-        self.chunks = max(size // CHUNK, 4)
-        self.buffers = [
-            np.frombuffer(memoryview(_memory.Block(self.chunks * CHUNK, True)), np.uint8)
-            for _ in range(2)
-        ]
-        self.scratch = np.frombuffer(memoryview(_memory.Block(4 * CHUNK, True)), np.uint8)
+        self.size = min(CHUNK, size // 16)
+        self.chunks = size // self.size
+        self.buffers = [self._block(self.chunks) for _ in range(2)]
+        self.scratch = self._block(4)
         self.turn = 0
+
+    def _block(self, chunks: int) -> Areas:
+        return np.frombuffer(memoryview(_memory.Block(chunks * self.size, True)), np.uint8)
 
     def chunk(self, which: int, turn: int) -> Areas:
         """Return one chunk of the source (0) or target (1)."""
-        start = turn % self.chunks * CHUNK
-        return self.buffers[which][start : start + CHUNK]
+        return self.buffers[which][turn % self.chunks * self.size :][: self.size]
 
     def next(self) -> int:
         """Return the number of the next chunk."""
@@ -211,7 +212,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
     """Time one case against its limit."""
     stride = case.out_size or case.size
-    n = CHUNK // max(stride, case.size)
+    n = memory.size // max(stride, case.size)
     for which, size in ((0, case.size), (1, case.size if case.both else 0)):
         if size:
             first = memory.chunk(which, 0)[: n * size].reshape(n, size)
@@ -225,7 +226,7 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
         if case.limit == "copy":
             into = memory.chunk(1, turn)
             if case.both:  # the areas in the target are still needed
-                into = memory.scratch[turn % 4 * CHUNK :][:CHUNK]
+                into = memory.scratch[turn % 4 * memory.size :][: memory.size]
             return _bench.copy(memory.chunk(0, turn), into[: n * case.out_size], True)
         if case.limit == "2 lines":
             return _bench.touch(memory.chunk(0, turn)[: n * case.size].reshape(n, case.size))
@@ -320,7 +321,7 @@ def hot_rows(samples: int) -> Iterator[Row]:
 def thread_rows(memory: Memory, samples: int) -> Iterator[Row]:
     """Yield what the threads that the engine takes by itself give, against one thread."""
     for size, target in ((1, 0.95), (16, 0.95), (64, 1.2), (256, 1.2)):
-        n = min(size * MIB, CHUNK * memory.chunks // 2) // 4096
+        n = min(size * MIB, memory.size * memory.chunks // 2) // 4096
         src, out = (buffer[: n * 4096].reshape(n, 4096) for buffer in memory.buffers)
         fill(src[: min(n, 16384)], INTEL, "mixed")
         for start in range(16384, n, 16384):
@@ -392,6 +393,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the results as they come; return 1 if a target is missed."""
+    if args.memory < 16:
+        print(f"--memory: got {args.memory}, needed 16 or more", file=sys.stderr)
+        return 2
     results = []
     heading = f"{'operation':14} {'case':26} {'limit':9} {'ratio':>6} {'needed':>7} {'ns':>8}"
     if not args.json:
