@@ -200,7 +200,7 @@ def plan_fix(
     notes += tuple(
         f"cpuinfo.img stays as it is: {finding.why}"
         for finding in criu_findings(mended, host, rules)
-        if finding.severity == "blocks"
+        if finding.severity != "note"
     )
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 

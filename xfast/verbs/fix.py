@@ -9,9 +9,10 @@ import sys
 from itertools import groupby
 from typing import Any, TextIO
 
-from xfast.cli import complain, hosts_of, reading_arguments, snapshots_of
+from xfast.cli import complain, reading_arguments, snapshots_of
 from xfast.errors import XfastError
 from xfast.features import parse_component
+from xfast.hosts import resolve
 
 EPILOG = """\
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
@@ -58,7 +59,7 @@ def _component(word: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code: 0 restorable, 1 a finding blocks, 2 trouble."""
     _require_consistent(args)
-    (host,) = hosts_of([args.host])
+    host = resolve(args.host)
     if args.in_place:
         from xfast.rewrite import recover
 
