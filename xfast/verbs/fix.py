@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, TextIO
 
 from xfast.cli import complain, reading_arguments, snapshots_of
-from xfast.errors import XfastError
+from xfast.errors import XfastError, printable
 from xfast.features import parse_component
 from xfast.hosts import resolve
 
@@ -115,7 +115,7 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
         record = apply(plans, output, **how, **limit)
         written = (output or path) if record or output else ""
         if not args.json and written:
-            print(f"  wrote {written}")
+            print(f"  wrote {printable(written)}")
     return [
         {
             "snapshot": path,
@@ -133,17 +133,14 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
 
 def _print(plan: Any, out: TextIO) -> None:
     """Print a plan for people."""
-    name = plan.host.name
-    print(
-        f"{plan.snapshot.path} on {name}: {plan.before.verdict}, then {plan.after.verdict}",
-        file=out,
-    )
+    who = printable(f"{plan.snapshot.path} on {plan.host.name}")
+    print(f"{who}: {plan.before.verdict}, then {plan.after.verdict}", file=out)
     for change in plan.changes:
         what = f"{change.component} " if change.component else ""
         held = f" ({change.state})" if change.state else ""
         print(
             f"  vCPU {change.vcpu}: {what}{change.field} {change.before} -> {change.after}{held}"
-            f"\n    {change.rule or 'asked for'}: {change.why}",
+            f"\n    {change.rule or '--drop'}: {change.why}",
             file=out,
         )
     if not plan.changes:
