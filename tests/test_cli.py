@@ -232,3 +232,56 @@ def test_the_story_of_the_leak_is_replayed(run):
     assert status == 0
     assert "XSTATE_BV 0x207 x87+sse+avx+pkru: the leak" in out
     assert "reported as done, lost x87+sse+avx" in out
+
+
+def test_an_empty_directory_passes_no_gate(run, tmp_path):
+    status, _, err = run("check", tmp_path, "--host", NO_PKU)
+    assert status == 2
+    assert "found no file in it" in err
+
+
+def test_a_bad_file_among_hosts_costs_one_line(run, tmp_path):
+    shutil.copy(EXAMPLES / "hosts" / "fleet.toml", tmp_path)
+    (tmp_path / "broken.xml").write_text("<capabilities>")
+    os.mkfifo(tmp_path / "pipe")
+    status, out, err = run("check", CLEAN, "--host", tmp_path, "--json")
+    assert status == 2
+    assert len(json.loads(out)["verdicts"]) == 3
+    assert len([line for line in err.splitlines() if str(tmp_path) in line]) == 2
+
+
+def test_a_fifo_is_no_host(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert run("check", CLEAN, "--host", tmp_path / "pipe")[0] == 2
+
+
+@pytest.mark.parametrize("words", ["show", "show --registers", "show --json", "check --host this"])
+def test_a_reader_that_leaves_early_is_no_finding(words):
+    command = f"'{sys.executable}' -m xfast {words} -- '{CLEAN}' >&-"
+    if "--host" in words:
+        command = f"'{sys.executable}' -m xfast check '{CLEAN}' --host {NO_PKU} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    many = " ".join([f"'{CLEAN}'"] * 200)
+    command = (
+        f"'{sys.executable}' -m xfast show --registers {many} | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+
+
+def test_file_names_are_bytes_and_never_reach_the_terminal_raw(run, tmp_path):
+    for name in (b"a\x1b[31mred.qemustate", b"new\nline.qemustate", b"no-\xff-utf8.qemustate"):
+        shutil.copy(CLEAN, os.path.join(os.fsencode(tmp_path), name))
+    (tmp_path / "bad\x1b[0m.qemustate").write_bytes(b"QEVM")
+    command = [sys.executable, "-m", "xfast", "check", tmp_path, "--host", NO_PKU]
+    for form in ("table", "json", "csv"):
+        done = subprocess.run([*command, "--format", form], capture_output=True, check=False)
+        assert b"Traceback" not in done.stderr
+        assert b"\x1b" not in done.stderr
+        assert done.returncode == 2
+        if form == "table":
+            assert b"\x1b" not in done.stdout
+            assert len(done.stdout.splitlines()) == 4

@@ -41,7 +41,7 @@ def twin(snapshot, **changes) -> Host:
     return Host("twin", **{**facts, **changes})
 
 
-def said(snapshot, host, policy="xstate") -> list:
+def said(snapshot, host, policy="fpu") -> list:
     states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
     return list(criu_findings(states, host, Policy(policy)))
 
@@ -102,8 +102,16 @@ def test_the_sample_on_catalogue_hosts(sample, name, size, missing, refusing):
         assert finding.snapshot_value == "0xe5"
         assert "(live in thread 23807)" in finding.why
     assert {f.severity for f in findings if f.code == "ISA"} == {"note"}
-    (verdict,) = check(sample, catalogue()[name])
+    (verdict,) = check(sample, catalogue()[name], policy="fpu")
     assert verdict.verdict == "incompatible"
+
+
+def test_what_criu_compares_only_when_asked_is_risky_until_asked(sample):
+    """A plain criu restore reads no cpuinfo.img; --cpu-cap=fpu does."""
+    genoa = catalogue()["amd-genoa"]
+    assert {f.severity for f in said(sample, genoa, "xstate") if f.code == "SIZE"} == {"risky"}
+    assert [v.verdict for v in check(sample, genoa)] == ["superset"]
+    assert [v.verdict for v in check(sample, genoa, policy="fpu")] == ["incompatible"]
 
 
 def test_xsaves_is_asked_for(sample):
@@ -285,9 +293,9 @@ def test_unknown_facts_stay_unknown(sample):
     assert all(f.open for f in findings)
     assert {f.host_value for f in findings} == {"unknown"}
     assert {f.code for f in findings} == {"HOST-MISSING", "SIZE"}
-    (verdict,) = check(sample, bare)
+    (verdict,) = check(sample, bare, policy="fpu")
     assert verdict.verdict == "unknown"
-    (verdict,) = check(sample, bare, policy=Policy(ignore=frozenset({"HOST-MISSING", "SIZE"})))
+    (verdict,) = check(sample, bare, policy=Policy("fpu", frozenset({"HOST-MISSING", "SIZE"})))
     assert verdict.verdict != "unknown"
     unplaced = twin(sample, layout=PRESETS["amd-zen4"].restricted(0x27))
     assert {f.host_value for f in said(sample, unplaced) if f.code == "SIZE"} == {"unknown"}
@@ -340,7 +348,7 @@ def test_other_snapshots_are_none_of_crius_business(sample):
 
 def test_ignored_rules_are_notes_here_too(sample):
     genoa = catalogue()["amd-genoa"]
-    (verdict,) = check(sample, genoa, policy=Policy(ignore=frozenset({"SIZE"})))
+    (verdict,) = check(sample, genoa, policy=Policy("fpu", frozenset({"SIZE"})))
     assert verdict.verdict == "superset"
     assert {f.severity for f in verdict.findings if f.code == "SIZE"} == {"note"}
 

@@ -12,7 +12,7 @@ from xfast.errors import PolicyError
 from xfast.features import BY_NR, PKRU_DEFAULT, bits
 from xfast.hosts.model import Host
 from xfast.judge import check
-from xfast.layout import preset
+from xfast.layout import Layout, preset
 from xfast.registers import Registers
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.verdict import Policy
@@ -248,6 +248,7 @@ def test_live_tiles_that_xfd_disables(kernel, severity, verdict):
     target = host(mask=amx, kernel=kernel, xsave2_size=11008, guest_permission=1 << 18)
     (answer,) = check(vcpu, target)
     assert only(answer, "XFD").severity == severity
+    assert only(answer, "XFD").fix == "lossy"
     assert answer.verdict == verdict
 
 
@@ -385,3 +386,58 @@ def benchmark_free_timer():
     import timeit
 
     return lambda call: min(timeit.repeat(call, number=20, repeat=20)) / 20
+
+
+def test_a_host_without_xsave_takes_x87_and_sse():
+    """Nehalem: KVM's supported_xcr0 is 0 there, and KVM_SET_XSAVE takes bits 0 and 1."""
+    plain = Host(
+        "nehalem",
+        layout=Layout(()),
+        xcr0=3,
+        kvm_xcr0=0,
+        mxcsr_mask=0xFFFF,
+        features=frozenset({"sse", "fxsr"}),
+        kernel=of_release("6.12"),
+    )
+    assert check(area(3), plain, layout=INTEL, xcr0=1)[0].verdict == "superset"
+    (answer,) = check(area(7), plain, layout=INTEL, xcr0=7)
+    assert answer.verdict == "incompatible"
+    assert "avx" in {f.component for f in answer.findings if f.severity == "blocks"}
+
+
+def test_what_only_some_kernels_refuse_is_unknown_where_the_kernel_is():
+    row = area(7)
+    row[528] = 1
+    (answer,) = check(row, host(kernel=None), layout=INTEL, xcr0=7, cpuid=guest(7))
+    assert answer.verdict == "unknown"
+
+
+def test_a_guest_that_may_lack_leaf_d_is_unknown_to_kernels_that_refused_fp_and_sse():
+    (answer,) = check(area(3), host(kernel="5.18"), layout=INTEL, xcr0=1)
+    assert answer.verdict == "unknown"
+    assert {f.component for f in answer.findings if f.code == "KERNEL"} == {"x87", "sse"}
+
+
+@pytest.mark.parametrize("mask", [0x207, 0x2E7])
+def test_the_host_value_of_a_leak_is_what_its_kernel_accepts(mask):
+    (answer,) = check(
+        area(0x207, pkru=0), host(mask=mask, kernel="5.18"), layout=INTEL, cpuid=guest(7)
+    )
+    assert only(answer, "LEAK").host_value == "0x7"
+
+
+def test_the_vmm_must_ask_for_tiles_whoever_grants_them():
+    amx = 0x602E7
+    subject = {"layout": INTEL, "xcr0": amx, "cpuid": guest(amx)}
+    for granted in (None, 1 << 18):
+        target = host(mask=amx, xsave2_size=11008, guest_permission=granted)
+        (answer,) = check(area(amx, size=11008), target, **subject)
+        assert only(answer, "PERM").severity == "note"
+
+
+def test_bytes_that_mpx_and_apx_share_are_mpxs():
+    row = area(7)
+    row[960] = 1
+    (answer,) = check(row, host(), layout=INTEL, cpuid=guest(7))
+    assert {f.component for f in answer.findings if f.code == "INUSE"} >= {"bndregs"}
+    assert "apx" not in {f.component for f in answer.findings}

@@ -199,6 +199,12 @@ def test_a_small_area_grows_where_the_targets_layout_is_larger():
     assert engine.diff(images[0], plan.areas[0], ROME, INTEL) == 0
 
 
+def test_areas_of_different_sizes_stay_so_where_none_has_to_grow():
+    images = area(0x207, size=11008, live=6), area(7, size=4096, live=6)
+    plan = plan_fix(snapshot(*images), host(7))
+    assert {i: len(image) for i, image in plan.areas.items()} == {0: 11008}
+
+
 def test_a_layout_that_the_files_own_cpuid_fixes_is_left(data):
     (found,) = xfast.read(data / "vmm" / "ch-state.json")
     plan = plan_fix(found, xfast.resolve("intel-sapphirerapids@6.6"))

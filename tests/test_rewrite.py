@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -350,6 +351,42 @@ def small_disk(tmp_path):
         pytest.skip("only root can mount a small file system, and not everywhere")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def sharing_disk(tmp_path):
+    """A file system on which a copy shares the blocks of the original."""
+    if os.geteuid() or not shutil.which("mkfs.btrfs"):
+        pytest.skip("only root with mkfs.btrfs can make a file system that shares blocks")
+    image, place = tmp_path / "image", tmp_path / "disk"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(256 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, place], capture_output=True).returncode:
+        pytest.skip("btrfs can't be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_copy_that_costs_nothing_replaces_a_large_file(leak, sharing_disk, monkeypatch):
+    monkeypatch.setattr(amend, "PATCH_FROM", 0)
+    path = sharing_disk / "leak"
+    path.write_bytes(leak.read_bytes())
+    inode = path.stat().st_ino
+    assert plan(path).apply(in_place=True, backup=True)
+    assert path.stat().st_ino != inode
+    assert path.with_name("leak.orig").stat().st_ino == inode
+    assert len(changed(leak.read_bytes(), path.read_bytes())) == 1
+    source, copy = sharing_disk / "large", sharing_disk / "copy"
+    source.write_bytes(np.random.default_rng(1).bytes(32 << 20))
+    os.sync()
+    free = os.statvfs(sharing_disk).f_bfree
+    with source.open("rb") as one, copy.open("wb") as two:
+        copy_bytes(one.fileno(), two.fileno(), 32 << 20)
+    os.sync()
+    assert (free - os.statvfs(sharing_disk).f_bfree) * 4096 < 4 << 20
+    assert copy.read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("where", ["in place", "new"])

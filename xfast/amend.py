@@ -17,13 +17,13 @@ from xfast.area import headers
 from xfast.errors import PolicyError, XfastError
 from xfast.record import SUFFIX, record_of, sha256
 from xfast.repair import Plan
-from xfast.rewrite import Staged, Stamp, make_like, patch, refuse_if_busy, stamp_of
+from xfast.rewrite import Staged, Stamp, clone, make_like, patch, refuse_if_busy, stamp_of
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.snapshots.source import EXPAND_LIMIT, Source, copy_bytes
 
 BACKUP = ".orig"
 PATCH_FROM = 64 << 20
-"""Files from this size on (bytes) are patched where they lie; smaller ones are replaced."""
+"""Files from this size on (bytes) are patched where they lie, unless a copy shares its blocks."""
 
 
 def apply(
@@ -44,8 +44,9 @@ def apply(
     output : str, optional
         The new file (directory), which must not exist.
     in_place : bool
-        Change the file itself: one renamed over it or, from 64 MiB on and not compressed, only
-        the pages that change, under a journal. The files of a directory change one by one.
+        Change the file itself: a new one renamed over it or, from 64 MiB on, if not compressed
+        and the file system can't share blocks, only the pages that change, under a journal. The
+        files of a directory change one by one.
     backup : bool
         Keep what was there as ``NAME.orig``.
     record : str, optional
@@ -201,8 +202,12 @@ class _Rewrite:
                 staged.publish(replace=True)
 
     def _patches(self, source: Source, edits: list[Splice]) -> bool:
+        """Tell whether to edit the file where it lies: a whole new one would cost its size."""
         moving = any(len(edit.old) != len(edit.new) for edit in edits)
-        return self.in_place and not source.outer and not moving and source.size >= PATCH_FROM
+        if not self.in_place or source.outer or moving or source.size < PATCH_FROM:
+            return False
+        with Staged(self.target) as trial:
+            return not clone(source.fd, trial.file.fileno())
 
     def _edits(self, source: Source, now: list[Snapshot]) -> list[Splice]:
         """Return the edits of all plans, after a look that the file still holds what was read."""

@@ -289,7 +289,7 @@ class Behaviours:
             raise ValueError(f"behaviour: got {got}, needed some of: {known}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names
+        return BEHAVIOURS[name].name in self.names
 
 
 def parse_version(text: str) -> Version:

@@ -7,13 +7,14 @@ error, or an input that could not be judged. Standard output carries only the an
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xfast.errors import XfastError
+from xfast.errors import XfastError, printable
 from xfast.rules import MESSAGES, RULES, Rule
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ LEAK_STORY = "ad856280ddea"
 
 def complain(text: object) -> None:
     """Print one line to standard error."""
-    print(f"xfast: {' '.join(str(text).split())}", file=sys.stderr)
+    print(f"xfast: {printable(str(text))}", file=sys.stderr)
 
 
 def _size(text: str) -> int:
@@ -76,6 +77,10 @@ def snapshots_of(args: argparse.Namespace, failed: list[str]) -> Iterator[Snapsh
     from xfast.snapshots import read, walk
 
     layout = layout_named(args.layout)
+    for path in args.snapshots:
+        if os.path.isdir(path) and next(walk([path]), None) is None:
+            complain(f"{path}: found no file in it, needed snapshots")
+            failed.append(path)
     for path in walk(args.snapshots):
         try:
             yield from read(path, layout=layout, size=args.size, expand_limit=args.expand_limit)
@@ -84,17 +89,24 @@ def snapshots_of(args: argparse.Namespace, failed: list[str]) -> Iterator[Snapsh
             failed.append(path)
 
 
-def hosts_of(specs: Sequence[str]) -> list[Host]:
-    """Return the hosts that `specs` name; a directory stands for the descriptions in it."""
+def hosts_of(specs: Sequence[str], failed: list[str]) -> list[Host]:
+    """Return the hosts that `specs` name; a directory stands for the descriptions in it.
+
+    One of them that can't be read costs one line and `failed`; a name of one's own raises.
+    """
     from xfast.hosts import resolve_all
 
     hosts: list[Host] = []
     for spec in specs:
-        names = [spec]
-        if os.path.isdir(spec):
-            names = sorted(entry.path for entry in os.scandir(spec) if entry.is_file())
-        for name in names:
-            hosts += resolve_all(name)
+        if not os.path.isdir(spec):
+            hosts += resolve_all(spec)
+            continue
+        for entry in sorted(os.scandir(spec), key=lambda entry: entry.name):
+            try:
+                hosts += resolve_all(entry.path)
+            except (XfastError, OSError) as problem:
+                complain(problem)
+                failed.append(entry.path)
     return hosts
 
 
@@ -168,10 +180,10 @@ def _check(args: argparse.Namespace) -> int:
     from xfast.verdict import Policy
 
     policy = Policy(args.level, frozenset(code.upper() for code in args.ignore))
-    hosts = hosts_of(args.host or (["this"] if args.live else []))
+    failed: list[str] = []
+    hosts = hosts_of(args.host or (["this"] if args.live else []), failed)
     if not hosts:
         raise XfastError("check: got no host, needed --host NAME, FILE or 'this', or --live")
-    failed: list[str] = []
     tally = report.Tally()
     verdicts = tally.count(_verdicts(args, hosts, policy, failed))
     report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
@@ -276,6 +288,10 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` defaults to the process's arguments. Returns the exit code."""
+    if sys.stdout is None or sys.stderr is None:
+        return TROUBLE  # nowhere to answer
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes
     words = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(
         prog="xfast",

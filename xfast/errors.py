@@ -29,3 +29,8 @@ class FormatError(XfastError):
         self.offset = offset
         where = self.path if offset is None else f"{self.path}: offset {offset}"
         super().__init__(f"{where}: {message}")
+
+
+def printable(text: str) -> str:
+    """Return `text` fit for a terminal line: what is not printable comes out escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

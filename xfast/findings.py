@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xfast.behaviour import BEHAVIOURS, xcr0_problem
+from xfast.behaviour import BEHAVIOURS, loaded, xcr0_problem
 from xfast.cpuid import RUNTIME_FEATURES
 from xfast.features import (
+    BY_NAME,
     KVM_XSAVE_SIZE,
     SUPERVISOR_MASK,
     TILEDATA,
     X87,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
+    XFEATURE_MASK_MPX,
     bits,
     name_of,
     names_of,
 )
 from xfast.hosts.model import Host
-from xfast.requirement import State, Target, leaked, refuses
+from xfast.requirement import State, Target, kernels_of, leaked, refuses
 from xfast.rules import RULES
 from xfast.verdict import Finding, Policy
 
@@ -63,7 +65,7 @@ def _data(state: State, nr: int) -> str:
 def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     for nr in bits(leaked(state)):
         bit = 1 << nr
-        taken = "unknown" if target.host is None else f"{target.host & ~target.refused:#x}"
+        taken = "unknown" if target.host is None else f"{target.accepts & target.host:#x}"
         if state.may is None:
             whose = "bit 9 with value 0 is the signature of Linux 5.16's leak; "
         else:
@@ -86,8 +88,9 @@ def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             severity, undecided = "risky", True
             what += (
                 "kernels from ad856280ddea (5.17) until 8647c52e9504 (6.6) refuse it with EINVAL "
-                "unless the guest's CPUID has it, others accept it: this host's kernel, or the "
-                "guest's CPUID, is not known"
+                "unless the guest's CPUID has it, others accept it: "
+                + ("this host's kernel" if host.kernel is None else "the guest's CPUID")
+                + " is not known"
             )
         elif target.kept & bit:
             severity, ref = "risky", BEHAVIOURS["fpu-core-uabi"].ref
@@ -284,7 +287,7 @@ def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         return
     compacted = bool(state.xcomp & XCOMP_BV_COMPACTED)
     if state.xcomp:
-        every, _ = refuses(host, state, xcomp_bv=state.xcomp)
+        every, some = refuses(host, state, xcomp_bv=state.xcomp)
         yield _finding(
             state,
             "FORMAT",
@@ -293,6 +296,7 @@ def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             f"XCOMP_BV is {state.xcomp:#x}{' (compacted format)' if compacted else ''}; "
             "KVM_SET_XSAVE takes the standard format only, and kernels from 5.16 refuse others",
             fix="safe" if state.vcpu.layout is not None or not compacted else "none",
+            open=some and not every,
         )
     if state.reserved:
         every, some = refuses(host, state, reserved=1)
@@ -304,11 +308,13 @@ def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             "reserved bytes of the XSAVE header (528 to 575) are not zero; KVM_SET_XSAVE of "
             "kernels from 5.16 refuses that",
             fix="safe",
+            open=some and not every,
         )
 
 
 def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    for nr in bits(state.stale):
+    mpx = state.stale & XFEATURE_MASK_MPX  # APX has the place of MPX: the bytes count once
+    for nr in bits(state.stale & ~(BY_NAME["apx"].bit if mpx else 0)):
         legacy = 1 << nr & XFEATURE_MASK_FPSSE
         yield _finding(
             state,
@@ -334,40 +340,39 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
         )
     idle = state.bv & ~state.live & ~state.unreadable & ~leaked(state)
     for nr in bits(idle & ~XFEATURE_MASK_FPSSE):
+        holds = f"Linux's default {state.pkru:#x}" if nr == 9 and state.pkru else "its init value"
         if state.vcpu.layout is not None and target.host is not None and target.host >> nr & 1:
             yield _finding(
                 state,
                 "INUSE",
                 "note",
                 (f"{state.bv:#x}", f"{target.host:#x}"),
-                f"{name_of(nr)} is in XSTATE_BV and holds "
-                + ("Linux's default" if state.pkru else "its init value")
-                + f" ({_data(state, nr)}): a host without it needs only the bit cleared",
+                f"{name_of(nr)} is in XSTATE_BV and holds {holds}: a host without it needs only "
+                "the bit cleared",
                 component=nr,
                 fix="safe",
             )
 
 
 def _xfd(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    disabled = state.bv & (state.vcpu.xfd or 0)
-    for nr in bits(disabled):
-        patched = host.kernel is not None and "xfd-clears-bv" in host.kernel
-        unknown = host.kernel is None
-        severity = "note" if patched else "risky" if unknown else "blocks"
+    xfd = state.vcpu.xfd or 0
+    stays = [bool(loaded(kernel, xfd, xfd)) for kernel in kernels_of(host)]
+    known = "unknown" if host.kernel is None else "unfixed" if any(stays) else "fixed"
+    for nr in bits(state.bv & xfd):
         yield _finding(
             state,
             "XFD",
-            severity,
-            (f"{state.vcpu.xfd:#x}", "fixed" if patched else "unknown" if unknown else "unfixed"),
-            f"{name_of(nr)} is in XSTATE_BV while IA32_XFD disables it: "
+            "blocks" if all(stays) else "risky" if any(stays) else "note",
+            (f"{xfd:#x}", known),
+            f"{name_of(nr)} ({_data(state, nr)}) is in XSTATE_BV while IA32_XFD disables it: "
             + (
-                "this kernel clears the bit"
-                if patched
-                else "the host's XRSTOR takes #NM, and a kernel without b45f72177594 panics"
+                "the host's XRSTOR takes #NM, and a kernel without b45f72177594 panics"
+                if any(stays)
+                else "this kernel clears the bit"
             ),
             component=nr,
-            fix="safe",
-            open=unknown,
+            fix=_drop(state, nr),
+            open=any(stays) and not all(stays),
         )
 
 
@@ -412,18 +417,18 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
     if state.kind != "vm" or not wants or target.host is None or not target.host & TILEDATA:
         return
     granted = host.guest_permission
-    if granted is None and host.kernel is not None and "guest-perm" not in host.kernel:
+    if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
         granted = 0
-    if granted is None:
+    if granted is None or granted & TILEDATA:
         yield _finding(
             state,
             "PERM",
             "note",
-            (f"{wants:#x}", "unknown"),
+            (f"{wants:#x}", "unknown" if granted is None else f"{granted:#x}"),
             "the VMM must ask for AMX tile data with ARCH_REQ_XCOMP_GUEST_PERM first",
             component=18,
         )
-    elif not granted & TILEDATA:
+    else:
         yield _finding(
             state,
             "PERM",
@@ -432,7 +437,6 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             "the guest has AMX tile data and the host's kernel can't grant them to guests: "
             "KVM_SET_CPUID2 fails with EPERM",
             component=18,
-            fix="none",
         )
 
 
@@ -464,7 +468,7 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             component=nr,
             fix=_drop(state, nr),
             ref=BEHAVIOURS["user-xfeatures-guest"].ref,
-            open=not (state.may or 0) >> nr & 1,
+            open=True,
         )
 
 

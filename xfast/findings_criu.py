@@ -116,8 +116,9 @@ def criu_findings(states: list[State], host: Host, policy: Policy) -> Iterator[F
         Of all threads. For snapshots of other producers there is nothing to say.
     host : Host
     policy : Policy
-        What level fpu refuses, blocks. What only ins or cpu refuses is a note, unless the policy
-        asks ``isa`` or ``strict``.
+        CRIU compares when it is asked to (--cpu-cap). What its level fpu refuses is risky, and
+        blocks if the policy asks ``fpu``; what only ins or cpu refuses is a note, and blocks if
+        the policy asks ``isa`` or ``strict``.
 
     *Source*: CRIU criu/arch/x86/cpu.c cpu_validate_features().
     """
@@ -160,7 +161,7 @@ def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Fin
         for name in _missing(process, FPU, host):
             yield process.finding(
                 "HOST-MISSING",
-                "blocks",
+                "blocks" if policy.asks("fpu") else "risky",
                 ("present", "absent"),
                 f"criu --cpu-cap=fpu refuses: the dumping CPU has {name}, the host has not",
                 component=name,
@@ -173,7 +174,7 @@ def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Fin
             "criu --cpu-cap=fpu asks for xsaves, which the dumping CPU has; whether the host has "
             "it is not known",
             component="xsaves",
-            open=True,
+            open=policy.asks("fpu"),
         )
 
 
@@ -185,7 +186,7 @@ def _fpu_mask(process: _Process, host: Host, policy: Policy) -> Iterator[Finding
     for nr in bits(mask & COMPARED & ~there):
         yield process.finding(
             "HOST-MISSING",
-            "blocks",
+            "blocks" if policy.asks("fpu") else "risky",
             (f"{mask:#x}", f"{there:#x}"),
             f"criu --cpu-cap=fpu refuses: {name_of(nr)} ({process.use(1 << nr)}) is in the image's "
             f"xfeatures_mask {mask:#x}, and not on the host ({there:#x})",
@@ -207,12 +208,12 @@ def _fpu_sizes(process: _Process, host: Host, policy: Policy) -> Iterator[Findin
                 (f"{size}", "unknown"),
                 f"criu --cpu-cap=fpu asks for the same {words}: {size} on the image, and not known "
                 "of the host",
-                open=True,
+                open=policy.asks("fpu"),
             )
         elif size is not None and size != size_there:
             yield process.finding(
                 "SIZE",
-                "blocks",
+                "blocks" if policy.asks("fpu") else "risky",
                 (f"{size}", f"{size_there}"),
                 f"criu --cpu-cap=fpu refuses: {words} {size} on the image, {size_there} on the "
                 "host (CRIU asks for equal)",

@@ -183,9 +183,9 @@ def plan_fix(
         _require_droppable(snapshot.path, state, asked, even_if_live)
         repairs.append(_Repair(state, host, _actionable(state, host, rules), asked))
     trims = any(repair.trims for repair in repairs)
-    size = max(repair.size(trims) for repair in repairs) if repairs else 0
-    resizes = trims or any(size > len(vcpu.area) for vcpu in snapshot.vcpus)
-    vcpus = [repair.result(size if resizes else None) for repair in repairs]
+    sizes = [repair.size(trims) for repair in repairs]
+    grows = any(size > len(vcpu.area) for size, vcpu in zip(sizes, snapshot.vcpus, strict=True))
+    vcpus = [repair.result(max(sizes) if trims or grows else None) for repair in repairs]
     mended = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus]
     after = verdict_of(snapshot.path, host, mended, rules)
     areas = {
@@ -200,7 +200,7 @@ def plan_fix(
     notes += tuple(
         f"cpuinfo.img stays as it is: {finding.why}"
         for finding in criu_findings(mended, host, rules)
-        if finding.severity == "blocks"
+        if finding.severity != "note"
     )
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 

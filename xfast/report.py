@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from xfast.area import classify, headers
-from xfast.errors import XfastError
+from xfast.errors import XfastError, printable
 from xfast.features import bits, name_of
 from xfast.layout import Layout, recognise
 from xfast.registers import REGISTERS, as_integers
@@ -32,8 +32,12 @@ def console(file: TextIO) -> Console:
     """Return a console on `file`: colours on a terminal only, lines never broken elsewhere."""
     from rich.console import Console
 
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     wide = None if file.isatty() else 10_000
-    return Console(file=file, width=wide, highlight=False, markup=False, soft_wrap=wide is not None)
+    return Pipe(file=file, width=wide, highlight=False, markup=False, soft_wrap=wide is not None)
 
 
 def _hex(value: int | None) -> str | None:
@@ -96,7 +100,7 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
     """Print what is in a snapshot, for people."""
     wrapped = " in " + " in ".join(reversed(snapshot.container)) if snapshot.container else ""
     by = f", written by {snapshot.producer}" if snapshot.producer else ""
-    out.print(f"{snapshot.name}: {snapshot.format}{wrapped}{by}", style="bold")
+    out.print(f"{printable(snapshot.name)}: {snapshot.format}{wrapped}{by}", style="bold")
     whose = "thread" if snapshot.kind == "process" else "vCPU"
     for vcpu in snapshot.vcpus:
         answer = vcpu_as_json(vcpu, registers=registers)
@@ -145,7 +149,7 @@ def _labels(paths: Iterable[str]) -> dict[str, str]:
     names = list(paths)
     parents = {os.path.dirname(name) for name in names}
     shared = os.path.commonpath(parents) if len(names) > 1 and "" not in parents else ""
-    return {name: os.path.relpath(name, shared) if shared else name for name in names}
+    return {name: printable(os.path.relpath(name, shared) if shared else name) for name in names}
 
 
 def _reasons(verdicts: list[Verdict], labels: Mapping[str, str], *, notes: bool) -> Iterator[str]:
@@ -215,7 +219,8 @@ class Tally:
     def closing_line(self, unread: int) -> str:
         """Say how many pairs of each kind there were, and how many inputs were `unread`."""
         parts = [f"{self.words[word]} {word}" for word in COLOURS if self.words[word]]
-        text = f"{self.words.total()} pairs: " + (", ".join(parts) or "none judged")
+        total = self.words.total()
+        text = f"{total} pair{'' if total == 1 else 's'}: " + (", ".join(parts) or "none judged")
         text += f"; {self.fixable} can be fixed without loss" if self.fixable else ""
         return text + (f"; {unread} inputs could not be read" if unread else "")
 

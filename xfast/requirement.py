@@ -100,7 +100,7 @@ def _may(vcpu: Vcpu, kind: str) -> tuple[int | None, str]:
     return None, ""
 
 
-TYPICAL = tuple(behaviour.of_release(r) for r in ("5.15", "5.16", "5.18", "6.0", "6.6"))
+TYPICAL = tuple(behaviour.of_release(r) for r in ("5.15", "5.16", "5.18", "6.0", "6.6", "6.19"))
 """One kernel of each generation: what an unknown kernel may do."""
 
 
@@ -108,12 +108,13 @@ TYPICAL = tuple(behaviour.of_release(r) for r in ("5.15", "5.16", "5.18", "6.0",
 class Target:
     """What one host does with one vCPU's XSTATE_BV. Masks are ints.
 
-    `host` holds the components the host can give; `refused` the bits that its KVM_SET_XSAVE
-    refuses for certain; `doubtful` those that it may refuse; `kept` those that it accepts for
-    certain and that the next KVM_GET_XSAVE reports again.
+    `host` holds the components the host can give; `accepts` those that its KVM_SET_XSAVE takes
+    for certain; `refused` the area's bits that it refuses for certain; `doubtful` those that it
+    may refuse; `kept` those that it takes for certain and the next KVM_GET_XSAVE reports again.
     """
 
     host: int | None
+    accepts: int
     refused: int
     doubtful: int
     kept: int
@@ -127,13 +128,14 @@ def kernels_of(host: Host) -> tuple[Behaviours, ...]:
 def target_of(state: State, host: Host) -> Target:
     """Ask every kernel that `host` may run what it does with the area."""
     supported = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
+    if not has_xsave(host):
+        supported = XFEATURE_MASK_FPSSE
     if supported is None:
-        return Target(None, 0, state.bv, 0)
-    if state.kind != "vm":
-        return Target(supported, state.bv & ~supported, 0, state.bv & supported)
+        return Target(None, 0, 0, state.bv, 0)
+    if state.kind != "vm" or not has_xsave(host):
+        return Target(supported, supported, state.bv & ~supported, 0, state.bv & supported)
     user = supported if host.xcr0 is None else host.xcr0
-    known = state.guest_cpuid_mask
-    guests = (known,) if known is not None else ((state.vcpu.xcr0 or 0), ALL)
+    guests = guests_of(state)
     all_take, any_takes, all_report = ALL, 0, ALL
     for kernel in kernels_of(host):
         for guest in guests:
@@ -143,9 +145,28 @@ def target_of(state: State, host: Host) -> Target:
             any_takes |= takes
             all_report &= reports
     refused = state.bv & ~any_takes
-    return Target(
-        supported, refused, state.bv & ~all_take & ~refused, state.bv & all_take & all_report
+    doubtful = state.bv & ~all_take & ~refused
+    return Target(supported, all_take, refused, doubtful, state.bv & all_take & all_report)
+
+
+def has_xsave(host: Host) -> bool:
+    """Return whether the host has XSAVE at all; without it KVM moves x87 and SSE only."""
+    if host.features is not None:
+        return "xsave" in host.features
+    return bool(
+        host.xsave or host.kvm_xcr0 or host.xcr0 is None or host.xcr0 & ~XFEATURE_MASK_FPSSE
     )
+
+
+def guests_of(state: State) -> tuple[int, ...]:
+    """Return the component masks that the guest's CPUID may have: one if the file tells it.
+
+    XCR0 bounds them from below; XCR0 1 is that of a guest without XSAVE, too.
+    """
+    if state.guest_cpuid_mask is not None:
+        return (state.guest_cpuid_mask,)
+    xcr0 = state.vcpu.xcr0 or 0
+    return (xcr0 if xcr0 > 1 else 0, ALL)
 
 
 def kernel_masks(kernel: Behaviours, user: int, supported: int, guest: int) -> tuple[int, int]:
@@ -192,7 +213,7 @@ def refuses(host: Host, state: State, **header: int) -> tuple[bool, bool]:
             user=ALL,
             kvm_xcr0=ALL,
             mxcsr_mask=mask,
-            xsave="xsave" in host.xsave or bool(host.kvm_xcr0),
+            xsave=has_xsave(host),
             **(clean | header),  # type: ignore[arg-type]
         )
         for kernel in kernels_of(host)

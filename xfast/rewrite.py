@@ -24,6 +24,9 @@ NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
 JOURNAL_LIMIT = 64 << 20
 """No journal is larger than this (bytes): areas are small, and one edit touches few."""
 
+FICLONE = 0x40049409
+"""The ioctl that makes a file share the blocks of another (Linux include/uapi/linux/fs.h)."""
+
 Stamp = tuple[int, int, int, int]
 
 
@@ -173,6 +176,15 @@ def make_like(fd: int, original: int) -> None:
         for name in os.listxattr(original):
             os.setxattr(fd, name, os.getxattr(original, name))
     os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def clone(source: int, target: int) -> bool:
+    """Make an empty file share the blocks of another; return whether the file system can."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def patch(source: Source, edits: Sequence[Splice], check: Callable[[], None]) -> None:

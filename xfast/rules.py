@@ -74,7 +74,8 @@ _TABLE = (
         "PKRU at 832, Zen 3 at 2432, Intel at 2688. An area that moves between them verbatim is "
         "accepted and read at the wrong place.",
         "Intel SDM vol. 1 section 13.4.3; AMD APM vol. 2 section 11.5.2",
-        "xfast convert, or xfast fix for a target, moves the components to their place.",
+        "xfast fix moves the components to the target's places, and xfast convert to any. Where "
+        "the file has the guest's own CPUID, the guest knows the old places: choose another host.",
     ),
     Rule(
         "FORMAT",
@@ -100,7 +101,8 @@ _TABLE = (
         "hosts without b45f72177594 panic.",
         'Linux kernel commit b45f72177594 ("x86/fpu: Clear XSTATE_BV[i] in guest XSAVE state '
         'whenever XFD[i]=1") (in v6.19)',
-        "xfast fix clears the bit, as patched kernels do.",
+        "xfast fix clears the bit where the tiles hold nothing. Patched kernels discard live "
+        "tiles, too; xfast fix does that only with --drop tiledata --even-if-live.",
     ),
     Rule(
         "XSS",

@@ -21,9 +21,13 @@ def load(path: str | Path) -> list[Host]:
     ------
     FormatError
         If it is none of the kinds known, or damaged.
+    XfastError
+        If it is no regular file.
     OSError
         If it can't be read.
     """
+    if not Path(path).is_file():
+        raise XfastError(f"{path}: not a regular file, needed a host description")
     with open(path, "rb") as file:
         data = file.read(SIZE_LIMIT + 1)
     if len(data) > SIZE_LIMIT:

@@ -94,7 +94,8 @@ def from_cpuid(
     if features is not None:
         facts["xsave"] = features & XSAVE_FEATURES
     provenance = dict.fromkeys((k for k, v in facts.items() if v is not None), "dump")
-    if features is not None:
+    extended = cpuid.find(0x80000001)
+    if features is not None and (extended or cpuid.vendor == "GenuineIntel"):
         facts["mxcsr_mask"] = MXCSR_MASK_AMD if "misalignsse" in features else MXCSR_MASK_INTEL
         provenance["mxcsr_mask"] = "derived"
     try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-import numpy as np
-
-from xfast.area import Areas, headers, relayout
 from xfast.features import KVM_XSAVE_SIZE
 from xfast.hosts.model import Host
 from xfast.kvm import live
+from xfast.kvm.migration import sent
 from xfast.layout import Layout
-from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.snapshots.model import Snapshot
 from xfast.verdict import Verdict
 
 
@@ -36,8 +34,11 @@ def confirm(snapshot: Snapshot, host: Host, verdict: Verdict) -> Verdict:
     answer = "KVM accepts"
     for vcpu in snapshot.vcpus:
         layout = vcpu.layout or Layout(())
+        portable = vcpu.portable and vcpu.layout is not None
+        size = max(host.layout.standard_size(), len(vcpu.area), KVM_XSAVE_SIZE)
+        row = sent(vcpu.area, layout, host.layout, size, portable=portable)
         try:
-            found = live.confirm(as_restored(vcpu, host.layout), layout, vcpu.cpuid)
+            found = live.confirm(row, host.layout if portable else layout, vcpu.cpuid)
         except OSError as problem:  # no /dev/kvm, or it refuses the guest's CPUID
             return replace(verdict, live=f"KVM can't be asked: {problem}")
         if not found.accepted:
@@ -46,19 +47,3 @@ def confirm(snapshot: Snapshot, host: Host, verdict: Verdict) -> Verdict:
     if verdict.settable != (answer == "KVM accepts"):
         answer += ", not as foretold"
     return replace(verdict, live=answer)
-
-
-def as_restored(vcpu: Vcpu, layout: Layout) -> Areas:
-    """Return the area that a VMM passes to KVM_SET_XSAVE on a host of `layout`.
-
-    A raw area goes as it is. QEMU builds one with the host's offsets, and with the stream's
-    XSTATE_BV verbatim: a bit survives although the host has no place for its data.
-
-    *Source*: QEMU target/i386/xsave_helper.c x86_cpu_xsave_all_areas().
-    """
-    if not vcpu.portable or vcpu.layout is None:
-        return vcpu.area
-    size = max(layout.standard_size(), KVM_XSAVE_SIZE)
-    row = relayout(vcpu.area, vcpu.layout, layout, size=size, lossy=True)
-    row[512:520].view("<u8")[0] = np.uint64(headers(vcpu.area).xstate_bv)
-    return row

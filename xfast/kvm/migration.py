@@ -21,6 +21,7 @@ from xfast.hosts.model import Host
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
 from xfast.kvm.kernel import Kernel
 from xfast.kvm.vcpu import Vcpu
+from xfast.layout import Layout
 
 
 class Vmm(NamedTuple):
@@ -125,9 +126,10 @@ def migrate(
         with contextlib.suppress(OSError):  # SET_CPUID2 will then say EPERM
             there.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, TILEDATA.bit_length() - 1)
     target = there.create_vcpu()
+    size = max(target.guest_fpu.uabi_size, there.xsave2_size, KVM_XSAVE_SIZE, len(saved))
     arguments = {
         "set_cpuid2": vcpu.cpuid,
-        "set_xsave": _area_for(saved, here, target, how),
+        "set_xsave": sent(saved, here.fpu.layout, there.fpu.layout, size, portable=how.portable),
         "set_xcrs": vcpu.get_xcrs(),
     }
     failed = ""
@@ -143,15 +145,22 @@ def migrate(
     return Migration(None if failed and how.stops else target, failed, bv, lost, xcr0_lost)
 
 
-def _area_for(saved: area.Areas, here: Kernel, target: Vcpu, how: Vmm) -> area.Areas:
-    """Return the bytes that the VMM passes to KVM_SET_XSAVE on the target."""
-    size = max(target.guest_fpu.uabi_size, target.kernel.xsave2_size, KVM_XSAVE_SIZE, len(saved))
-    if not how.portable:
+def sent(
+    saved: area.Areas, layout: Layout, target: Layout, size: int, *, portable: bool
+) -> area.Areas:
+    """Return the `size` bytes that a VMM passes to KVM_SET_XSAVE for a saved area.
+
+    A portable VMM (QEMU) builds the area with the target's offsets and sends XSTATE_BV over as
+    it is: a component that the target has no place for keeps its bit and loses its data.
+    Others pass on the saved bytes.
+
+    *Source*: QEMU target/i386/xsave_helper.c x86_cpu_xsave_all_areas().
+    """
+    if not portable:
         out: area.Areas = area.empty(1, size)[0]
         out[: len(saved)] = saved
         return out
-    out = area.relayout(saved, here.fpu.layout, target.kernel.fpu.layout, size=size, lossy=True)
-    # QEMU sends XSTATE_BV over as it is; components that the target has no place for have no data
+    out = area.relayout(saved, layout, target, size=size, lossy=True)
     out[512:520] = saved[512:520]
     return out
 

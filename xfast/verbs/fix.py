@@ -9,9 +9,10 @@ import sys
 from itertools import groupby
 from typing import Any, TextIO
 
-from xfast.cli import complain, hosts_of, reading_arguments, snapshots_of
-from xfast.errors import XfastError
+from xfast.cli import complain, reading_arguments, snapshots_of
+from xfast.errors import XfastError, printable
 from xfast.features import parse_component
+from xfast.hosts import resolve
 
 EPILOG = """\
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
@@ -58,7 +59,7 @@ def _component(word: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code: 0 restorable, 1 a finding blocks, 2 trouble."""
     _require_consistent(args)
-    (host,) = hosts_of([args.host])
+    host = resolve(args.host)
     if args.in_place:
         from xfast.rewrite import recover
 
@@ -114,7 +115,7 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
         record = apply(plans, output, **how, **limit)
         written = (output or path) if record or output else ""
         if not args.json and written:
-            print(f"  wrote {written}")
+            print(f"  wrote {printable(written)}")
     return [
         {
             "snapshot": path,
@@ -132,17 +133,14 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
 
 def _print(plan: Any, out: TextIO) -> None:
     """Print a plan for people."""
-    name = plan.host.name
-    print(
-        f"{plan.snapshot.path} on {name}: {plan.before.verdict}, then {plan.after.verdict}",
-        file=out,
-    )
+    who = printable(f"{plan.snapshot.path} on {plan.host.name}")
+    print(f"{who}: {plan.before.verdict}, then {plan.after.verdict}", file=out)
     for change in plan.changes:
         what = f"{change.component} " if change.component else ""
         held = f" ({change.state})" if change.state else ""
         print(
             f"  vCPU {change.vcpu}: {what}{change.field} {change.before} -> {change.after}{held}"
-            f"\n    {change.rule or 'asked for'}: {change.why}",
+            f"\n    {change.rule or '--drop'}: {change.why}",
             file=out,
         )
     if not plan.changes:
