@@ -1,4 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: freethreading_compatible=True
 """The loops of `_loops.pxi`, compiled for: baseline."""
 
 include "_loops.pxi"
