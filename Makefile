@@ -15,8 +15,8 @@ demo: $(VENV)/.demo
 	@$(BIN)/xfast check examples/snapshots --host examples/hosts intel-icelake-server@6.12; \
 	  echo "exit code $$? (0: all can be restored, 1: something blocks, 2: something can't be judged)"
 	@echo
-	@echo '$$ xfast show examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate'
-	@$(BIN)/xfast show examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate
+	@echo '$$ xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run'
+	@$(BIN)/xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -1,9 +1,11 @@
 """Raw areas: plain files, .npy stacks, companions, and what an area tells of its layout."""
 
+import gzip
 import io
 import mmap
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -120,6 +122,55 @@ class TestFiles:
         (vcpu,) = snapshot.vcpus
         assert np.array_equal(vcpu.area, image)
         assert vcpu.layout == PRESETS["intel"].restricted(0x602E7)
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    @pytest.mark.parametrize(("size", "mask"), [(11008, 0xE7), (11008, 0x602E7), (12288, 0x602E7)])
+    def test_areas_of_kvm_get_xsave2(self, tmp_path, count, size, mask):
+        """Idle tiles leave the area as long as busy ones do."""
+        image = filled(PRESETS["intel"], mask, size)
+        path = tmp_path / "unnamed"
+        path.write_bytes(image.tobytes() * count)
+        (snapshot,) = snapshots.read(path)
+        assert [vcpu.where["area"] for vcpu in snapshot.vcpus] == [
+            (size * i, size) for i in range(count)
+        ]
+        assert all(np.array_equal(vcpu.area, image) for vcpu in snapshot.vcpus)
+
+    def test_zeros_are_no_area(self, tmp_path, sample):
+        """KVM_GET_XSAVE always writes FCW and MXCSR; zeros are a hole, or a wrong size."""
+        path = tmp_path / "areas.xsave"
+        path.write_bytes(sample + bytes(4096))
+        with pytest.raises(FormatError, match="offset 4096: found no FCW, MXCSR nor XSTATE_BV"):
+            snapshots.read(path)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_large_file_of_zeros_costs_no_memory(self, tmp_path, packed):
+        path = tmp_path / ("bomb.xsave.gz" if packed else "bomb.xsave")
+        with gzip.open(path, "wb", 1) if packed else open(path, "wb") as file:
+            if packed:
+                for _ in range(128):
+                    file.write(bytes(1 << 20))
+            else:
+                file.truncate(3 << 30)
+        tracemalloc.start()
+        with pytest.raises(FormatError, match="offset 0: found no FCW"):
+            snapshots.read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 << 20
+
+    @pytest.mark.parametrize(("at", "value"), [(520, 7), (519, 0x80), (517, 1), (524, 4)])
+    def test_a_dirty_header_is_read_for_the_rules_to_name(self, tmp_path, data, at, value):
+        image = bytearray((data / "raw/kvm618-guestxcr0_e7-bv07.xsave").read_bytes())
+        image[at] = value
+        path = tmp_path / "dirty.xsave"
+        path.write_bytes(image)
+        (vcpu,) = snapshots.read(path)[0].vcpus
+        assert vcpu.area.tobytes() == bytes(image)
+        path.rename(tmp_path / "unnamed")
+        with pytest.raises(FormatError, match="needed one of"):
+            snapshots.read(tmp_path / "unnamed")
+        assert snapshots.read(tmp_path / "unnamed", format="raw")
 
     @pytest.mark.parametrize("length", [0, 1, 575, 576, 4095, 4097])
     def test_truncated_files(self, tmp_path, sample, length):

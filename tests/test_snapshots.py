@@ -274,8 +274,12 @@ class TestRegistry:
                 snapshots.read(path)
 
     def test_a_format_may_be_forced(self, tmp_path):
-        path = tmp_path / "zeros"
-        path.write_bytes(bytes(8192))
+        area = bytearray(4096)
+        area[0:2], area[530] = b"\x7f\x03", 1  # a dirty header, and no name that helps
+        path = tmp_path / "areas"
+        path.write_bytes(area * 2)
+        with pytest.raises(FormatError, match="needed one of"):
+            snapshots.read(path)
         (snapshot,) = snapshots.read(path, format="raw")
         assert [mask_of(vcpu) for vcpu in snapshot.vcpus] == [0, 0]
 

@@ -231,7 +231,7 @@ def _producer(found: Found) -> str:
 
 def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Layout | None) -> Vcpu:
     area = np.frombuffer(source.read(note.offset, note.length), np.uint8)
-    if not infer.plausible(area):
+    if not infer.headed(area):
         raise FormatError(
             source.path, note.offset + 512, "found an XSAVE header with unknown components"
         )

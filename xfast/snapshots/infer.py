@@ -65,23 +65,25 @@ def software_mask(area: NDArray[np.uint8]) -> int:
     return int(mask) if plausible else 0
 
 
-def plausible(area: NDArray[np.uint8], *, strict: bool = False) -> bool:
-    """Tell whether bytes may be an XSAVE area: its header names known components only.
-
-    Parameters
-    ----------
-    strict : bool
-        Nothing else says that they are one: ask for a clean header and for control words that
-        a CPU can have written too (FCW bit 6 is always set; SDM vol. 1 section 8.1.5).
-    """
+def headed(area: NDArray[np.uint8]) -> bool:
+    """Tell whether bytes have the header of an XSAVE area, with known components only."""
     xstate_bv, xcomp_bv = header(area)
-    compacted = xcomp_bv & XCOMP_BV_COMPACTED
     known = not (xstate_bv | xcomp_bv & ~XCOMP_BV_COMPACTED) & ~KNOWN_MASK
-    if not known or not (compacted or not xcomp_bv):
-        return False
+    return known and (not xcomp_bv or bool(xcomp_bv & XCOMP_BV_COMPACTED))
+
+
+def controlled(area: NDArray[np.uint8]) -> bool:
+    """Tell whether bytes have FCW and MXCSR as a CPU can have written them.
+
+    *Source*: Intel SDM vol. 1 section 8.1.5 (FCW bit 6 is always set), section 10.2.3.
+    """
     fcw, mxcsr = struct.unpack_from("<H22xI", area.data)
-    clean = fcw & 0xE0C0 == 0x40 and not mxcsr & ~MXCSR_MASK_AMD and not any(area[528:576])
-    return clean or not strict
+    return fcw & 0xE0C0 == 0x40 and not mxcsr & ~MXCSR_MASK_AMD
+
+
+def blank(area: NDArray[np.uint8]) -> bool:
+    """Tell whether an area has neither control words nor a component, as no kernel writes it."""
+    return not any(struct.unpack_from("<H22xI", area.data)) and not header(area)[0]
 
 
 def place(

@@ -39,6 +39,8 @@ CPUID_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
 COMPRESSION = (".gz", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
+XSAVE2_SIZES = (11008, 12288)
+"""Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
 MAP_FROM = 64 << 20
 """Files from this size on (bytes) are mapped, not read: a map costs a file descriptor."""
 
@@ -94,9 +96,11 @@ def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
     if source.read(0, min(6, source.size)) == NPY_MAGIC or _name(source).endswith(".xsave"):
         return True
-    if source.size < KVM_XSAVE_SIZE or source.size % KVM_XSAVE_SIZE:
+    sizes = (KVM_XSAVE_SIZE, XSAVE2_SIZES[0])
+    if source.size < KVM_XSAVE_SIZE or all(source.size % size for size in sizes):
         return False
-    return infer.plausible(_bytes(source, 0, KVM_XSAVE_SIZE), strict=True)
+    area = _bytes(source, 0, KVM_XSAVE_SIZE)
+    return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
 
 
 def read(
@@ -110,8 +114,8 @@ def read(
     layout : Layout, optional
         The layout of every area; default: from the CPUID beside the file, or inferred.
     size : int, optional
-        Bytes of an area in a plain file; default: 4096, or the whole file where its first area
-        has AMX tiles and so needs more.
+        Bytes of an area in a plain file; default: 4096, or where AMX tiles ask for more, or the
+        file's size for it, 11008.
 
     Returns
     -------
@@ -127,12 +131,18 @@ def read(
     areas, start = _stack(source) if _is_npy(source) else _plain(source, size, beside)
     vcpus = []
     for i, area in enumerate(areas):
-        if not infer.plausible(area):
+        if not infer.headed(area) and not infer.controlled(area):
             bits = infer.header(area)
             raise FormatError(
                 source.path,
                 start + i * areas.shape[1] + 512,
                 f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
+            )
+        if infer.blank(area):
+            raise FormatError(
+                source.path,
+                start + i * areas.shape[1],
+                "found no FCW, MXCSR nor XSTATE_BV, needed an XSAVE area; see --size",
             )
         try:
             place = infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
@@ -165,12 +175,7 @@ def _is_npy(source: Source) -> bool:
 
 
 def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np.uint8], int]:
-    if size is None:
-        size = KVM_XSAVE_SIZE
-        if source.size > size:
-            head = _bytes(source, 0, size)
-            mask = infer.header(head)[0] | infer.software_mask(head) | (beside.xcr0 or 0)
-            size = source.size if mask & TILEDATA else size
+    size = _area_size(source, beside) if size is None else size
     if not EXTENDED_OFFSET <= size <= AREA_LIMIT:
         raise FormatError(
             source.path, None, f"found areas of {size} bytes, needed {EXTENDED_OFFSET} to 1 MiB"
@@ -180,6 +185,18 @@ def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np
             source.path, 0, f"found {source.size} bytes, needed a multiple of {size}; see --size"
         )
     return _bytes(source, 0, source.size).reshape(-1, size), 0
+
+
+def _area_size(source: Source, beside: Beside) -> int:
+    """Return the size of an area (bytes) in a plain file, where nobody says it."""
+    if source.size <= KVM_XSAVE_SIZE:
+        return KVM_XSAVE_SIZE
+    head = _bytes(source, 0, KVM_XSAVE_SIZE)
+    mask = infer.header(head)[0] | infer.software_mask(head) | (beside.xcr0 or 0)
+    if mask & TILEDATA:
+        return next((size for size in XSAVE2_SIZES if not source.size % size), source.size)
+    unpaged = source.size % KVM_XSAVE_SIZE and not source.size % XSAVE2_SIZES[0]
+    return XSAVE2_SIZES[0] if unpaged else KVM_XSAVE_SIZE
 
 
 def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
