@@ -369,7 +369,6 @@ cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
     job.src_stride = src.stride
     job.dst = dst.data
     job.dst_stride = dst.stride
-    job.dst_size = dst.size
     job.n = src.n
     if src.n * (src.size + dst.size) > stream_above:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0

@@ -7,7 +7,7 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
     AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place,
-    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, place, store32, store64,
+    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
 from xfast._loops cimport Loops, Scan

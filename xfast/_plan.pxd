@@ -105,7 +105,6 @@ cdef struct Job:
     Py_ssize_t src_stride
     uint8_t *dst
     Py_ssize_t dst_stride
-    Py_ssize_t dst_size
     Py_ssize_t n
     Cache *cache
     bint stream  # past the caches
