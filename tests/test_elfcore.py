@@ -150,14 +150,15 @@ class TestLayout:
     @pytest.mark.parametrize(("mask", "size"), [(0xE7, 2688), (0x207, 2696), (0x2E7, 2696)])
     def test_gdb_13_may_have_put_intels_offsets_on_amds_data(self, tmp_path, mask, size):
         (vcpu,) = read(tmp_path / "core", thread(1, area(mask, size))).vcpus
-        assert (vcpu.layout, vcpu.layout_source) == (None, "unknown")
-        assert "layout ambiguous: gdb before 14" in vcpu.layout_note
+        assert (vcpu.layout.mask, vcpu.layout_source) == (7, "inferred")
+        assert "the layout is ambiguous: gdb before 14" in vcpu.layout_note
 
     def test_a_real_core_of_gdb_13_is_ambiguous(self, data):
         (snapshot,) = snapshots.read(data / "elf" / "gdb13-regs64-3thr.core.xz")
         assert snapshot.producer == "gdb"
         assert [vcpu.index for vcpu in snapshot.vcpus] == [12659, 12661, 12662]
-        assert {(vcpu.layout, vcpu.layout_source) for vcpu in snapshot.vcpus} == {(None, "unknown")}
+        assert {vcpu.layout for vcpu in snapshot.vcpus} == {PRESETS["intel"].restricted(7)}
+        assert {vcpu.layout_source for vcpu in snapshot.vcpus} == {"inferred"}
 
     def test_the_user_knows_better_than_the_note(self, data):
         path = data / "elf" / "kernel618-regs64-3thr.core.xz"

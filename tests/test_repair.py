@@ -224,7 +224,7 @@ def test_a_core_of_an_old_gdb_is_refused(data, tmp_path):
     path = tmp_path / "core"
     path.write_bytes(lzma.decompress((data / "elf" / "gdb13-regs64-3thr.core.xz").read_bytes()))
     (found,) = xfast.read(path)
-    assert {vcpu.layout for vcpu in found.vcpus} == {None}
+    assert {vcpu.layout.mask for vcpu in found.vcpus} == {7}
     plan = plan_fix(found, host(7))
     assert not plan.changes
     with pytest.raises(PolicyError, match="would refuse"):

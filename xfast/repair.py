@@ -219,9 +219,9 @@ def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) 
     live = asked & state.bv & (state.live | state.unreadable)
     if live and not even_if_live:
         raise PolicyError(f"{where}{names_of(live)} holds live data; --even-if-live gives them up")
-    if live & ~XFEATURE_MASK_FPSSE and state.vcpu.layout is None:
+    if live & state.unplaced:
         raise PolicyError(
-            f"{where}where {names_of(live & ~XFEATURE_MASK_FPSSE)} lies is not known "
+            f"{where}where {names_of(live & state.unplaced)} lies is not known "
             f"({state.vcpu.layout_note}); --layout names the layout"
         )
 
@@ -324,7 +324,7 @@ def _held(state: State, nr: int) -> str:
     """Say in a word what a present component holds."""
     if nr == 9 and state.pkru and not state.live & PKRU:
         return "default"
-    if state.unreadable >> nr & 1 or (state.vcpu.layout is None and nr > 1):
+    if state.unreadable >> nr & 1:
         return "unknown"
     return "live" if state.live >> nr & 1 else "init"
 

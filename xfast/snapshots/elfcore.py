@@ -240,10 +240,11 @@ def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Lay
         place = infer.Place(noted, "note")
     elif given is None and _debugger_guessed(area, mask):
         place = infer.Place(
-            None,
-            "unknown",
-            "layout ambiguous: gdb before 14 writes Intel's offsets on AMD too, and this core "
-            "has neither NT_X86_XSAVE_LAYOUT nor an MXCSR_MASK to tell",
+            infer.common(candidates(mask), mask),
+            "inferred",
+            "beyond what lies at one place everywhere the layout is ambiguous: gdb before 14 "
+            "writes Intel's offsets on AMD too, and this core has neither NT_X86_XSAVE_LAYOUT "
+            "nor an MXCSR_MASK to tell",
         )
     else:
         place = infer.place(area, given=given, size=note.length)
