@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xfast import snapshots
+from xfast import report, snapshots
 from xfast.area import classify, headers
 from xfast.errors import FormatError, PolicyError
 from xfast.layout import PRESETS
@@ -85,6 +85,10 @@ class TestThreads:
         assert [vcpu.index for vcpu in snapshot.vcpus] == [12630, 12631, 12632]
         assert [headers(vcpu.area).xstate_bv for vcpu in snapshot.vcpus] == [0x67, 7, 3]
         assert snapshot.facts["abi"] == "i386"
+        assert {vcpu.mode for vcpu in snapshot.vcpus} == {32}
+        shown = report.vcpu_as_json(snapshot.vcpus[0], registers=True)["registers"]
+        assert {"xmm7", "ymm7", "zmm7", "k7"} < shown.keys()
+        assert not {"xmm8", "ymm8", "zmm8", "zmm31"} & shown.keys()
 
     @pytest.mark.parametrize("xnum", [False, True])
     @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def _vcpus(one: Vcpu, two: Vcpu) -> Iterator[Difference]:
     differing = diff(one.area, two.area, *layouts) & ~unplaced
     if unplaced:
         yield from _unknown(one, two)
-    sides = as_integers(one.area, layouts[0]), as_integers(two.area, layouts[1])
+    sides = (
+        as_integers(one.area, layouts[0], one.mode),
+        as_integers(two.area, layouts[1], two.mode),
+    )
     for nr in bits(differing):
         rows = [
             Difference(one.index, name_of(nr), name, *(_value(side, name) for side in sides))

@@ -115,6 +115,8 @@ def read(
         )
     producer = _producer(found)
     vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in threads]
+    for vcpu in vcpus:
+        vcpu.mode = 32 if abi == "i386" else 64
     facts = {
         "abi": abi,
         "os": "freebsd" if "FreeBSD" in found.names else "linux",
