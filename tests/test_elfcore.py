@@ -231,7 +231,7 @@ class TestThirdParty:
         found = list((shared / "samples" / "thirdparty").rglob(f"*{name}"))
         if not found:
             pytest.skip(f"{name} is not here")
-        with pytest.raises(FormatError, match=r"found no extended state \(notes: .*CORE"):
+        with pytest.raises(FormatError, match=r"offset \d+: found no extended state \(notes: .*CORE"):
             snapshots.read(found[0])
 
 
@@ -246,7 +246,7 @@ class TestBadInput:
             ({32: b"\xff" * 8}, "needed"),
             ({54: b"\x01\0"}, "program headers of 1 bytes"),
             ({56: b"\xfe\xff"}, "needed 3669904"),
-            ({56: b"\0\0"}, "found no extended state"),
+            ({56: b"\0\0"}, "offset 0: found no extended state"),
             ({64 + 8: b"\xff" * 8}, "found notes up to offset"),
             ({64 + 32: b"\xff\xff\xff\xff"}, "found notes up to offset 42949"),
             ({120: b"\xff\xff\xff\x7f"}, "found a note of"),

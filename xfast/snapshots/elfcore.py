@@ -110,7 +110,7 @@ def read(
         notes = ", ".join(sorted(found.names)) or "none"
         raise FormatError(
             source.path,
-            None,
+            segments[0][0] if segments else 0,
             f"found no extended state (notes: {notes}), needed NT_X86_XSTATE of each thread",
         )
     producer = _producer(found)

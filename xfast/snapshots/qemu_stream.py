@@ -236,13 +236,13 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     return devices
 
 
-def _measure(stream: Source, entry: Mapping[str, Any]) -> int:
-    """Return the bytes that a device or subsection takes, by its description."""
+def _measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
+    """Return the bytes that a device or subsection takes, by the description at `text`."""
     try:
         return _size(entry, 0)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise FormatError(
-            stream.path, None, f"found a description that makes no sense: {problem}"
+            stream.path, text, f"found a description that makes no sense: {problem}"
         ) from None
 
 
@@ -273,16 +273,16 @@ def _walk(stream: Source, devices: Sequence[dict[str, Any]], end: int) -> list[C
     listed, but lie before RAM.
     """
     cpus = []
+    text = end + 6
     for device in reversed(devices):
-        size = _measure(stream, device)
+        size = _measure(stream, device, text)
         name = device["name"].encode(errors="replace")
         found = _section(stream, name, size, end)
         if found is None:
             break
-        instance, version, offset = found
         if name == b"cpu":
-            cpus.append(_described_cpu(stream, device, instance, version, offset, size))
-        end = offset - 14 - len(name)
+            cpus.append(_described_cpu(stream, device, text, found, size))
+        end = found[2] - 14 - len(name)
     return cpus
 
 
@@ -303,9 +303,14 @@ def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int
 
 
 def _described_cpu(
-    stream: Source, device: Mapping[str, Any], instance: int, version: int, offset: int, size: int
+    stream: Source,
+    device: Mapping[str, Any],
+    text: int,
+    found: tuple[int, int, int],
+    size: int,
 ) -> CpuSection:
-    fixed = _measure(stream, {"fields": device.get("fields", ())})
+    instance, version, offset = found
+    fixed = _measure(stream, {"fields": device.get("fields", [])}, text)
     if version != CPU_VERSION or fixed not in FIXED_SIZES:
         raise FormatError(
             stream.path,
@@ -317,7 +322,7 @@ def _described_cpu(
     at = offset + fixed
     for part in device.get("subsections", ()):
         name = part["vmsd_name"].encode(errors="replace")
-        length = _measure(stream, part)
+        length = _measure(stream, part, text)
         head = bytes([SUBSECTION, len(name) & 0xFF]) + name
         if stream.read(at, len(head)) != head:
             raise FormatError(stream.path, at, f"found no {part['vmsd_name'][:40]}, as described")
