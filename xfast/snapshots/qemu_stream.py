@@ -73,6 +73,10 @@ DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
 NEXT = re.compile(rb"\x7e|\x05|\x04.{4}[\x01-\xff][\x21-\x7e]", re.DOTALL)
 """What may follow a subsection: a footer, another one, or (without footers) a section."""
+OTHER_DEVICE = re.compile(
+    rb"\x04.{4}([\x03-\x7f])(?!cpu|apic|kvm-tpr-opt)([\x21-\x7e]{3,})\0\0\0.\0\0\0.", re.DOTALL
+)
+"""The header of a section that is no part of a vCPU: the length of its name, and the name."""
 SECTION_END = re.compile(
     rb"\x7e(?=(.{4})(?:\x04.{4}[\x01-\xff][\x21-\x7e]|\0(?:\x06|\0*\Z)))", re.DOTALL
 )
@@ -381,11 +385,13 @@ def _end(window: bytes, cpus: Sequence[CpuSection], start: int) -> int | None:
 
     Without description a section's length is not known, but its footer names it: from the first
     vCPU's on, each has to lead to the next. Where there are no footers (machine types up to 2.3)
-    all that can be asked for is every vCPU up to the last, and EOF's zero.
+    all that can be asked for is every vCPU up to the last, another device, and EOF's zero.
     """
-    first = cpus[0]
+    first, last = cpus[0], cpus[-1]
     if window[first.offset + first.size - start] != FOOTER:
+        others = OTHER_DEVICE.finditer(window, last.offset + last.size - start)
         whole = [cpu.instance for cpu in cpus] == list(range(len(cpus)))
+        whole = whole and any(match[1][0] == len(match[2]) for match in others)
         return len(window) - 1 if whole and not window[-1] else None
     header = first.offset - start - CPU_HEADER
     for match in SECTION_END.finditer(window, header):
