@@ -233,6 +233,27 @@ def test_a_core_of_an_old_gdb_is_refused(data, tmp_path):
         plan_fix(found, host(7), drop=["opmask", "zmm_hi256", "hi16_zmm"], even_if_live=True)
 
 
+def test_bit_63_of_xstate_bv_is_no_component_and_goes():
+    image = area(7)
+    image[519] |= 0x80
+    plan = plan_fix(snapshot(image, layout=INTEL.restricted(7)), host(7))
+    (change,) = plan.changes
+    assert (change.component, change.rule) == ("bit63", "LEAK")
+    assert held(plan.areas[0]) == 7
+    assert plan.after.verdict != "incompatible"
+
+
+def test_a_component_that_nobody_knows_goes_where_its_data_may():
+    image = area(7)
+    image[517] |= 1
+    one = snapshot(image, layout=INTEL.restricted(7))
+    assert plan_fix(one, host(7)).left
+    with pytest.raises(PolicyError, match="bit40 holds live data"):
+        plan_fix(one, host(7), drop=["bit40"])
+    plan = plan_fix(one, host(7), drop=["bit40"], even_if_live=True)
+    assert held(plan.areas[0]) == 7
+
+
 def test_a_plan_for_a_good_snapshot_is_empty():
     plan = plan_fix(snapshot(area(7, live=6)), host(7))
     assert (plan.changes, plan.areas, plan.notes) == ((), {}, ())

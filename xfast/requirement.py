@@ -47,7 +47,7 @@ class State:
     @property
     def unplaced(self) -> int:
         """The components in XSTATE_BV whose place in the area is not known."""
-        return self.bv & ~(self.vcpu.layout or Layout(())).mask
+        return self.bv & ALL & ~(self.vcpu.layout or Layout(())).mask
 
 
 def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
@@ -67,9 +67,9 @@ def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
         head.xcomp_bv,
         head.reserved,
         head.mxcsr,
-        found.live | head.xstate_bv & ~layout.mask,
+        found.live | head.xstate_bv & ALL & ~layout.mask,  # bit 63 is no component's
         found.stale,
-        found.unreadable,
+        found.unreadable & ALL,
         pkru,
         may,
         may_from,
