@@ -231,7 +231,9 @@ class TestThirdParty:
         found = list((shared / "samples" / "thirdparty").rglob(f"*{name}"))
         if not found:
             pytest.skip(f"{name} is not here")
-        with pytest.raises(FormatError, match=r"offset \d+: found no extended state \(notes: .*CORE"):
+        with pytest.raises(
+            FormatError, match=r"offset \d+: found no extended state \(notes: .*CORE"
+        ):
             snapshots.read(found[0])
 
 
