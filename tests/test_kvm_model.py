@@ -397,6 +397,44 @@ def test_cpuid_after_a_run():
                 vcpu.set_cpuid2(entries)
 
 
+def test_the_list_of_before_the_run_is_still_the_same_after_xcr0_and_cr4_changed():
+    """Writes of XCR0 and CR4 refresh the stored list, with which the new one is compared."""
+    vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu()
+    entries = [*leaf_d(7), (1, 0, 0, 0, 0, 1 << 26, 0), (7, 0, 1, 0, 0, 0, 0)]
+    vcpu.set_cpuid2(entries)
+    vcpu.set_xcrs([(0, 7)])
+    vcpu.run()
+    vcpu.cr4 = CR4_OSXSAVE | CR4_PKE
+    vcpu.set_cpuid2(entries)
+    refused(errno.EINVAL, vcpu.set_cpuid2, entries[:-1])
+
+
+@pytest.mark.parametrize("release", ["5.19", "6.0"])
+def test_a_leaf_without_sub_leaves_is_found_under_any_index(release):
+    """KVM_CPUID_INDEX_NOT_SIGNIFICANT came with 277ad7d58611 (in v6.0)."""
+    vcpu = Kernel(intel(user=0x2E7), release).create_vcpu()
+    narrow, first = (0x80000008, 5, 1, 0x2F30, 0, 0, 0), (1, 3, 1, 0, 0, 0, 0)
+    if release == "6.0":
+        refused(errno.EINVAL, vcpu.set_cpuid2, [narrow])
+    else:
+        vcpu.set_cpuid2([narrow])
+    vcpu.set_cpuid2([first])
+    vcpu.cr4 = CR4_OSXSAVE
+    (entry,) = vcpu.get_cpuid2()
+    assert entry.ecx == (1 << 27 if release == "6.0" else 0)
+    vcpu.cr4 = 0
+    assert vcpu.get_cpuid2()[0].ecx == 0
+
+
+def test_ospke_follows_cr4():
+    vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu()
+    vcpu.set_cpuid2([(7, 0, 1, 0, 0, 0, 0)])
+    vcpu.cr4 = CR4_PKE
+    assert vcpu.get_cpuid2()[0].ecx == 1 << 4
+    vcpu.cr4 = 0
+    assert vcpu.get_cpuid2()[0].ecx == 0
+
+
 def test_confidential_guests_tell_and_take_nothing():
     vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu(confidential=True)
     vcpu.set_xsave(buffer(1 << 61))

@@ -106,10 +106,11 @@ class Vcpu:
         behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
         cpuid = self._with_runtime_fields(entries)
         if self.has_run and "cpuid-frozen" in behaviours:
-            if "cpuid-frozen-equal" not in behaviours or cpuid != self.cpuid:
+            stored = self._with_runtime_fields(self.cpuid)
+            if "cpuid-frozen-equal" not in behaviours or cpuid != stored:
                 raise refuse(errno.EINVAL, "this vCPU has run")
             return
-        width = cpuid.find(0x80000008)
+        width = self._find(cpuid, 0x80000008)
         if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
             raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
         if "dynamic-at-cpuid" in behaviours:
@@ -136,7 +137,7 @@ class Vcpu:
         has_pku = bool(self.kernel.fpu.user_cfg.max_features & PKRU)
         size = self.kernel.xstate_required_size
         for leaf in ((1, 0), (7, 0), (0xD, 0), (0xD, 1)):
-            entry = Cpuid(tuple(entries)).find(*leaf)
+            entry = self._find(Cpuid(tuple(entries)), *leaf)
             if entry is None:
                 continue
             at = entries.index(entry)
@@ -154,6 +155,15 @@ class Vcpu:
                 entry = entry._replace(ebx=size(self.xcr0 | self.xss, True))
             entries[at] = entry
         return Cpuid(tuple(entries))
+
+    def _find(self, cpuid: Cpuid, function: int, index: int = 0) -> Entry | None:
+        """Return the entry that KVM goes by; of a leaf without sub-leaves, any will do.
+
+        *Source*: Linux arch/x86/kvm/cpuid.c cpuid_entry2_find().
+        """
+        if "cpuid-index-ignored" in self.kernel.behaviours and function not in (7, 0xD):
+            return next(cpuid.leaf(function), None)
+        return cpuid.find(function, index)
 
     def _out_of_reach(self) -> bool:
         """Return whether KVM can't read the state; raise EINVAL where that is an error."""
