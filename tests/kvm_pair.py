@@ -47,6 +47,7 @@ CPUIDS = {
     "AMX": leaf_d(0x602E7),
     "57 bits": [(0x80000008, 0, 0, 0x3930, 0, 0, 0)],
     "47 bits": [(0x80000008, 0, 0, 0x2F30, 0, 0, 0)],
+    "as KVM rewrites it": [(0xD, 0, SIGNIFICANT, 0xE7, 0, 2688, 0)],
     "47 bits, index 5": [(0x80000008, 5, SIGNIFICANT, 0x2F30, 0, 0, 0)],
     "256": [(0x40000000 + i, 0, 0, 0, 0, 0, 0) for i in range(256)],
     "257": [(0x40000000 + i, 0, 0, 0, 0, 0, 0) for i in range(257)],
