@@ -28,7 +28,9 @@ from xfast.behaviour import (
 from xfast.cpuid import Cpuid, Entry
 from xfast.features import (
     KVM_XSAVE_SIZE,
+    MXCSR_INIT,
     PKRU,
+    SSE,
     X87,
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
@@ -362,6 +364,17 @@ class Vcpu:
         head = struct.pack("<HHBxHQQ", fcw, fsw, ftw, fop, fip, fdp)
         for at, part in ((0, head), (32, st), (160, xmm)):
             regs[at : at + len(part)] = np.frombuffer(part, np.uint8)
+
+    @property
+    def mxcsr(self) -> int:
+        """MXCSR as the guest will find it at the next entry.
+
+        *Source*: Intel SDM vol. 1 section 13.8: a compacted area has it as a part of SSE.
+        """
+        fpstate = self.guest_fpu.fpstate
+        if self.kernel.fpu.compacted and not fpstate.xstate_bv & SSE:
+            return MXCSR_INIT
+        return int(headers(fpstate.regs).mxcsr)
 
     # MSRs
 
