@@ -20,6 +20,7 @@ from xfast.behaviour import (
     CET_S,
     CET_U,
     loaded,
+    needs_permission,
     refusal,
     reported,
     user_xfeatures,
@@ -122,8 +123,7 @@ class Vcpu:
         width = self._find(cpuid, 0x80000008)
         if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
             raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
-        if "dynamic-at-cpuid" in behaviours:
-            fpu.fpu_enable_guest_xfd_features(self.guest_fpu, cpuid.xcr0)
+        fpu.fpu_enable_guest_xfd_features(self.guest_fpu, needs_permission(behaviours, cpuid.xcr0))
         self.cpuid = cpuid
         self.guest_supported_xcr0 = cpuid.xcr0 & self.kernel.supported_xcr0
         self.guest_supported_xss = cpuid.xss & self.kernel.supported_xss
