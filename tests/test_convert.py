@@ -208,6 +208,30 @@ def test_compacted_areas(data, tmp_path):
     assert back.read_bytes() == (data / ZEN4).read_bytes()
 
 
+def test_the_outputs_suffix_tells_its_wrapping(data, tmp_path):
+    area_file = data / ZEN4
+    words = ["convert", str(area_file), "--layout", "amd-zen4", "-o"]
+    for name in ("a.npy", "a.raw", "a.xsave", "a.bin"):
+        assert main([*words, str(tmp_path / name)]) == 0
+    assert np.load(tmp_path / "a.npy").tobytes() == area_file.read_bytes()
+    assert main(["convert", str(tmp_path / "a.npy"), "-o", str(tmp_path / "b.xsave")]) == 0
+    assert main(["convert", str(tmp_path / "a.npy"), "-o", str(tmp_path / "b.npy")]) == 0
+    assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
+    assert main([*words, str(tmp_path / "c.npy"), "--as", "raw"]) == 0
+    assert main(["convert", str(data / "vmm/ch-state.json"), "-o", str(tmp_path / "d.npy")]) == 0
+    assert np.load(tmp_path / "d.npy").shape[1] == 4096
+    for name in ("a.raw", "a.xsave", "a.bin", "b.xsave", "c.npy"):
+        assert (tmp_path / name).read_bytes() == area_file.read_bytes()
+
+
+def test_a_short_area_stays_short(data, tmp_path):
+    short = tmp_path / "short.xsave"
+    short.write_bytes((data / ZEN4).read_bytes()[:2440])
+    words = ["convert", str(short), "--size", "2440", "-o", str(tmp_path / "out.xsave")]
+    assert main(words) == 0
+    assert (tmp_path / "out.xsave").read_bytes() == short.read_bytes()
+
+
 def test_complaints(data, tmp_path, capsys):
     area_file = str(data / ZEN4)
     out = tmp_path / "out"
