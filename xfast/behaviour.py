@@ -126,7 +126,8 @@ _TABLE = (
         "x86/kvm/fpu: Limit guest user_xfeatures to supported bits of XCR0",
         ("5.17-rc6", "5.16.13"),
         "KVM_SET_CPUID2 narrows the guest's user_xfeatures: GET trims, SET refuses all else",
-        "5.16.y has it as 72f0eb735e83; 5.16.13 is inferred from the date of its review",
+        "72f0eb735e83 is its back-port to 5.16.y; 5.16.13 is inferred from the date of its "
+        "review: no announcement of a 5.16.y release with it was found",
     ),
     Behaviour(
         "xcr0-by-user-xfeatures",
@@ -134,7 +135,7 @@ _TABLE = (
         "x86/kvm/fpu: Remove kvm_vcpu_arch.guest_supported_xcr0",
         ("5.17-rc6", "5.16.13"),
         "XCR0 and XFD are limited by user_xfeatures: before KVM_SET_CPUID2, by the host alone",
-        "5.16.13 is inferred, as for ad856280ddea",
+        "5.16.13 is inferred, as for ad856280ddea: no announcement names it",
     ),
     Behaviour(
         "uabi-size-4096",
@@ -206,7 +207,6 @@ _TABLE = (
         "KVM: x86: Constrain guest-supported xfeatures only at KVM_GET_XSAVE{2}",
         ("6.6-rc6", "6.5.9", "6.1.60"),
         "GET trims to the guest's CPUID; SET accepts all that the host supports",
-        "6.5.9 is inferred: it was released together with 6.1.60",
     ),
     Behaviour(
         "protected-state",
@@ -266,6 +266,7 @@ _TABLE = (
         ("6.19-rc6", "6.18.7", "6.12.67", "6.6.122", "6.1.162"),
         "XSTATE_BV bits that XFD disables are cleared at SET and at XFD writes; before, the "
         "next switch to that guest panics the host",
+        "at XFD writes only while TIF_NEED_FPU_LOAD is set for the thread",
     ),
 )
 

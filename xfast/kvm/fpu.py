@@ -41,6 +41,7 @@ from xfast.features import (
 )
 from xfast.hosts.model import Host
 from xfast.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
+from xfast.kvm.uapi import check_host, unsigned
 from xfast.layout import Layout
 from xfast.processor import BY_VENDOR, Cpu, Processor
 
@@ -151,10 +152,19 @@ class Fpu:
     processor : Processor, optional
         The CPU to run on; default: one as the host describes it.
 
+    Attributes
+    ----------
+    need_fpu_load : bool
+        TIF_NEED_FPU_LOAD: whether the thread's registers are in memory when it makes an ioctl.
+        An interrupt or another thread decides that; a kernel can't be relied on for either.
+    panic : KernelPanic or None
+        What brought the host down; nothing more can be asked of it.
+
     Raises
     ------
     ValueError
-        If the host does not say what a kernel must know: layout, XCR0, MXCSR_MASK.
+        If the host does not say what a kernel must know: layout, XCR0, MXCSR_MASK; or if one
+        of its masks can't be.
 
     *Source*: Linux arch/x86/kernel/fpu/xstate.c fpu__init_system_xstate().
     """
@@ -162,7 +172,10 @@ class Fpu:
     def __init__(self, host: Host, behaviours: Behaviours, processor: Processor | None) -> None:
         if host.layout is None or host.xcr0 is None or host.mxcsr_mask is None:
             raise ValueError(f"host {host.name}: needed layout, xcr0 and mxcsr_mask for a kernel")
+        check_host(host)
         self.behaviours = behaviours
+        self.panic: KernelPanic | None = None
+        self.need_fpu_load = True
         self.layout: Layout = host.layout
         self.mxcsr_mask: int = host.mxcsr_mask
         self.has_xsave = host.uses_xsave(behaviours)
@@ -221,15 +234,25 @@ class Fpu:
             regs, size, self.layout.standard_size(user_xfeatures), xfeatures, user_xfeatures
         )
 
+    def check_alive(self) -> None:
+        """Raise KernelPanic again if there was one."""
+        if self.panic:
+            raise KernelPanic(f"the host is down: {self.panic}")
+
+    def _pkru(self) -> Areas:
+        """Return the PKRU register, (1,) u32; ValueError where the CPU has none."""
+        at = self.processor.offsets.get(9)
+        if at is None:
+            raise ValueError(f"pkru: {self.processor.cpu.name} has none")
+        return self.processor.values[at : at + 4].view("<u4")
+
     def rdpkru(self) -> int:
         """Return the PKRU register."""
-        at = self.processor.offsets[9]
-        return int(self.processor.values[at : at + 4].view("<u4")[0])
+        return int(self._pkru()[0])
 
     def wrpkru(self, value: int) -> None:
         """Write the PKRU register (u32)."""
-        at = self.processor.offsets[9]
-        self.processor.values[at : at + 4].view("<u4")[0] = value
+        self._pkru()[0] = unsigned(value, 32, "PKRU")
         self.processor.tracked |= PKRU
         self.processor.xmodified |= PKRU
 
@@ -330,12 +353,15 @@ class Fpu:
     def fpu_update_guest_xfd(self, guest: FpuGuest, xfd: int) -> None:
         """Set a guest's IA32_XFD.
 
+        With b45f72177594, XSTATE_BV loses what XFD disables only if the *thread's* registers
+        happen to be in memory; otherwise the next switch to the guest is a panic, as before.
+
         *Source*: Linux arch/x86/kernel/fpu/core.c fpu_update_guest_xfd().
         """
         guest.fpstate.xfd = xfd
         if guest.fpstate.in_use:
             self.processor.xfd = xfd
-        elif "xfd-clears-bv" in self.behaviours:
+        elif "xfd-clears-bv" in self.behaviours and self.need_fpu_load:
             guest.fpstate.xstate_bv &= ~xfd
 
     def fpu_swap_kvm_fpstate(self, guest: FpuGuest, enter: bool) -> None:
@@ -393,10 +419,11 @@ class Fpu:
                     self.processor.init(nr)
                 self.processor.mxcsr = MXCSR_INIT
                 return
-            raise KernelPanic(
+            self.panic = KernelPanic(
                 f"#NM in restore_fpregs_from_fpstate(): XSTATE_BV {fpstate.xstate_bv:#x}, "
                 f"IA32_XFD {fpstate.xfd:#x} [Linux kernel commit b45f72177594]"
-            ) from fault
+            )
+            raise self.panic from fault
 
     def fpu_copy_guest_fpstate_to_uabi(
         self, guest: FpuGuest, size: int, mask: int, pkru: int

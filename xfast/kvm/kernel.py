@@ -99,6 +99,7 @@ class Kernel:
 
         *Source*: Linux arch/x86/kvm/x86.c kvm_arch_vcpu_create().
         """
+        self.fpu.check_alive()
         return Vcpu(self, confidential, protected_vm)
 
 

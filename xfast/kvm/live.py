@@ -37,7 +37,7 @@ from xfast.hosts.this import (
     guest_supported,
 )
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM, ARCH_REQ_XCOMP_PERM
-from xfast.kvm.uapi import KVM_FPU, KVM_MAX_XCRS, cpuid_of, unsigned, xcrs_of
+from xfast.kvm.uapi import KVM_FPU, KVM_MAX_XCRS, bytes_of, cpuid_of, unsigned, xcrs_of
 from xfast.layout import Layout
 
 KVM_GET_VCPU_MMAP_SIZE = 0xAE04
@@ -218,7 +218,7 @@ class Vcpu:
         return self._get_xsave(KVM_GET_XSAVE2, LARGEST_AREA, out)
 
     def _get_xsave(self, request: int, size: int, out: Any) -> bytes:
-        view = None if out is None else memoryview(out).cast("B")
+        view = None if out is None else bytes_of(out)
         room = size if view is None else 0 if view.readonly else min(size, len(view))
         # KVM does not say how much it wrote: what two fillings have in common, it did
         zeros, ones = (self._fill(request, filling * room) for filling in (b"\0", b"\xff"))
@@ -234,7 +234,7 @@ class Vcpu:
 
     def set_xsave(self, buffer: Any) -> None:
         """KVM_SET_XSAVE."""
-        self._ioctl(KVM_SET_XSAVE, memoryview(buffer).cast("B"), "KVM_SET_XSAVE")
+        self._ioctl(KVM_SET_XSAVE, bytes_of(buffer), "KVM_SET_XSAVE")
 
     def get_xcrs(self) -> list[tuple[int, int]]:
         """KVM_GET_XCRS."""
@@ -262,7 +262,7 @@ class Vcpu:
 
     def set_fpu(self, buffer: Any) -> None:
         """KVM_SET_FPU."""
-        self._ioctl(KVM_SET_FPU, memoryview(buffer).cast("B"), "KVM_SET_FPU")
+        self._ioctl(KVM_SET_FPU, bytes_of(buffer), "KVM_SET_FPU")
 
     def get_msr(self, index: int) -> int:
         """KVM_GET_MSRS of one MSR; EINVAL where KVM does not have it."""

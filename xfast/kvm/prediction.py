@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from xfast.area import headers, rows_of
+from xfast.area import headers
 from xfast.behaviour import (
     Behaviours,
     Refusal,
@@ -21,6 +21,7 @@ from xfast.behaviour import (
 from xfast.features import XFEATURE_MASK_FPSSE
 from xfast.hosts.model import Host
 from xfast.kvm.kernel import supported_xcr0
+from xfast.kvm.uapi import check_host, one_area, unsigned
 
 
 class Outcome(NamedTuple):
@@ -73,7 +74,7 @@ def outcome(
     Raises
     ------
     ValueError
-        If the host does not say what is needed.
+        If the host does not say what is needed, or a mask can't be.
 
     *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave(), as in
     `xfast.kvm.Vcpu.set_xsave`.
@@ -81,13 +82,15 @@ def outcome(
     kernel = kernel or host.kernel
     if kernel is None or host.xcr0 is None or host.mxcsr_mask is None:
         raise ValueError(f"host {host.name}: needed its kernel, xcr0 and mxcsr_mask")
+    check_host(host)
+    unsigned(guest_xcr0 or 0, 64, "guest_xcr0")
+    unsigned(xfd, 64, "xfd")
     xsave = host.uses_xsave(kernel)
     enabled = (host.enabled_by(kernel) or 0) & user_supported(kernel)
     supported = supported_xcr0(host, kernel, enabled)
     guest = None if guest_xcr0 is None else guest_xcr0 & supported
     user = user_xfeatures(kernel, enabled_for_guest(enabled, guest_xcr0 or 0), guest)
-    (row,), _ = rows_of(area)
-    header = headers(row)
+    header = headers(one_area(area))
     kept = loaded(kernel, header.xstate_bv, xfd)
     refused = refusal(
         kernel,

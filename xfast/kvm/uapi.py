@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from typing import Any
 
+from xfast.area import Areas, rows_of
 from xfast.cpuid import Cpuid, Entry
+from xfast.features import XFEATURE_MASK_FPSSE
+from xfast.hosts.model import Host
 
 KVM_MAX_CPUID_ENTRIES = 256
 KVM_MAX_XCRS = 16
@@ -29,6 +33,37 @@ def unsigned(value: int, width: int, name: str) -> int:
     if not 0 <= value < 1 << width:
         raise ValueError(f"{name}: got {value:#x}, needed {width} bits, unsigned")
     return value
+
+
+def check_host(host: Host) -> None:
+    """Raise ValueError if a mask of a host does not fit its register, or XCR0 lacks x87 or SSE.
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c fpu__init_system_xstate().
+    """
+    widths = {"xcr0": 64, "xss": 64, "kvm_xcr0": 64, "mxcsr_mask": 32}
+    for name, width in widths.items():
+        value = getattr(host, name)
+        if value is not None:
+            unsigned(value, width, f"host {host.name}: {name}")
+    if host.xcr0 is not None and ~host.xcr0 & XFEATURE_MASK_FPSSE:
+        raise ValueError(f"host {host.name}: xcr0: got {host.xcr0:#x}, needed x87 and SSE")
+
+
+def one_area(buffer: Any) -> Areas:
+    """Return the (size,) uint8 of a buffer; ValueError if it holds several areas, or no bytes."""
+    rows, _ = rows_of(buffer, "buffer")
+    if len(rows) != 1:
+        raise ValueError(f"buffer: got {len(rows)} areas, needed one")
+    row: Areas = rows[0]
+    return row
+
+
+def bytes_of(buffer: Any) -> memoryview:
+    """Return a view of a buffer's bytes; ValueError if they don't lie together."""
+    try:
+        return memoryview(buffer).cast("B")
+    except TypeError as error:
+        raise ValueError(f"buffer: {error}, needed bytes that lie together") from None
 
 
 def cpuid_of(entries: Cpuid | Iterable[Iterable[int]]) -> Cpuid:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xfast.area import Areas, headers, rows_of
+from xfast.area import Areas, headers
 from xfast.behaviour import (
     CET_S,
     CET_U,
@@ -36,7 +36,7 @@ from xfast.features import (
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
 )
-from xfast.kvm.fpu import refuse
+from xfast.kvm.fpu import FpuGuest, refuse
 from xfast.kvm.msrs import (
     CET_MSRS,
     MSR_IA32_U_CET,
@@ -52,7 +52,9 @@ from xfast.kvm.uapi import (
     KVM_FPU,
     KVM_MAX_CPUID_ENTRIES,
     KVM_MAX_XCRS,
+    bytes_of,
     cpuid_of,
+    one_area,
     unsigned,
     xcrs_of,
 )
@@ -83,14 +85,26 @@ class Vcpu:
     """
 
     def __init__(self, kernel: Kernel, confidential: bool, protected_vm: bool) -> None:
-        self.kernel = kernel
-        self.guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
+        self._kernel = kernel
+        self._guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
         self.guest_fpu.fpstate.is_confidential = confidential
         self.has_protected_state = protected_vm and "protected-state" in kernel.behaviours
         self.cpuid = Cpuid(())
         self.guest_supported_xcr0 = self.guest_supported_xss = 0
         self.xcr0, self.xss, self.pkru, self.cr4 = X87, 0, 0, 0
         self.has_run = False
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel that it is of. Raises KernelPanic if that is down."""
+        self._kernel.fpu.check_alive()
+        return self._kernel
+
+    @property
+    def guest_fpu(self) -> FpuGuest:
+        """Its struct fpu_guest. Raises KernelPanic if the kernel is down."""
+        self._kernel.fpu.check_alive()
+        return self._guest_fpu
 
     # CPUID
 
@@ -219,7 +233,7 @@ class Vcpu:
         else:
             area = self.kernel.fpu.fpu_copy_guest_fpstate_to_uabi(guest, size, mask, self.pkru)
         if out is not None:
-            view = memoryview(out).cast("B")
+            view = bytes_of(out)
             if view.readonly or len(view) < size:
                 raise refuse(errno.EFAULT, f"needed {size} writable bytes")
             view[:size] = area.data
@@ -242,7 +256,7 @@ class Vcpu:
         *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave().
         """
         size, kernel, fpstate = self.guest_fpu.uabi_size, self.kernel, self.guest_fpu.fpstate
-        (row,), _ = rows_of(buffer, "buffer")
+        row = one_area(buffer)
         if len(row) < size:
             raise refuse(errno.EFAULT, f"{len(row)} readable bytes, needed {size}")
         if self._out_of_reach():
@@ -354,7 +368,7 @@ class Vcpu:
         OSError
             EFAULT if `buffer` is shorter.
         """
-        data = memoryview(buffer).cast("B")
+        data = bytes_of(buffer)
         if len(data) < KVM_FPU.size:
             raise refuse(errno.EFAULT, f"{len(data)} readable bytes, needed {KVM_FPU.size}")
         if self._out_of_reach():
