@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xfast import area as engine
-from xfast.behaviour import BEHAVIOURS, Behaviours, of_release
-from xfast.features import PKRU, TILEDATA, XFEATURE_MASK_FPSSE
+from xfast.behaviour import BEHAVIOURS, Behaviours, of_release, supervisor_kept
+from xfast.features import PKRU, TILEDATA, XFEATURE_MASK_FPSSE, bits
 from xfast.hosts.model import Host
 from xfast.kvm import VMMS, Kernel, KernelPanic, migrate, outcome
 from xfast.kvm.fpu import (
@@ -182,9 +182,24 @@ def test_xfd_is_limited_by_cpuid():
 
 def test_a_disabled_tile_panics_the_host_without_the_fix():
     vcpu = amx_vcpu("6.12.60")
+    kernel = vcpu.kernel
     vcpu.set_msr(MSR_IA32_XFD, TILEDATA)
     vcpu.set_xsave(buffer(0x60003))
     with pytest.raises(KernelPanic, match="b45f72177594"):
+        vcpu.run()
+    for call in (vcpu.run, vcpu.get_xcrs, vcpu.get_fpu, kernel.create_vcpu):
+        with pytest.raises(KernelPanic, match="the host is down"):
+            call()
+
+
+def test_an_xfd_write_clears_nothing_while_the_thread_s_registers_are_live():
+    """b45f72177594: only if test_thread_flag(TIF_NEED_FPU_LOAD)."""
+    vcpu = amx_vcpu("6.12.67")
+    vcpu.kernel.fpu.need_fpu_load = False
+    vcpu.set_xsave(buffer(0x60003))
+    vcpu.set_msr(MSR_IA32_XFD, TILEDATA)
+    assert bv_of(vcpu.get_xsave2()) == 0x60003
+    with pytest.raises(KernelPanic):
         vcpu.run()
 
 
@@ -592,6 +607,83 @@ def test_numbers_that_c_could_not_pass_are_python_s_to_refuse(call, arguments):
     assert state_of(vcpu) == before
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"xcr0": -1},
+        {"xcr0": 1 << 70 | 7},
+        {"xcr0": 4},
+        {"xss": -1},
+        {"kvm_xcr0": 1 << 64},
+        {"mxcsr_mask": -1},
+        {"mxcsr_mask": 1 << 32},
+    ],
+)
+def test_a_host_that_cannot_be_is_refused(facts):
+    host = intel(user=0x2E7).replace(**facts)
+    with pytest.raises(ValueError, match="needed"):
+        Kernel(host, "6.12")
+    with pytest.raises(ValueError, match="needed"):
+        outcome(buffer(7), host, 7, kernel=of_release("6.12"))
+
+
+def test_buffers_and_masks_that_cannot_be():
+    host, kernel = intel(user=7, supervisor=0), of_release("6.12")
+    vcpu = Kernel(host, "6.12").create_vcpu()
+    scattered = np.zeros((4096, 2), np.uint8)[:, 0]
+    for call, argument in (
+        (vcpu.set_xsave, np.zeros((2, 4096), np.uint8)),
+        (vcpu.set_fpu, scattered),
+        (vcpu.get_xsave, scattered),
+        (vcpu.get_xsave2, scattered),
+        (vcpu.kernel.fpu.wrpkru, 0),
+    ):
+        with pytest.raises(ValueError, match=r"needed|has none"):
+            call(argument)
+    for masks in ({"guest_xcr0": -1}, {"guest_xcr0": 1 << 64}, {"guest_xcr0": 7, "xfd": -1}):
+        with pytest.raises(ValueError, match="needed 64 bits"):
+            outcome(buffer(7), host, kernel=kernel, **masks)
+
+
+def test_the_area_of_a_vcpu_before_and_since_it_has_4096_bytes_at_least():
+    for release, size in (("5.16.2", 4096), ("5.17.5", 2696), ("5.17.13", 4096)):
+        vcpu = Kernel(intel(user=0x2E7), release).create_vcpu()
+        assert vcpu.guest_fpu.uabi_size == size
+
+
+def test_permissions_tell_user_components_only():
+    """fpu_xstate_prctl() masks with XFEATURE_MASK_USER_SUPPORTED: no lock, no supervisor bits."""
+    kernel = Kernel(intel(), "6.18")
+    kernel.create_vcpu()
+    assert kernel.fpu.guest_perm.state_perm & (FPU_GUEST_PERM_LOCKED | PASID)
+    for code in (ARCH_GET_XCOMP_GUEST_PERM, ARCH_REQ_XCOMP_GUEST_PERM - 3):
+        assert kernel.arch_prctl(code) == 0x202E7
+
+
+def test_a_larger_image_is_as_confidential_as_the_old_one():
+    kernel = Kernel(intel(), "6.18")
+    kernel.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, 18)
+    vcpu = kernel.create_vcpu(confidential=True)
+    vcpu.set_cpuid2(leaf_d(0x602E7))
+    assert len(vcpu.get_xsave2()) == 11008
+    vcpu.set_xsave(buffer(7))
+    assert not any(vcpu.get_xsave2())
+
+
+def test_supervisor_components_need_the_guest_s_cpuid():
+    vcpu = Kernel(intel(), "6.18").create_vcpu()
+    vcpu.set_cpuid2(leaf_d(0x2E7, CET_U))
+    assert vcpu.guest_supported_xss == CET_U
+    refused(errno.EINVAL, vcpu.set_msr, MSR_IA32_XSS, CET_S)
+
+
+def test_sizes_leave_unknown_components_out():
+    kernel = Kernel(intel(), "6.18")
+    for compacted in (False, True):
+        plain = kernel.xstate_required_size(7, compacted)
+        assert kernel.xstate_required_size(7 | 1 << 40, compacted) == plain == 832
+
+
 def test_xsetbv_of_the_guest():
     vcpu = cet_vcpu()
     seen = []
@@ -769,7 +861,51 @@ def vcpu_for(host, behaviours, guest):
 
 def state_of(vcpu):
     image = vcpu.guest_fpu.fpstate.regs.tobytes()
-    return image, vcpu.pkru, vcpu.xcr0, vcpu.xss, vcpu.cpuid, vcpu.guest_supported_xcr0
+    guest, fpstate = vcpu.guest_fpu, vcpu.guest_fpu.fpstate
+    return (
+        (image, vcpu.pkru, vcpu.xcr0, vcpu.xss, vcpu.cr4, vcpu.cpuid, vcpu.has_run),
+        (vcpu.guest_supported_xcr0, vcpu.guest_supported_xss, guest.uabi_size, guest.xfd_err),
+        (fpstate.xfeatures, fpstate.user_xfeatures, fpstate.xfd, fpstate.size, fpstate.user_size),
+        (fpstate.in_use, fpstate.is_confidential),
+    )
+
+
+def supervisor_state(vcpu):
+    """Return the supervisor components in a vCPU's image, {number: bytes}."""
+    fpu, fpstate = vcpu.kernel.fpu, vcpu.guest_fpu.fpstate
+    mask = fpstate.xstate_bv & fpstate.xfeatures & (PASID | CET_U | CET_S)
+    at = fpu.layout.compacted_offsets(fpstate.xfeatures) if mask else {}
+    return {
+        nr: fpstate.regs[at[nr] : at[nr] + fpu.layout.slot(nr).size].tobytes() for nr in bits(mask)
+    }
+
+
+def give_supervisor_state(vcpu):
+    """Let a guest have used every supervisor component that its image has."""
+    fpu, fpstate = vcpu.kernel.fpu, vcpu.guest_fpu.fpstate
+    mask = fpstate.xfeatures & (PASID | CET_U | CET_S)
+    at = fpu.layout.compacted_offsets(fpstate.xfeatures) if mask else {}
+    for nr in bits(mask):
+        end = at[nr] + fpu.layout.slot(nr).size
+        fpstate.regs[at[nr] : end].view("<u8")[:] = 0x1000 * nr << 2
+    fpstate.xstate_bv |= mask
+
+
+def calls_that_fail(vcpu):
+    """Return calls that every kernel refuses, with their arguments."""
+    return (
+        (vcpu.set_xsave, bytes(100)),
+        (vcpu.set_xsave, buffer(1 << 61)),
+        (vcpu.set_fpu, bytes(415)),
+        (vcpu.set_cpuid2, [(i, 0, 0, 0, 0, 0, 0) for i in range(257)]),
+        (vcpu.set_cpuid2, [*leaf_d(7), (0x80000008, 0, 0, 0x2F30, 0, 0, 0)]),
+        (vcpu.set_xcrs, [(0, 0)]),
+        (vcpu.set_xcrs, [(0, 7), (0, 1)] * 9),
+        (vcpu.set_msr, MSR_IA32_XFD, 1 << 5),
+        (vcpu.set_msr, MSR_IA32_XSS, 1 << 8),
+        (vcpu.set_msr, PL3_SSP, 1),
+        (vcpu.get_xsave, bytearray(100)),
+    )
 
 
 def get(vcpu):
@@ -784,8 +920,14 @@ def test_invariants(mask, xsave, behaviours, guest, area, runs):
     if vcpu is None:
         return
     fpstate = vcpu.guest_fpu.fpstate
-    supervisor = fpstate.xstate_bv & ~vcpu.kernel.fpu.user_cfg.max_features
+    give_supervisor_state(vcpu)
+    supervisor = supervisor_state(vcpu)
+    assert bool(supervisor) == bool(fpstate.xfeatures & (PASID | CET_U | CET_S))
     before = state_of(vcpu)
+    for call, *arguments in calls_that_fail(vcpu):
+        with pytest.raises(OSError, match="Errno"):
+            call(*arguments)
+        assert state_of(vcpu) == before, call
     told = outcome(area, host, guest, kernel=behaviours)
     if told.refused:
         refused(errno.EINVAL, vcpu.set_xsave, area)
@@ -805,7 +947,8 @@ def test_invariants(mask, xsave, behaviours, guest, area, runs):
         assert not bv_of(got) & ~allowed
     same = engine.diff(area, np.frombuffer(got, np.uint8), host.layout) & bv_of(got) & bv_of(area)
     assert not same & ~1 & ~PKRU  # SET, then GET, is the identity inside the mask
-    assert fpstate.xstate_bv & supervisor == supervisor
+    kept = supervisor_kept(behaviours)
+    assert supervisor_state(vcpu) == {nr: d for nr, d in supervisor.items() if kept >> nr & 1}
 
 
 @settings(deadline=None, max_examples=60)
