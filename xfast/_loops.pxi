@@ -12,10 +12,10 @@ from xfast._area cimport (
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
-    BLEND, CARRY, COPY, PACKED, PATCH, RING, TARGET, ZERO, Blend, Job, Plan, Range, Step, find,
+    CARRY, COPY, PACKED, PART, PATCH, RING, ZERO, Blend, Job, Plan, Range, Step, find,
 )
 from xfast._simd cimport (
-    LINE, line_and, line_any, line_load, line_merge, line_or, line_store, line_store_part,
+    LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store, line_store_part,
     line_stream, line_t, line_xor, line_zero, prefetch_far, prefetch_near, stream_fence,
 )
 
@@ -34,62 +34,59 @@ cdef inline void put(uint8_t *dst, line_t line, bint stream) noexcept nogil:
         line_store(dst, line)
 
 
+cdef inline void copy_few(
+    uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
+) noexcept nogil:
+    """Copy 1, 2 or 4 lines: `lines` is a constant."""
+    cdef line_t line[4]
+    cdef uint32_t i
+    for i in range(lines):
+        line[i] = line_load(src + i * LINE)
+    for i in range(lines):
+        put(dst + i * LINE, line[i], stream)
+
+
 cdef inline void copy_lines(
     uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
 ) noexcept nogil:
-    cdef line_t a, b, c, d
+    """Copy a run, the odd lines last: few branches, and none that depends on another."""
     while lines >= 8:
-        a = line_load(src)
-        b = line_load(src + LINE)
-        c = line_load(src + 2 * LINE)
-        d = line_load(src + 3 * LINE)
-        put(dst, a, stream)
-        put(dst + LINE, b, stream)
-        put(dst + 2 * LINE, c, stream)
-        put(dst + 3 * LINE, d, stream)
-        a = line_load(src + 4 * LINE)
-        b = line_load(src + 5 * LINE)
-        c = line_load(src + 6 * LINE)
-        d = line_load(src + 7 * LINE)
-        put(dst + 4 * LINE, a, stream)
-        put(dst + 5 * LINE, b, stream)
-        put(dst + 6 * LINE, c, stream)
-        put(dst + 7 * LINE, d, stream)
+        copy_few(dst, src, 4, stream)
+        copy_few(dst + 4 * LINE, src + 4 * LINE, 4, stream)
         src += 8 * LINE
         dst += 8 * LINE
         lines -= 8
-    if lines >= 4:
-        a = line_load(src)
-        b = line_load(src + LINE)
-        c = line_load(src + 2 * LINE)
-        d = line_load(src + 3 * LINE)
-        put(dst, a, stream)
-        put(dst + LINE, b, stream)
-        put(dst + 2 * LINE, c, stream)
-        put(dst + 3 * LINE, d, stream)
+    if lines & 4:
+        copy_few(dst, src, 4, stream)
         src += 4 * LINE
         dst += 4 * LINE
-        lines -= 4
-    while lines:
-        put(dst, line_load(src), stream)
-        src += LINE
-        dst += LINE
-        lines -= 1
+    if lines & 2:
+        copy_few(dst, src, 2, stream)
+        src += 2 * LINE
+        dst += 2 * LINE
+    if lines & 1:
+        copy_few(dst, src, 1, stream)
+
+
+cdef inline void zero_few(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
+    cdef uint32_t i
+    for i in range(lines):
+        put(dst + i * LINE, line_zero(), stream)
 
 
 cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
-    cdef line_t none = line_zero()
-    while lines >= 4:
-        put(dst, none, stream)
-        put(dst + LINE, none, stream)
-        put(dst + 2 * LINE, none, stream)
-        put(dst + 3 * LINE, none, stream)
+    while lines >= 8:
+        zero_few(dst, 8, stream)
+        dst += 8 * LINE
+        lines -= 8
+    if lines & 4:
+        zero_few(dst, 4, stream)
         dst += 4 * LINE
-        lines -= 4
-    while lines:
-        put(dst, none, stream)
-        dst += LINE
-        lines -= 1
+    if lines & 2:
+        zero_few(dst, 2, stream)
+        dst += 2 * LINE
+    if lines & 1:
+        zero_few(dst, 1, stream)
 
 
 cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogil:
@@ -141,18 +138,9 @@ cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noex
 # --- following a plan -----------------------------------------------------------------------
 
 
-cdef inline line_t blend_line(
-    line_t line, const Blend *blend, const uint8_t *src, const uint8_t *dst, const uint8_t *carry
-) noexcept nogil:
-    if blend.opens:
-        line = line_load(blend.value)
-        if blend.base == CARRY:
-            line = line_or(line, line_load(carry))
-        elif blend.base == TARGET:
-            line = line_merge(line, dst, 0, blend.room, blend.room == LINE)
-    if blend.to:
-        line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
-    return line
+cdef inline line_t take(line_t line, const Blend *blend, const uint8_t *src) noexcept nogil:
+    """Lay the blend's bytes of the source over a line; there may be none."""
+    return line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
 
 
 cdef inline void follow(
@@ -168,22 +156,24 @@ cdef inline void follow(
             copy_lines(dst + step.dst, src + step.src, step.lines, stream)
         elif step.kind == ZERO:
             zero_lines(dst + step.dst, step.lines, stream)
-        elif step.kind == PATCH:
-            blend = plan.blend + step.src
-            line = line_load(blend.value)
-            if blend.to:
-                line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
-            put(dst + step.dst, line, stream)
         else:
             blend = plan.blend + step.src
-            line = blend_line(line, blend, src, dst + step.dst, carry)
-            if blend.closes:
+            if step.kind == PATCH:
+                put(dst + step.dst, take(line_load(blend.value), blend, src), stream)
+            elif step.kind == PART:
+                line_copy_part(dst + step.dst, src + blend.src, blend.first, blend.to)
+            else:
+                if blend.opens:
+                    line = line_load(blend.value)
+                    if blend.base == CARRY:
+                        line = line_or(line, line_load(carry))
+                line = take(line, blend, src)
                 if blend.carries:
                     line_store(carry, line)
-                elif blend.room != LINE:
+                elif blend.closes and blend.room != LINE:
                     line_store_part(dst + step.dst, line, blend.room)
-                else:
-                    put(dst + step.dst, line, stream and blend.base != TARGET)
+                elif blend.closes:
+                    put(dst + step.dst, line, stream)
         step += 1
 
 

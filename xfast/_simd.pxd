@@ -16,6 +16,7 @@ cdef extern from "_simd.h" nogil:
     bint line_any(line_t a)
     void line_store(void *p, line_t a)
     void line_store_part(uint8_t *p, line_t a, unsigned to)
+    void line_copy_part(uint8_t *to, const uint8_t *src, unsigned first, unsigned end)
     void line_stream(void *p, line_t a)
     void stream_fence()
     void prefetch_near(const void *p)
