@@ -6,8 +6,8 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
-    AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place,
-    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
+    AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
+    SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
 from xfast._loops cimport Loops, Scan
@@ -89,11 +89,18 @@ cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept 
         zero_few(dst, 1, stream)
 
 
-cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogil:
-    """Whether one of `n` bytes is not 0; `early`: read no further than needed."""
+cdef inline bint nonzero(
+    const uint8_t *p, uint32_t n, bint early, Py_ssize_t ahead
+) noexcept nogil:
+    """Whether one of `n` bytes is not 0; `early`: read no further than needed.
+
+    Each line asks for the one `ahead` bytes on, unless that is 0.
+    """
     cdef line_t any = line_zero()
     cdef uint64_t rest = 0
     while n >= LINE:
+        if ahead:
+            prefetch_far(p + ahead)
         any = line_or(any, line_load(p))
         if early and line_any(any):
             return True
@@ -398,20 +405,23 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
 
 
 cdef inline uint64_t xinuse_one(
-    const uint8_t *row, const Place *at, const Slots *slots, bint early
+    const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead
 ) noexcept nogil:
     cdef uint64_t rest = at.found & at.bv if early else at.found
     cdef uint64_t used = 0
     cdef int c
+    if ahead:
+        for c in range(EXTENDED // LINE):
+            prefetch_far(row + ahead + c * LINE)
     if rest & FP:
         used = line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
     if rest & SSE:
-        used |= <uint64_t>nonzero(row + 160, 256, early) << 1
+        used |= <uint64_t>nonzero(row + 160, 256, early, 0) << 1
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
         used |= <uint64_t>nonzero(
-            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early
+            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early, ahead
         ) << c
     rest = used & ~at.bv & slots.shared
     while rest and not compacted(at.xcomp):  # bytes that are another component's
@@ -448,7 +458,7 @@ cdef void classify(const Scan *scan) noexcept nogil:
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        data = xinuse_one(row, &at, scan.slots, False)
+        data = xinuse_one(row, &at, scan.slots, False, 0)
         csr = load32(row + 24)
         if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
             data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
@@ -461,36 +471,33 @@ cdef void classify(const Scan *scan) noexcept nogil:
         row += scan.stride
 
 
+cdef inline void fetch_starts(
+    const uint8_t *row, const Place *at, Py_ssize_t ahead
+) noexcept nogil:
+    """Fetch the first line of each component of a row; its header came when `ahead` was two."""
+    cdef uint64_t rest = load64(row + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
+    prefetch_far(row + ahead + LEGACY)
+    prefetch_far(row)
+    prefetch_far(row + 160)
+    while rest:
+        prefetch_far(row + at.offset[take_lowest(&rest)])
+
+
 cdef void xinuse(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
-    cdef const uint8_t *next
     cdef uint64_t *used = <uint64_t *>scan.out
-    cdef uint64_t rest
-    cdef Range ranges[COMPONENTS]
-    cdef uint32_t n = 0
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, ahead
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        if i == 0:
-            n = ranges_of(&at, scan.slots, ranges)
-        if scan.ahead and i + scan.ahead < scan.n:
-            next = row + scan.ahead * scan.stride
-            if not scan.flag:
-                fetch(next, ranges, n)
-            else:
-                if i + 2 * scan.ahead < scan.n:
-                    prefetch_far(next + scan.ahead * scan.stride + LEGACY)
-                rest = load64(next + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
-                prefetch_far(next)
-                prefetch_far(next + 160)
-                while rest:
-                    prefetch_far(next + at.offset[take_lowest(&rest)])
-        if scan.flag:
-            used[i] = xinuse_one(row, &at, scan.slots, True)
+        ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
+        if not scan.flag:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead)
         else:
-            used[i] = xinuse_one(row, &at, scan.slots, False)
+            if ahead:
+                fetch_starts(row + ahead, &at, ahead)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0)
         row += scan.stride
 
 
@@ -519,9 +526,9 @@ cdef inline uint64_t diff_one(
         if differ(a + p.offset[c], b + q.offset[c], n):
             out |= bit(c)
     if p.bv & ~both:
-        out |= xinuse_one(a, p, pslots, True) & ~both
+        out |= xinuse_one(a, p, pslots, True, 0) & ~both
     if q.bv & ~both:
-        out |= xinuse_one(b, q, qslots, True) & ~both
+        out |= xinuse_one(b, q, qslots, True, 0) & ~both
     return out
 
 
@@ -615,7 +622,7 @@ cdef void copy(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noex
 
 cdef bint read(const uint8_t *src, Py_ssize_t n) noexcept nogil:
     """Read `n` bytes; the benchmarks' other denominator."""
-    return nonzero(src, <uint32_t>n, False)
+    return nonzero(src, <uint32_t>n, False, 0)
 
 
 cdef uint64_t touch(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
