@@ -257,8 +257,6 @@ def diff(
     scan.other_size = other.size
     scan.other_stride = other.stride
     scan.other_slots = &two_table.slots
-    if scan.stride % 4096:
-        scan.ahead = 0  # rows without holes between them: the hardware does better
     scan.out = vector(differing, "differing", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.diff(&scan)

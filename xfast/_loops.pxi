@@ -6,7 +6,7 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
-    AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
+    AVX, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
     SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
@@ -22,6 +22,7 @@ from xfast._simd cimport (
 cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
     AUDIT_AHEAD = 128  # rows whose two lines an audit fetches ahead
+    PAGE = 4096  # bytes by which a comparison fetches ahead
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -117,11 +118,21 @@ cdef inline bint nonzero(
     return (rest != 0) | line_any(any)
 
 
-cdef inline bint differ(const uint8_t *a, const uint8_t *b, uint32_t n) noexcept nogil:
-    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it."""
+cdef inline bint differ(
+    const uint8_t *a, const uint8_t *b, uint32_t n, bint stream
+) noexcept nogil:
+    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it.
+
+    `stream`: each asks for the one a page on, where another row is.
+    """
     cdef line_t any = line_zero()
     cdef line_t more = line_zero()
     while n >= 2 * LINE:
+        if stream:
+            prefetch_far(a + PAGE)
+            prefetch_far(b + PAGE)
+            prefetch_far(a + PAGE + LINE)
+            prefetch_far(b + PAGE + LINE)
         any = line_or(any, line_xor(line_load(a), line_load(b)))
         more = line_or(more, line_xor(line_load(a + LINE), line_load(b + LINE)))
         a += 2 * LINE
@@ -431,19 +442,6 @@ cdef inline uint64_t xinuse_one(
     return used
 
 
-cdef inline uint32_t ranges_of(const Place *at, const Slots *slots, Range *ranges) noexcept nogil:
-    """List the lines that hold components, in the order of their numbers."""
-    cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
-    cdef uint32_t n = 1
-    cdef int c
-    ranges[0] = Range(0, 9)
-    while rest:
-        c = take_lowest(&rest)
-        ranges[n] = Range(at.offset[c], (slots.size[c] + LINE - 1) // LINE)
-        n += 1
-    return n
-
-
 cdef void classify(const Scan *scan) noexcept nogil:
     """Fill four masks a row: in use, default, stale, unreadable."""
     cdef const uint8_t *row = scan.rows
@@ -503,7 +501,7 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
 
 cdef inline uint64_t diff_one(
     const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
-    const Slots *qslots,
+    const Slots *qslots, bint stream,
 ) noexcept nogil:
     """Compare by value: a clear bit is the init value, whatever bytes lie there."""
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
@@ -512,18 +510,18 @@ cdef inline uint64_t diff_one(
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
-    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128)):
+    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
         out |= FP
     if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
         load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
     ):
         out |= SSE
-    if both & SSE and differ(a + 160, b + 160, 256):
+    if both & SSE and differ(a + 160, b + 160, 256, stream):
         out |= SSE
     while rest:
         c = take_lowest(&rest)
         n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
-        if differ(a + p.offset[c], b + q.offset[c], n):
+        if differ(a + p.offset[c], b + q.offset[c], n, stream):
             out |= bit(c)
     if p.bv & ~both:
         out |= xinuse_one(a, p, pslots, True, 0) & ~both
@@ -536,21 +534,16 @@ cdef void diff(const Scan *scan) noexcept nogil:
     cdef const uint8_t *a = scan.rows
     cdef const uint8_t *b = scan.other
     cdef uint64_t *out = <uint64_t *>scan.out
-    cdef Range ranges[2][COMPONENTS]
-    cdef uint32_t n = 0, m = 0
     cdef Place p, q
     cdef Py_ssize_t i
     p.found = q.found = 0
     for i in range(scan.n):
         locate(scan.slots, a, scan.size, &p)
         locate(scan.other_slots, b, scan.other_size, &q)
-        if i == 0:
-            n = ranges_of(&p, scan.slots, ranges[0])
-            m = ranges_of(&q, scan.other_slots, ranges[1])
-        if scan.ahead and i + scan.ahead < scan.n:
-            fetch(a + scan.ahead * scan.stride, ranges[0], n)
-            fetch(b + scan.ahead * scan.other_stride, ranges[1], m)
-        out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots)
+        if scan.stream:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True)
+        else:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False)
         a += scan.stride
         b += scan.other_stride
 
