@@ -161,6 +161,7 @@ def test_parquet_is_read_back_or_asks_for_its_extra(tmp_path):
         (["show", BLOB, "--size", "many"], "4096"),
         (["explain", "the flux capacitor"], "LEAK"),
         (["frobnicate"], "show"),
+        (["check", LEAK, "--host", NO_PKU, "--live"], "--host this"),
     ],
 )
 def test_wrong_words_cost_one_line_and_exit_code_2(run, words, hint):
@@ -227,8 +228,9 @@ def test_a_real_kvm_confirms_the_verdicts(run):
     assert not [answer for answer in answers.values() if "not as foretold" in answer]
 
 
-def test_the_story_of_the_leak_is_replayed(run):
-    status, out, _ = run("explain", "ad856280ddea")
+@pytest.mark.parametrize("commit", ["ad856280ddea", "8647c52e9504daeb3f6cc1c2e6", "a1020a2"])
+def test_the_story_of_the_leak_is_replayed(run, commit):
+    status, out, _ = run("explain", commit)
     assert status == 0
     assert "XSTATE_BV 0x207 x87+sse+avx+pkru: the leak" in out
     assert "reported as done, lost x87+sse+avx" in out

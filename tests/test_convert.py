@@ -77,6 +77,9 @@ def test_an_unknown_layout_is_not_guessed():
     blob = snapshot(area(0x207, MILAN), layout=None, layout_note="three layouts fit")
     with pytest.raises(PolicyError, match="three layouts fit"):
         convert.relaid(blob, INTEL)
+    partly = snapshot(area(0x207, MILAN), layout=MILAN.restricted(7), layout_note="two fit")
+    with pytest.raises(PolicyError, match=r"where pkru lies is not known \(two fit\)"):
+        convert.relaid(partly, INTEL)
 
 
 def test_rows_are_as_long_as_the_longest_needs():

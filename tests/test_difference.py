@@ -103,6 +103,17 @@ def test_unknown_layouts_are_compared_as_bytes():
     assert "layout unknown" in row.one
 
 
+def test_what_a_layout_does_not_place_is_compared_as_bytes():
+    one, two = area(0x207)[:4096], area(0x207)[:4096]
+    sides = [snapshot(one, layout=INTEL.restricted(7))], [snapshot(two, layout=INTEL.restricted(7))]
+    assert compare(*sides) == []
+    two[900] = 1
+    (row,) = compare(*sides)
+    assert (row.component, row.register) == ("extended", "")
+    two[576] ^= 1
+    assert {row.component for row in compare(*sides)} == {"avx", "extended"}
+
+
 def test_a_vcpu_that_only_one_side_has():
     rows = compare([snapshot(area(), area())], [snapshot(area())])
     assert rows == [Difference(1, "", "vcpu", "present", "absent")]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xfast import snapshots
+from xfast import report, snapshots
 from xfast.area import classify, headers
 from xfast.errors import FormatError, PolicyError
 from xfast.layout import PRESETS
@@ -85,6 +85,10 @@ class TestThreads:
         assert [vcpu.index for vcpu in snapshot.vcpus] == [12630, 12631, 12632]
         assert [headers(vcpu.area).xstate_bv for vcpu in snapshot.vcpus] == [0x67, 7, 3]
         assert snapshot.facts["abi"] == "i386"
+        assert {vcpu.mode for vcpu in snapshot.vcpus} == {32}
+        shown = report.vcpu_as_json(snapshot.vcpus[0], registers=True)["registers"]
+        assert {"xmm7", "ymm7", "zmm7", "k7"} < shown.keys()
+        assert not {"xmm8", "ymm8", "zmm8", "zmm31"} & shown.keys()
 
     @pytest.mark.parametrize("xnum", [False, True])
     @pytest.mark.parametrize(
@@ -150,14 +154,15 @@ class TestLayout:
     @pytest.mark.parametrize(("mask", "size"), [(0xE7, 2688), (0x207, 2696), (0x2E7, 2696)])
     def test_gdb_13_may_have_put_intels_offsets_on_amds_data(self, tmp_path, mask, size):
         (vcpu,) = read(tmp_path / "core", thread(1, area(mask, size))).vcpus
-        assert (vcpu.layout, vcpu.layout_source) == (None, "unknown")
-        assert "layout ambiguous: gdb before 14" in vcpu.layout_note
+        assert (vcpu.layout.mask, vcpu.layout_source) == (7, "inferred")
+        assert "the layout is ambiguous: gdb before 14" in vcpu.layout_note
 
     def test_a_real_core_of_gdb_13_is_ambiguous(self, data):
         (snapshot,) = snapshots.read(data / "elf" / "gdb13-regs64-3thr.core.xz")
         assert snapshot.producer == "gdb"
         assert [vcpu.index for vcpu in snapshot.vcpus] == [12659, 12661, 12662]
-        assert {(vcpu.layout, vcpu.layout_source) for vcpu in snapshot.vcpus} == {(None, "unknown")}
+        assert {vcpu.layout for vcpu in snapshot.vcpus} == {PRESETS["intel"].restricted(7)}
+        assert {vcpu.layout_source for vcpu in snapshot.vcpus} == {"inferred"}
 
     def test_the_user_knows_better_than_the_note(self, data):
         path = data / "elf" / "kernel618-regs64-3thr.core.xz"
@@ -226,7 +231,9 @@ class TestThirdParty:
         found = list((shared / "samples" / "thirdparty").rglob(f"*{name}"))
         if not found:
             pytest.skip(f"{name} is not here")
-        with pytest.raises(FormatError, match=r"found no extended state \(notes: .*CORE"):
+        with pytest.raises(
+            FormatError, match=r"offset \d+: found no extended state \(notes: .*CORE"
+        ):
             snapshots.read(found[0])
 
 
@@ -241,7 +248,7 @@ class TestBadInput:
             ({32: b"\xff" * 8}, "needed"),
             ({54: b"\x01\0"}, "program headers of 1 bytes"),
             ({56: b"\xfe\xff"}, "needed 3669904"),
-            ({56: b"\0\0"}, "found no extended state"),
+            ({56: b"\0\0"}, "offset 0: found no extended state"),
             ({64 + 8: b"\xff" * 8}, "found notes up to offset"),
             ({64 + 32: b"\xff\xff\xff\xff"}, "found notes up to offset 42949"),
             ({120: b"\xff\xff\xff\x7f"}, "found a note of"),

@@ -209,6 +209,19 @@ def test_an_unknown_layout_is_no_guess():
     assert "three layouts fit" in only(answer, "LAYOUT").why
 
 
+def test_what_a_layout_does_not_place_is_no_guess_either():
+    """AVX lies at one place everywhere; where PKRU lies, and what it holds, is not known."""
+    vcpu = Vcpu(0, area(0x207), INTEL.restricted(7), layout_note="three layouts fit", xcr0=0x207)
+    (answer,) = check(vcpu, host())
+    assert answer.verdict == "unknown"
+    assert only(answer, "LAYOUT").component == "pkru"
+    assert "where pkru lies in the area is not known (three" in only(answer, "LAYOUT").why
+    (answer,) = check(vcpu, host(mask=7))
+    assert only(answer, "HOST-MISSING").fix == "lossy"
+    assert "value unknown" in only(answer, "HOST-MISSING").why
+    assert not [f for f in answer.findings if f.code == "LAYOUT"]
+
+
 @pytest.mark.parametrize("bit", [0, 1, 2, 5])
 def test_bits_that_say_init_although_data_is_there(bit):
     row = area(0xE7)

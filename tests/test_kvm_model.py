@@ -19,14 +19,9 @@ from xfast.kvm.fpu import (
     ARCH_REQ_XCOMP_PERM,
     FPU_GUEST_PERM_LOCKED,
 )
+from xfast.kvm.msrs import MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
 from xfast.kvm.uapi import KVM_FPU
-from xfast.kvm.vcpu import (
-    CR4_OSXSAVE,
-    CR4_PKE,
-    MSR_IA32_XFD,
-    MSR_IA32_XFD_ERR,
-    MSR_IA32_XSS,
-)
+from xfast.kvm.vcpu import CR4_OSXSAVE, CR4_PKE
 from xfast.layout import preset
 
 S_FORMS = frozenset({"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves", "xfd"})
@@ -266,9 +261,12 @@ def test_apx_and_mpx_together_turn_xsave_off():
 # (in v6.18).
 
 
+SHSTK_AND_IBT = [(7, 0, 1, 0, 0, 1 << 7, 1 << 20)]
+
+
 def cet_vcpu(release="6.18"):
     vcpu = Kernel(intel(), release).create_vcpu()
-    vcpu.set_cpuid2(leaf_d(0x2E7, CET_U | CET_S))
+    vcpu.set_cpuid2([*leaf_d(0x2E7, CET_U | CET_S), *SHSTK_AND_IBT])
     return vcpu
 
 
@@ -307,11 +305,53 @@ def test_cet_msrs_live_in_the_image_and_survive_set_xsave():
     refused(errno.EINVAL, vcpu.set_xsave, buffer(7 | CET_U))
 
 
+@pytest.mark.parametrize(
+    ("ecx", "edx", "msr", "value", "taken"),
+    [
+        (1 << 7, 1 << 20, PL3_SSP, 1 << 63, False),
+        (1 << 7, 1 << 20, PL3_SSP, 0x1002, False),
+        (1 << 7, 1 << 20, PL3_SSP, (1 << 64) - 8, True),
+        (1 << 7, 1 << 20, U_CET, 0x40, False),
+        (1 << 7, 1 << 20, U_CET, 0xC00, False),
+        (1 << 7, 1 << 20, U_CET, 0x1000, False),
+        (1 << 7, 1 << 20, U_CET, 1 << 63, False),
+        (1 << 7, 1 << 20, U_CET, 0x403F, True),
+        (1 << 7, 0, U_CET, 0x4, False),
+        (1 << 7, 0, U_CET, 0x3, True),
+        (0, 1 << 20, U_CET, 0x1, False),
+        (0, 1 << 20, U_CET, 0x4, True),
+        (0, 1 << 20, PL3_SSP, 0, False),
+        (0, 0, U_CET, 0, False),
+    ],
+)
+def test_cet_msrs_are_checked(ecx, edx, msr, value, taken):
+    """Linux arch/x86/kvm/x86.h kvm_is_valid_u_s_cet(), x86.c __kvm_set_msr()."""
+    vcpu = Kernel(intel(), "6.18").create_vcpu()
+    vcpu.set_cpuid2([*leaf_d(0x2E7, CET_U | CET_S), (7, 0, 1, 0, 0, ecx, edx)])
+    if taken:
+        vcpu.set_msr(msr, value)
+        assert vcpu.get_msr(msr) == value
+    else:
+        refused(errno.EINVAL, vcpu.set_msr, msr, value)
+    vcpu.run()
+    assert not vcpu.guest_fpu.fpstate.in_use
+
+
+def test_an_image_that_cannot_be_loaded_becomes_initial():
+    """ex_handler_fprestore(): the host warns, initialises the registers and goes on."""
+    vcpu = cet_vcpu()
+    vcpu.set_xsave(buffer(7))
+    vcpu.guest_fpu.fpstate.regs[24:28].view("<u4")[0] = 1 << 16
+    vcpu.run()
+    assert not vcpu.guest_fpu.fpstate.in_use
+    assert not bv_of(vcpu.get_xsave()) & 7
+
+
 @pytest.mark.parametrize(("release", "cet"), [("6.17", False), ("6.18", True)])
 def test_init_zeroes_what_the_kernel_says(release, cet):
     host = intel(user=0xFF)
     vcpu = Kernel(host, release).create_vcpu()
-    vcpu.set_cpuid2(leaf_d(0xFF, CET_U | CET_S))
+    vcpu.set_cpuid2([*leaf_d(0xFF, CET_U | CET_S), *SHSTK_AND_IBT])
     if cet:
         vcpu.set_msr(PL3_SSP, 0x1000)
     vcpu.set_xsave(buffer(0x1F, layout=host.layout))
@@ -395,6 +435,44 @@ def test_cpuid_after_a_run():
                 refused(code, vcpu.set_cpuid2, entries)
             else:
                 vcpu.set_cpuid2(entries)
+
+
+def test_the_list_of_before_the_run_is_still_the_same_after_xcr0_and_cr4_changed():
+    """Writes of XCR0 and CR4 refresh the stored list, with which the new one is compared."""
+    vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu()
+    entries = [*leaf_d(7), (1, 0, 0, 0, 0, 1 << 26, 0), (7, 0, 1, 0, 0, 0, 0)]
+    vcpu.set_cpuid2(entries)
+    vcpu.set_xcrs([(0, 7)])
+    vcpu.run()
+    vcpu.cr4 = CR4_OSXSAVE | CR4_PKE
+    vcpu.set_cpuid2(entries)
+    refused(errno.EINVAL, vcpu.set_cpuid2, entries[:-1])
+
+
+@pytest.mark.parametrize("release", ["5.19", "6.0"])
+def test_a_leaf_without_sub_leaves_is_found_under_any_index(release):
+    """KVM_CPUID_INDEX_NOT_SIGNIFICANT came with 277ad7d58611 (in v6.0)."""
+    vcpu = Kernel(intel(user=0x2E7), release).create_vcpu()
+    narrow, first = (0x80000008, 5, 1, 0x2F30, 0, 0, 0), (1, 3, 1, 0, 0, 0, 0)
+    if release == "6.0":
+        refused(errno.EINVAL, vcpu.set_cpuid2, [narrow])
+    else:
+        vcpu.set_cpuid2([narrow])
+    vcpu.set_cpuid2([first])
+    vcpu.cr4 = CR4_OSXSAVE
+    (entry,) = vcpu.get_cpuid2()
+    assert entry.ecx == (1 << 27 if release == "6.0" else 0)
+    vcpu.cr4 = 0
+    assert vcpu.get_cpuid2()[0].ecx == 0
+
+
+def test_ospke_follows_cr4():
+    vcpu = Kernel(intel(user=0x2E7), "6.12").create_vcpu()
+    vcpu.set_cpuid2([(7, 0, 1, 0, 0, 0, 0)])
+    vcpu.cr4 = CR4_PKE
+    assert vcpu.get_cpuid2()[0].ecx == 1 << 4
+    vcpu.cr4 = 0
+    assert vcpu.get_cpuid2()[0].ecx == 0
 
 
 def test_confidential_guests_tell_and_take_nothing():

@@ -151,7 +151,7 @@ def test_vcpus_after_reset(shared, name):
 def test_an_i386_stream_takes_edits_where_it_has_registers(shared, tmp_path):
     path = shared / "samples/qemu/q72-i386-max-bios-pc.qemustate"
     (vcpu,) = read(path).vcpus
-    assert vcpu.facts["address_bits"] == 32
+    assert vcpu.mode == 32
     area = vcpu.area.copy()
     area[160 + 16 * 7 : 160 + 16 * 8] = 0x5A
     edits, _, after = edited(path, {0: area}, tmp_path)
@@ -214,7 +214,7 @@ def test_samples_hold_what_info_registers_said(shared):
             top = registers["FSW"][0] >> 11 & 7
             for i in range(8):
                 assert list(u(area, "QH", 32 + 16 * i)) == registers[f"FPR{(i + top) & 7}"]
-            for i in range(16 if vcpu.facts["address_bits"] == 64 else 8):
+            for i in range(16 if vcpu.mode == 64 else 8):
                 words = [*u(area, "QQ", 576 + 16 * i)[::-1], *u(area, "QQ", 160 + 16 * i)[::-1]]
                 name = f"YMM{i:02}" if f"YMM{i:02}" in registers else f"XMM{i:02}"
                 assert words[-2:] == registers[name][-2:]

@@ -111,6 +111,15 @@ def test_what_is_written_is_read(name, data):
     assert int.from_bytes(registers[name][1].tobytes(), "little") == value
 
 
+def test_32_bit_mode_has_eight_vector_registers():
+    area = filled(0xA02E7 & ~(1 << 17))[0]
+    wide, narrow = as_integers(area, INTEL), as_integers(area, INTEL, 32)
+    assert narrow.items() < wide.items()
+    numbers = {name for name in narrow if name.startswith(("xmm", "ymm", "zmm", "r"))}
+    assert numbers == {f"{kind}{i}" for kind in ("xmm", "ymm", "zmm") for i in range(8)}
+    assert {"k7", "st7", "mxcsr", "pkru"} < narrow.keys()
+
+
 def test_ftag_tells_empty_zero_special_and_valid():
     st_regs = [bytes(10)] * 8
     st_regs[0] = (1 << 63).to_bytes(8, "little") + b"\xff\x3f"

@@ -224,13 +224,34 @@ def test_a_core_of_an_old_gdb_is_refused(data, tmp_path):
     path = tmp_path / "core"
     path.write_bytes(lzma.decompress((data / "elf" / "gdb13-regs64-3thr.core.xz").read_bytes()))
     (found,) = xfast.read(path)
-    assert {vcpu.layout for vcpu in found.vcpus} == {None}
+    assert {vcpu.layout.mask for vcpu in found.vcpus} == {7}
     plan = plan_fix(found, host(7))
     assert not plan.changes
     with pytest.raises(PolicyError, match="would refuse"):
         plan.apply(str(tmp_path / "out"))
     with pytest.raises(PolicyError, match="is not known"):
         plan_fix(found, host(7), drop=["opmask", "zmm_hi256", "hi16_zmm"], even_if_live=True)
+
+
+def test_bit_63_of_xstate_bv_is_no_component_and_goes():
+    image = area(7)
+    image[519] |= 0x80
+    plan = plan_fix(snapshot(image, layout=INTEL.restricted(7)), host(7))
+    (change,) = plan.changes
+    assert (change.component, change.rule) == ("bit63", "LEAK")
+    assert held(plan.areas[0]) == 7
+    assert plan.after.verdict != "incompatible"
+
+
+def test_a_component_that_nobody_knows_goes_where_its_data_may():
+    image = area(7)
+    image[517] |= 1
+    one = snapshot(image, layout=INTEL.restricted(7))
+    assert plan_fix(one, host(7)).left
+    with pytest.raises(PolicyError, match="bit40 holds live data"):
+        plan_fix(one, host(7), drop=["bit40"])
+    plan = plan_fix(one, host(7), drop=["bit40"], even_if_live=True)
+    assert held(plan.areas[0]) == 7
 
 
 def test_a_plan_for_a_good_snapshot_is_empty():

@@ -150,6 +150,13 @@ _TABLE = (
         "kernel images are compacted where the CPU has XSAVEC but not XSAVES",
     ),
     Behaviour(
+        "cpuid-index-ignored",
+        "277ad7d58611",
+        "KVM: x86: Add dedicated helper to get CPUID entry with significant index",
+        ("6.0-rc1",),
+        "KVM finds an entry of a CPUID leaf without sub-leaves whatever its index and flags are",
+    ),
+    Behaviour(
         "guest-supported-xcr0",
         "ee519b3a2ae3",
         "KVM: x86: Reinstate kvm_vcpu_arch.guest_supported_xcr0",

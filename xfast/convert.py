@@ -17,6 +17,7 @@ from xfast.features import (
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     XFEATURE_MASK_FPSSE,
+    names_of,
 )
 from xfast.layout import PRESETS, Layout, recognise
 from xfast.snapshots import elfcore, qemu_cpu, splices
@@ -105,9 +106,11 @@ def relaid(
 
 
 def _known(snapshot: Snapshot, vcpu: Vcpu) -> Layout:
-    if vcpu.layout is None:
+    unplaced = engine.headers(vcpu.area).xstate_bv & ~(vcpu.layout or Layout(())).mask
+    if vcpu.layout is None or unplaced:
+        what = f"where {names_of(unplaced)} lies" if vcpu.layout else "the layout"
         raise PolicyError(
-            f"{snapshot.path}: vCPU {vcpu.index}: the layout is not known ({vcpu.layout_note}); "
+            f"{snapshot.path}: vCPU {vcpu.index}: {what} is not known ({vcpu.layout_note}); "
             "--layout names it"
         )
     return vcpu.layout

@@ -77,12 +77,16 @@ def _vcpus(one: Vcpu, two: Vcpu) -> Iterator[Difference]:
         if None not in values and values[0] != values[1]:
             yield Difference(one.index, "", name, *(f"{value:#x}" for value in values))
     layouts = one.layout or Layout(()), two.layout or Layout(())
-    known = one.layout is not None and two.layout is not None
-    differing = diff(one.area, two.area, *layouts)
-    if not known:
-        differing &= XFEATURE_MASK_FPSSE
+    unplaced = 0
+    for vcpu, layout in zip((one, two), layouts, strict=True):
+        unplaced |= headers(vcpu.area).xstate_bv & ~layout.mask
+    differing = diff(one.area, two.area, *layouts) & ~unplaced
+    if unplaced:
         yield from _unknown(one, two)
-    sides = as_integers(one.area, layouts[0]), as_integers(two.area, layouts[1])
+    sides = (
+        as_integers(one.area, layouts[0], one.mode),
+        as_integers(two.area, layouts[1], two.mode),
+    )
     for nr in bits(differing):
         rows = [
             Difference(one.index, name_of(nr), name, *(_value(side, name) for side in sides))
@@ -93,7 +97,7 @@ def _vcpus(one: Vcpu, two: Vcpu) -> Iterator[Difference]:
         ]
         yield from rows or [Difference(one.index, name_of(nr), "", "other bytes", "other bytes")]
     classes = classify(one.area, layouts[0]), classify(two.area, layouts[1])
-    for nr in bits((classes[0].xstate_bv ^ classes[1].xstate_bv) & ~differing if known else 0):
+    for nr in bits((classes[0].xstate_bv ^ classes[1].xstate_bv) & ~differing & ~unplaced):
         yield Difference(one.index, name_of(nr), "", *(side.state(nr) for side in classes))
 
 

@@ -120,7 +120,7 @@ def parse_component(text: str) -> int:
     if word in BY_NAME:
         return BY_NAME[word].nr
     digits = word.removeprefix("bit")
-    if digits.isdecimal() and int(digits) < 63:
+    if digits.isdecimal() and int(digits) < 64:
         return int(digits)
     known = ", ".join(BY_NAME)
-    raise ValueError(f"component: got {text!r}, needed a number from 0 to 62 or one of: {known}")
+    raise ValueError(f"component: got {text!r}, needed a number from 0 to 63 or one of: {known}")

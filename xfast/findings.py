@@ -24,6 +24,7 @@ from xfast.features import (
     names_of,
 )
 from xfast.hosts.model import Host
+from xfast.layout import Layout
 from xfast.requirement import State, Target, kernels_of, leaked, refuses
 from xfast.rules import RULES
 from xfast.verdict import Finding, Policy
@@ -55,7 +56,7 @@ def _data(state: State, nr: int) -> str:
     """Say what a present component holds, in a word or two."""
     if nr == 9 and state.pkru is not None:
         return f"value {state.pkru:#x}"
-    if state.vcpu.layout is None and nr > 1:
+    if state.unplaced >> nr & 1:
         return "value unknown"
     if state.unreadable >> nr & 1:
         return "data not in the area"
@@ -219,8 +220,9 @@ def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]
     vcpu = state.vcpu
     told = vcpu.cpuid.find(0xD) if vcpu.cpuid else None
     here = told.ebx if told else 0
-    if not told and vcpu.layout is not None and vcpu.xcr0 is not None:
-        here = vcpu.layout.standard_size(vcpu.xcr0)
+    known = vcpu.layout or Layout(())
+    if not told and vcpu.xcr0 is not None and not vcpu.xcr0 & ~known.mask:
+        here = known.standard_size(vcpu.xcr0)
     if not here or host.layout is None or host.xcr0 is None:
         return
     there = host.layout.standard_size(host.xcr0)
@@ -252,6 +254,18 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
             open=True,
         )
         return
+    hidden = extended & (target.host or extended) & state.unplaced
+    if hidden:
+        yield _finding(
+            state,
+            "LAYOUT",
+            "risky",
+            ("unknown", host.layout.name),
+            f"where {names_of(hidden)} lies in the area is not known ({vcpu.layout_note}); "
+            "--layout names it",
+            component=names_of(hidden),
+            open=True,
+        )
     unplaced = extended & (target.host or 0) & ~host.layout.mask
     if unplaced and state.kind == "vm":
         yield _finding(

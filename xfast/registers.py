@@ -104,6 +104,11 @@ REGISTERS: dict[str, Register] = {register.name: register for register in _table
 NARROW = {f"{kind}{i}" for kind in ("xmm", "ymm") for i in range(16, 32)} | {"fip", "fdp"}
 """Registers that another, wider or gdb's own, shows too: left out of listings."""
 
+LONG_MODE = {f"{kind}{i}" for kind in ("xmm", "ymm", "zmm") for i in range(8, 32)} | {
+    f"r{i}" for i in range(16, 32)
+}
+"""Registers that only 64-bit mode reaches: the others' bytes in an area mean nothing there."""
+
 
 class Registers:
     """The registers of one area or a batch.
@@ -262,12 +267,20 @@ def ftag(ftw: int, fstat: int, st: list[bytes]) -> int:
     return word
 
 
-def as_integers(area: Any, layout: Layout) -> dict[str, tuple[int, int]]:
-    """Return {register: (value, bytes)} of all registers that one area holds, ftag included."""
+def as_integers(area: Any, layout: Layout, mode: int = 64) -> dict[str, tuple[int, int]]:
+    """Return {register: (value, bytes)} of all registers that one area holds, ftag included.
+
+    Parameters
+    ----------
+    mode : int
+        32 leaves out what only 64-bit mode reaches.
+
+    *Source*: Intel SDM vol. 1 sections 10.2.2 and 14.1.1.
+    """
     registers = Registers(area, layout)
     values = {}
     for name in registers:
-        if name not in NARROW:
+        if name not in NARROW and (mode == 64 or name not in LONG_MODE):
             size = REGISTERS[name].size
             values[name] = (int.from_bytes(registers[name].tobytes(), "little"), size)
     if "ftw" in registers:

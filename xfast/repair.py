@@ -35,6 +35,7 @@ from xfast.hosts.model import Host
 from xfast.judge import findings_of, verdict_of
 from xfast.layout import Layout, recognise
 from xfast.requirement import State, state_of
+from xfast.snapshots.infer import KNOWN_MASK
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.verdict import Finding, Policy, Verdict
 
@@ -219,9 +220,10 @@ def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) 
     live = asked & state.bv & (state.live | state.unreadable)
     if live and not even_if_live:
         raise PolicyError(f"{where}{names_of(live)} holds live data; --even-if-live gives them up")
-    if live & ~XFEATURE_MASK_FPSSE and state.vcpu.layout is None:
+    unplaced = live & state.unplaced & KNOWN_MASK
+    if unplaced:
         raise PolicyError(
-            f"{where}where {names_of(live & ~XFEATURE_MASK_FPSSE)} lies is not known "
+            f"{where}where {names_of(unplaced)} lies is not known "
             f"({state.vcpu.layout_note}); --layout names the layout"
         )
 
@@ -324,7 +326,7 @@ def _held(state: State, nr: int) -> str:
     """Say in a word what a present component holds."""
     if nr == 9 and state.pkru and not state.live & PKRU:
         return "default"
-    if state.unreadable >> nr & 1 or (state.vcpu.layout is None and nr > 1):
+    if state.unreadable >> nr & 1:
         return "unknown"
     return "live" if state.live >> nr & 1 else "init"
 

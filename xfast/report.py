@@ -78,7 +78,7 @@ def vcpu_as_json(vcpu: Vcpu, *, registers: bool) -> dict[str, Any]:
             name: f"{value:#x}"
             if name == "ftag" or REGISTERS[name].dtype
             else f"0x{value:0{2 * size}x}"
-            for name, (value, size) in as_integers(vcpu.area, known).items()
+            for name, (value, size) in as_integers(vcpu.area, known, vcpu.mode).items()
         }
     return answer
 

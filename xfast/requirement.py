@@ -44,21 +44,20 @@ class State:
             return self.vcpu.cpuid.xcr0
         return self.vcpu.guest_mask
 
+    @property
+    def unplaced(self) -> int:
+        """The components in XSTATE_BV whose place in the area is not known."""
+        return self.bv & ALL & ~(self.vcpu.layout or Layout(())).mask
+
 
 def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
     """Work out what a vCPU's area holds and what its guest may have."""
     head = headers(vcpu.area)
-    live = stale = unreadable = 0
+    layout = vcpu.layout or Layout(())  # only the legacy region's place is certain then
+    found = classify(vcpu.area, layout)
     pkru = None
-    if vcpu.layout is not None:
-        found = classify(vcpu.area, vcpu.layout)
-        live, stale, unreadable = found.live, found.stale, found.unreadable
-        if head.xstate_bv & PKRU and not unreadable & PKRU:
-            pkru = _pkru(vcpu, head.xcomp_bv)
-    else:  # only the legacy region's place is certain
-        found = classify(vcpu.area, Layout(()))
-        live, stale = found.live, found.stale
-        live |= head.xstate_bv & ~XFEATURE_MASK_FPSSE
+    if head.xstate_bv & PKRU and not found.unreadable & PKRU:
+        pkru = _pkru(vcpu, head.xcomp_bv)
     may, may_from = _may(vcpu, kind)
     return State(
         vcpu,
@@ -68,9 +67,9 @@ def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
         head.xcomp_bv,
         head.reserved,
         head.mxcsr,
-        live,
-        stale,
-        unreadable,
+        found.live | head.xstate_bv & ALL & ~layout.mask,  # bit 63 is no component's
+        found.stale,
+        found.unreadable & ALL,
         pkru,
         may,
         may_from,

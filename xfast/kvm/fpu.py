@@ -394,8 +394,11 @@ class Fpu:
         try:
             load(self.processor, fpstate.regs, mask, address=fpstate.address)
         except Fault as fault:
-            if fault.rule.vector != "#NM":
-                raise
+            if fault.rule.vector != "#NM":  # "Bad FPU state detected": ex_handler_fprestore()
+                for nr in bits(mask):
+                    self.processor.init(nr)
+                self.processor.mxcsr = MXCSR_INIT
+                return
             raise KernelPanic(
                 f"#NM in restore_fpregs_from_fpstate(): XSTATE_BV {fpstate.xstate_bv:#x}, "
                 f"IA32_XFD {fpstate.xfd:#x} [Linux kernel commit b45f72177594]"

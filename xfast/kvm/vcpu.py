@@ -34,6 +34,16 @@ from xfast.features import (
     XFEATURE_MASK_USER_DYNAMIC,
 )
 from xfast.kvm.fpu import refuse
+from xfast.kvm.msrs import (
+    CET_MSRS,
+    MSR_IA32_U_CET,
+    MSR_IA32_XFD,
+    MSR_IA32_XFD_ERR,
+    MSR_IA32_XSS,
+    cet_problem,
+    store,
+    word,
+)
 from xfast.kvm.uapi import (
     KVM_EXIT_HLT,
     KVM_FPU,
@@ -49,9 +59,6 @@ if TYPE_CHECKING:
     from xfast.kvm.kernel import Kernel
 
 CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
-MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS = 0x1C4, 0x1C5, 0xDA0
-CET_MSRS = {0x6A0: (11, 0), 0x6A7: (11, 8), 0x6A4: (12, 0), 0x6A5: (12, 8), 0x6A6: (12, 16)}
-"""MSRs that live in a guest's CET components: {index: (component, byte)}."""
 
 XSAVEC_OR_XSAVES = 0b1010
 """CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""
@@ -106,10 +113,11 @@ class Vcpu:
         behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
         cpuid = self._with_runtime_fields(entries)
         if self.has_run and "cpuid-frozen" in behaviours:
-            if "cpuid-frozen-equal" not in behaviours or cpuid != self.cpuid:
+            stored = self._with_runtime_fields(self.cpuid)
+            if "cpuid-frozen-equal" not in behaviours or cpuid != stored:
                 raise refuse(errno.EINVAL, "this vCPU has run")
             return
-        width = cpuid.find(0x80000008)
+        width = self._find(cpuid, 0x80000008)
         if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
             raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
         if "dynamic-at-cpuid" in behaviours:
@@ -136,7 +144,7 @@ class Vcpu:
         has_pku = bool(self.kernel.fpu.user_cfg.max_features & PKRU)
         size = self.kernel.xstate_required_size
         for leaf in ((1, 0), (7, 0), (0xD, 0), (0xD, 1)):
-            entry = Cpuid(tuple(entries)).find(*leaf)
+            entry = self._find(Cpuid(tuple(entries)), *leaf)
             if entry is None:
                 continue
             at = entries.index(entry)
@@ -154,6 +162,15 @@ class Vcpu:
                 entry = entry._replace(ebx=size(self.xcr0 | self.xss, True))
             entries[at] = entry
         return Cpuid(tuple(entries))
+
+    def _find(self, cpuid: Cpuid, function: int, index: int = 0) -> Entry | None:
+        """Return the entry that KVM goes by; of a leaf without sub-leaves, any will do.
+
+        *Source*: Linux arch/x86/kvm/cpuid.c cpuid_entry2_find().
+        """
+        if "cpuid-index-ignored" in self.kernel.behaviours and function not in (7, 0xD):
+            return next(cpuid.leaf(function), None)
+        return cpuid.find(function, index)
 
     def _out_of_reach(self) -> bool:
         """Return whether KVM can't read the state; raise EINVAL where that is an error."""
@@ -352,7 +369,7 @@ class Vcpu:
         """Read IA32_XFD, IA32_XFD_ERR, IA32_XSS or a CET MSR (KVM_GET_MSRS of one)."""
         if index in CET_MSRS:
             nr, at = self._cet(index)
-            return int(self._with_guest_fpu(lambda p: _word(p, nr, at)[0]))
+            return int(self._with_guest_fpu(lambda p: word(p, nr, at)[0]))
         guest = self.guest_fpu
         msrs = {
             MSR_IA32_XFD: guest.fpstate.xfd,
@@ -375,7 +392,10 @@ class Vcpu:
         unsigned(value, 64, f"MSR {index:#x}")
         if index in CET_MSRS:
             nr, at = self._cet(index)
-            self._with_guest_fpu(lambda p: _store(p, nr, at, value))
+            problem = cet_problem(index, value, self._cet_features, self._linear_bits)
+            if problem:
+                raise refuse(errno.EINVAL, f"MSR {index:#x} can't be {value:#x}: {problem}")
+            self._with_guest_fpu(lambda p: store(p, nr, at, value))
             return
         dynamic = self.xcr0_limit & XFEATURE_MASK_USER_DYNAMIC
         limits = {
@@ -398,11 +418,22 @@ class Vcpu:
         if value & ~known[index] and value:
             raise refuse(errno.EINVAL, f"MSR {index:#x} can't be {value:#x}")
 
+    @property
+    def _cet_features(self) -> frozenset[str]:
+        """Which of CET's two features the guest has."""
+        offered = self.kernel.supported_xss & CET_U
+        return self.cpuid.features & {"user_shstk", "ibt"} if offered else frozenset()
+
+    @property
+    def _linear_bits(self) -> int:
+        return self.kernel.fpu.processor.cpu.linear_bits
+
     def _cet(self, index: int) -> tuple[int, int]:
-        nr, at = CET_MSRS[index]
-        if not self.kernel.supported_xss >> nr & 1:
+        """Return where a CET MSR is; of the two features, its own must be the guest's."""
+        needed = {"user_shstk", "ibt"} if index == MSR_IA32_U_CET else {"user_shstk"}
+        if not needed & self._cet_features:
             raise refuse(errno.EINVAL, f"MSR {index:#x} is not here")
-        return nr, at
+        return CET_MSRS[index]
 
     def _with_guest_fpu(self, action: Callable[[Processor], Any]) -> Any:
         """Do something to the registers while they are the guest's."""
@@ -487,15 +518,3 @@ class Vcpu:
             zeroed |= CET_U | CET_S
         self.kernel.fpu.zero(self.guest_fpu, supported & zeroed)
         self.cr4 = 0
-
-
-def _word(processor: Processor, nr: int, at: int) -> Any:
-    """Return a u64 view of a component's byte `at`."""
-    start = processor.offsets[nr] + at
-    return processor.values[start : start + 8].view("<u8")
-
-
-def _store(processor: Processor, nr: int, at: int, value: int) -> None:
-    _word(processor, nr, at)[0] = value
-    processor.tracked |= 1 << nr
-    processor.xmodified |= 1 << nr

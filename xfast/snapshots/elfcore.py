@@ -110,11 +110,13 @@ def read(
         notes = ", ".join(sorted(found.names)) or "none"
         raise FormatError(
             source.path,
-            None,
+            segments[0][0] if segments else 0,
             f"found no extended state (notes: {notes}), needed NT_X86_XSTATE of each thread",
         )
     producer = _producer(found)
     vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in threads]
+    for vcpu in vcpus:
+        vcpu.mode = 32 if abi == "i386" else 64
     facts = {
         "abi": abi,
         "os": "freebsd" if "FreeBSD" in found.names else "linux",
@@ -240,10 +242,11 @@ def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Lay
         place = infer.Place(noted, "note")
     elif given is None and _debugger_guessed(area, mask):
         place = infer.Place(
-            None,
-            "unknown",
-            "layout ambiguous: gdb before 14 writes Intel's offsets on AMD too, and this core "
-            "has neither NT_X86_XSAVE_LAYOUT nor an MXCSR_MASK to tell",
+            infer.common(candidates(mask), mask),
+            "inferred",
+            "beyond what lies at one place everywhere the layout is ambiguous: gdb before 14 "
+            "writes Intel's offsets on AMD too, and this core has neither NT_X86_XSAVE_LAYOUT "
+            "nor an MXCSR_MASK to tell",
         )
     else:
         place = infer.place(area, given=given, size=note.length)

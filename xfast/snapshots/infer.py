@@ -2,13 +2,13 @@
 
 "Standard format" is several layouts. What fixes the layout is used first (given, or CPUID leaf
 0xD); the rest is evidence, and each answer names it. Where evidence is missing or contradicts
-itself the layout stays unknown.
+itself, only what lies at one place in every layout that is left is placed; the rest stays unknown.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from xfast.features import (
     EXTENDED_OFFSET,
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
+    PKRU,
     XCOMP_BV_COMPACTED,
     names_of,
 )
-from xfast.layout import PRESETS, Layout, candidates
+from xfast.layout import PRESETS, Layout, Slot, candidates
 
 KNOWN_MASK = sum(c.bit for c in COMPONENTS)
 MXCSR_MASK_OFFSET = 28
@@ -132,10 +133,52 @@ def place(
         fewer = infer(area, present, agrees=known, vendor=vendor) if present != wanted else found
         if fewer.layout is not None:
             found = fewer
-    if found.layout is None and known.slots:
-        missing = names_of(xstate_bv & ~known.mask)
-        return Place(known, "cpuid", f"it has no place for {missing}, and {found.note}")
-    return found
+    if found.layout is not None:
+        return found
+    if header(area)[1] & XCOMP_BV_COMPACTED:  # there, a place depends on all before it
+        return Place(known, "cpuid", found.note) if known.slots else found
+    left = _left(area, wanted & KNOWN_MASK, size, known, vendor)[0]
+    return _partly(area, left, known, mask, found)
+
+
+def _partly(
+    area: NDArray[np.uint8], left: tuple[str, ...], known: Layout, may: int, found: Place
+) -> Place:
+    """Place what is certain though the presets that are `left` differ.
+
+    That is what CPUID places, what lies at one place in all of them, and PKRU of value 0 that
+    the guest may not have (`may` lacks it): Linux 5.16's leak, of which the value is what counts.
+    """
+    xstate_bv, _ = header(area)
+    missing = xstate_bv & ~known.mask
+    slots = [*known.slots, *common(left, missing).slots]
+    note = (
+        f"it has no place for {names_of(missing)}, and {found.note}" if known.slots else found.note
+    )
+    if PKRU & missing & ~may and (zeros := _pkru_of_zeros(area, left)):
+        slots = [*(slot for slot in slots if slot.nr != zeros.nr), zeros]
+        note += "; pkru is 0 wherever it may lie"
+    if not slots:
+        return found
+    layout = Layout(tuple(sorted(slots)), known.name or "common")
+    return Place(layout, "cpuid" if known.slots else "inferred", note)
+
+
+def common(names: Iterable[str], mask: int) -> Layout:
+    """Return which components of `mask` lie at one place in every preset of `names`."""
+    layouts = [PRESETS[name].restricted(mask) for name in names]
+    slots = set(layouts[0].slots).intersection(*(one.slots for one in layouts)) if layouts else ()
+    return Layout(tuple(sorted(slots)), "common")
+
+
+def _pkru_of_zeros(area: NDArray[np.uint8], names: tuple[str, ...]) -> Slot | None:
+    """Return a place of PKRU, if it holds 0 in every preset of `names`: then any will do."""
+    slots = [PRESETS[name].by_nr[9] for name in names if 9 in PRESETS[name].by_nr]
+    ends = [slot.offset + slot.size for slot in slots]
+    if not slots or max(ends) > area.size:
+        return None
+    filled = any(area[slot.offset : end].any() for slot, end in zip(slots, ends, strict=True))
+    return None if filled else slots[0]
 
 
 def infer(
@@ -156,35 +199,42 @@ def infer(
     __copy_xstate_to_uabi_buf().
     """
     compacted = bool(header(area)[1] & XCOMP_BV_COMPACTED)
-    names = tuple(
-        name
-        for name in candidates(mask, None if compacted else size)
-        if agrees is None or not PRESETS[name].moved(agrees, mask)
-    )
+    names, evidence = _left(area, mask, size, agrees, vendor)
     if not names:
         size_clause = f" in {size} bytes" if size else ""
         return Place(
             None, "unknown", f"no known layout holds {mask:#x} ({names_of(mask)}){size_clause}"
         )
-    everywhere = len(_groups(tuple(candidates(mask)), mask, compacted)) == 1
-    evidence = []
-    if size and not compacted:
-        evidence.append(f"{size} bytes")
-    for clue, fits in _clues(area, mask, vendor, compacted):
-        if len(_groups(names, mask, compacted)) == 1:
-            break
-        left = tuple(name for name in names if fits(name))
-        if left and len(left) < len(names):
-            names = left
-            evidence.append(clue)
     groups = _groups(names, mask, compacted)
     if len(groups) > 1:
         return Place(None, "unknown", f"mask {mask:#x} fits each of {', '.join(groups)}")
+    everywhere = len(_groups(tuple(candidates(mask)), mask, compacted)) == 1
     name = names[0] if len(names) == 1 else "common"
     layout = _layout(names[0], mask, name)
     why = " and ".join([f"mask {mask:#x}", *evidence])
     who = "the same on every known machine" if everywhere else ", ".join(names)
     return Place(layout, "inferred", f"from {why}: {who}")
+
+
+def _left(
+    area: NDArray[np.uint8], mask: int, size: int | None, agrees: Layout | None, vendor: str
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the presets that can have produced an area, and the evidence against the others."""
+    compacted = bool(header(area)[1] & XCOMP_BV_COMPACTED)
+    names = tuple(
+        name
+        for name in candidates(mask, None if compacted else size)
+        if agrees is None or not PRESETS[name].moved(agrees, mask)
+    )
+    evidence = [f"{size} bytes"] if size and not compacted else []
+    for clue, fits in _clues(area, mask, vendor, compacted):
+        if len(_groups(names, mask, compacted)) <= 1:
+            break
+        left = tuple(name for name in names if fits(name))
+        if left and len(left) < len(names):
+            names = left
+            evidence.append(clue)
+    return names, evidence
 
 
 @lru_cache(maxsize=1024)

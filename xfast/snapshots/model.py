@@ -44,6 +44,9 @@ class Vcpu:
         `cpuid` tells (libvirt's cookie, CR4.PKE and XCR0 of a QEMU stream).
     pkru_enabled : bool or None
         CR4.PKE: whether the guest can reach PKRU by RDPKRU.
+    mode : int
+        32 where the file is of a thread or a machine in 32-bit mode, which has no more than
+        eight vector registers, else 64.
     where : dict
         {field: (offset, length)} in the file, after decompression: ``area`` where the file
         holds one, else the fields that an edit of the state would change.
@@ -63,6 +66,7 @@ class Vcpu:
     cpuid: Cpuid | None = None
     guest_mask: int | None = None
     pkru_enabled: bool | None = None
+    mode: int = 64
     where: dict[str, tuple[int, int]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -204,11 +204,11 @@ def _vcpu(source: Source, section: Section) -> Vcpu:
         xss=section.number("cpu/xss", 0),
         xfd=section.number("cpu/msr_xfd", None),
         pkru_enabled=bool(section.cr4 & CR4_PKE),
+        mode=64 if section.form.registers == 16 else 32,
         where=where,
         facts={
             "stream_xstate_bv": section.stream_xstate_bv,
             "cr4": section.cr4,
             "subsections": sorted(place.subsections),
-            "address_bits": 64 if section.form.registers == 16 else 32,
         },
     )

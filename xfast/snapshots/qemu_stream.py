@@ -73,6 +73,10 @@ DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
 NEXT = re.compile(rb"\x7e|\x05|\x04.{4}[\x01-\xff][\x21-\x7e]", re.DOTALL)
 """What may follow a subsection: a footer, another one, or (without footers) a section."""
+OTHER_DEVICE = re.compile(
+    rb"\x04.{4}([\x03-\x7f])(?!cpu|apic|kvm-tpr-opt)([\x21-\x7e]{3,})\0\0\0.\0\0\0.", re.DOTALL
+)
+"""The header of a section that is no part of a vCPU: the length of its name, and the name."""
 SECTION_END = re.compile(
     rb"\x7e(?=(.{4})(?:\x04.{4}[\x01-\xff][\x21-\x7e]|\0(?:\x06|\0*\Z)))", re.DOTALL
 )
@@ -236,13 +240,13 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     return devices
 
 
-def _measure(stream: Source, entry: Mapping[str, Any]) -> int:
-    """Return the bytes that a device or subsection takes, by its description."""
+def _measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
+    """Return the bytes that a device or subsection takes, by the description at `text`."""
     try:
         return _size(entry, 0)
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise FormatError(
-            stream.path, None, f"found a description that makes no sense: {problem}"
+            stream.path, text, f"found a description that makes no sense: {problem}"
         ) from None
 
 
@@ -273,16 +277,16 @@ def _walk(stream: Source, devices: Sequence[dict[str, Any]], end: int) -> list[C
     listed, but lie before RAM.
     """
     cpus = []
+    text = end + 6
     for device in reversed(devices):
-        size = _measure(stream, device)
+        size = _measure(stream, device, text)
         name = device["name"].encode(errors="replace")
         found = _section(stream, name, size, end)
         if found is None:
             break
-        instance, version, offset = found
         if name == b"cpu":
-            cpus.append(_described_cpu(stream, device, instance, version, offset, size))
-        end = offset - 14 - len(name)
+            cpus.append(_described_cpu(stream, device, text, found, size))
+        end = found[2] - 14 - len(name)
     return cpus
 
 
@@ -303,9 +307,14 @@ def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int
 
 
 def _described_cpu(
-    stream: Source, device: Mapping[str, Any], instance: int, version: int, offset: int, size: int
+    stream: Source,
+    device: Mapping[str, Any],
+    text: int,
+    found: tuple[int, int, int],
+    size: int,
 ) -> CpuSection:
-    fixed = _measure(stream, {"fields": device.get("fields", ())})
+    instance, version, offset = found
+    fixed = _measure(stream, {"fields": device.get("fields", [])}, text)
     if version != CPU_VERSION or fixed not in FIXED_SIZES:
         raise FormatError(
             stream.path,
@@ -317,7 +326,7 @@ def _described_cpu(
     at = offset + fixed
     for part in device.get("subsections", ()):
         name = part["vmsd_name"].encode(errors="replace")
-        length = _measure(stream, part)
+        length = _measure(stream, part, text)
         head = bytes([SUBSECTION, len(name) & 0xFF]) + name
         if stream.read(at, len(head)) != head:
             raise FormatError(stream.path, at, f"found no {part['vmsd_name'][:40]}, as described")
@@ -376,11 +385,13 @@ def _end(window: bytes, cpus: Sequence[CpuSection], start: int) -> int | None:
 
     Without description a section's length is not known, but its footer names it: from the first
     vCPU's on, each has to lead to the next. Where there are no footers (machine types up to 2.3)
-    all that can be asked for is every vCPU up to the last, and EOF's zero.
+    all that can be asked for is every vCPU up to the last, another device, and EOF's zero.
     """
-    first = cpus[0]
+    first, last = cpus[0], cpus[-1]
     if window[first.offset + first.size - start] != FOOTER:
+        others = OTHER_DEVICE.finditer(window, last.offset + last.size - start)
         whole = [cpu.instance for cpu in cpus] == list(range(len(cpus)))
+        whole = whole and any(match[1][0] == len(match[2]) for match in others)
         return len(window) - 1 if whole and not window[-1] else None
     header = first.offset - start - CPU_HEADER
     for match in SECTION_END.finditer(window, header):

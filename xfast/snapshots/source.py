@@ -443,7 +443,7 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
                 chunk = file.read(CHUNK)
             except Exception as problem:  # each codec has errors of its own
                 raise FormatError(
-                    path, None, f"found damage after {total} bytes: {problem}"
+                    path, total, f"found damage in what is compressed: {problem}"
                 ) from None
             if not chunk:
                 break
@@ -451,7 +451,7 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
             if total > limit:
                 raise FormatError(
                     path,
-                    None,
+                    limit,
                     f"expands to more than {limit} bytes, the limit; needed a smaller file, "
                     "or a higher limit (--expand-limit)",
                 )
