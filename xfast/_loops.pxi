@@ -15,8 +15,8 @@ from xfast._plan cimport (
     CARRY, COPY, PACKED, PART, PATCH, RING, ZERO, Blend, Job, Plan, Range, Step, find,
 )
 from xfast._simd cimport (
-    LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store, line_store_part,
-    line_stream, line_t, line_xor, line_zero, prefetch_far, prefetch_near, stream_fence,
+    LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
+    line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
 )
 
 cdef enum:

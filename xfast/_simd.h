@@ -34,7 +34,6 @@ static inline int line_any(line_t a)
     return any != 0;
 }
 static inline void stream_fence(void) {}
-static inline void prefetch_near(const void *p) { (void)p; }
 static inline void prefetch_far(const void *p) { (void)p; }
 #undef EACH
 
@@ -104,7 +103,6 @@ static inline int line_any(line_t a)
 #endif
 
 static inline void stream_fence(void) { _mm_sfence(); }
-static inline void prefetch_near(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #endif

@@ -19,7 +19,6 @@ cdef extern from "_simd.h" nogil:
     void line_copy_part(uint8_t *to, const uint8_t *src, unsigned first, unsigned end)
     void line_stream(void *p, line_t a)
     void stream_fence()
-    void prefetch_near(const void *p)
     void prefetch_far(const void *p)
     void *pointer_exchange(void **p, void *value)
     const char *widest_isa()
