@@ -25,7 +25,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/cython-lint xfast/
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint xfast/  # it runs pycodestyle by name
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks

@@ -28,20 +28,37 @@ def subsets(mask: int):
     return st.sets(st.sampled_from(list(bits(mask)))).map(lambda nrs: sum(1 << n for n in nrs))
 
 
+FLAGS = frozenset({"xsave", "xsaveopt", "xsavec", "xfd"})
+CPUS = (  # (CPUID's XSAVE flags, features)
+    (FLAGS, None),
+    (FLAGS - {"xfd"}, None),
+    (frozenset(), None),
+    (FLAGS, FLAGS),
+    (frozenset(), FLAGS),
+    (FLAGS, frozenset()),
+    (frozenset(), frozenset()),
+)
+
+
 @given(
-    release=st.sampled_from(RELEASES),
-    host_mask=st.sampled_from([0x7, 0xE7, 0x207, 0x2E7, 0x602E7]),
+    release=st.sampled_from((*RELEASES, "6.16")),
+    host_mask=st.sampled_from([0x3, 0x7, 0xE7, 0x207, 0x2E7, 0x602E7, 0x800FF]),
+    cpu=st.sampled_from(CPUS),
     guest_mask=st.sampled_from([0, 0x3, 0x7, 0xE7, 0x207, 0x2E7, 0x602E7]),
     xstate_bv=st.one_of(subsets(USER), subsets(USER | 0x918)),
     xcomp_bv=st.sampled_from([0, 0, 0, 7, 1 << 63 | 7]),
     reserved=st.sampled_from([0, 0, 0, 1]),
     mxcsr=st.sampled_from([0x1F80, 0x1FA0, 0x21F80, 0x11F80]),
 )
-@example("5.18", 0x207, 0x7, 0x207, 0, 0, 0x1F80)
-@example("6.12.80", 0x602E7, 0x2E7, 0x602E7, 0, 0, 0x1F80)
-@example("6.6", 0x207, 0x7, 0x207, 0, 0, 0x1F80)
+@example("5.18", 0x207, CPUS[0], 0x7, 0x207, 0, 0, 0x1F80)
+@example("6.12.80", 0x602E7, CPUS[0], 0x2E7, 0x602E7, 0, 0, 0x1F80)
+@example("6.6", 0x207, CPUS[0], 0x7, 0x207, 0, 0, 0x1F80)
+@example("6.6", 0x7, CPUS[2], 0x7, 0x7, 0, 0, 0x1F80)
+@example("6.6", 0x7, CPUS[5], 0x7, 0x7, 0, 0, 0x1F80)
+@example("6.16", 0x800FF, CPUS[0], 0x7, 0x7, 0, 0, 0x1F80)
+@example("6.12.80", 0x602E7, CPUS[1], 0x2E7, 0x602E7, 0, 0, 0x1F80)
 def test_check_says_what_the_model_of_kvm_does(
-    release, host_mask, guest_mask, xstate_bv, xcomp_bv, reserved, mxcsr
+    release, host_mask, cpu, guest_mask, xstate_bv, xcomp_bv, reserved, mxcsr
 ):
     host = Host(
         "host",
@@ -50,13 +67,14 @@ def test_check_says_what_the_model_of_kvm_does(
         xss=0,
         mxcsr_mask=0xFFFF,
         vendor="GenuineIntel",
-        xsave=frozenset({"xsave", "xsaveopt", "xsavec", "xfd"}),
+        xsave=cpu[0],
+        features=cpu[1],
         xsave2_size=11008,
         guest_permission=1 << 18,
         kernel=of_release(release),
     )
     kernel = Kernel(host)
-    host = host.replace(xcr0=kernel.fpu.user_cfg.max_features, kvm_xcr0=kernel.supported_xcr0)
+    host = host.replace(kvm_xcr0=kernel.supported_xcr0)
     row = xa.empty(1, 11008)[0]
     row[:416] = 1
     row[576:] = 1

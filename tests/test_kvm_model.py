@@ -679,6 +679,45 @@ def test_a_guest_that_reads_less_than_it_had_is_told_apart():
     assert (moved.failed, moved.xstate_bv, moved.lost, moved.silent) == ("", 0, 3, True)
 
 
+def test_mxcsr_alone_is_lost_where_the_source_has_no_xsavec():
+    """Section 13.7: XSAVE leaves BV[1] clear; what KVM_GET_XSAVE then reports is 0x1F80."""
+
+    def guest(processor):
+        processor.mxcsr = 0x1FA0
+
+    for flags, lost in ((S_FORMS, ()), (frozenset({"xsave"}), ("MXCSR",))):
+        host = intel(user=7, xsave=flags)
+        vcpu = Kernel(host, "6.12").create_vcpu()
+        vcpu.set_cpuid2(leaf_d(7))
+        vcpu.run(guest)
+        moved = migrate(vcpu, host, kernel="6.12")
+        assert (moved.lost, moved.registers_lost, moved.silent) == (0, lost, bool(lost))
+        assert ("lost MXCSR" in str(moved)) == bool(lost)
+
+
+@pytest.mark.parametrize("vmm", VMMS)
+def test_msrs_of_the_fpu_go_with_the_guest(vmm):
+    vcpu = amx_vcpu()
+    vcpu.set_msr(MSR_IA32_XFD, TILEDATA)
+    vcpu.set_msr(MSR_IA32_XFD_ERR, TILEDATA)
+    moved = migrate(vcpu, intel(), vmm, kernel="6.18")
+    assert str(moved) == "done"
+    assert moved.vcpu.get_msr(MSR_IA32_XFD) == TILEDATA
+    vcpu = cet_vcpu()
+    vcpu.set_msr(MSR_IA32_XSS, CET_U)
+    moved = migrate(vcpu, intel(), vmm, kernel="6.17")
+    assert "KVM_SET_MSRS" in moved.failed
+    assert moved.registers_lost == ("IA32_XSS",)
+    assert moved.silent == (vmm == "qemu-7.2")
+
+
+def test_cet_state_that_nobody_moves_is_reported():
+    vcpu = cet_vcpu()
+    vcpu.set_msr(PL3_SSP, 0x1000)
+    moved = migrate(vcpu, intel(), kernel="6.18")
+    assert (moved.failed, moved.lost, moved.silent) == ("", CET_U, True)
+
+
 def test_an_unknown_vmm_is_named():
     vcpu = Kernel(intel(user=7), "6.6").create_vcpu()
     with pytest.raises(ValueError, match="bochs"):

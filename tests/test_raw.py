@@ -429,3 +429,19 @@ class TestEdits:
         (tmp_path / "areas.npy").write_bytes(raw.stacked(areas))
         (snapshot,) = snapshots.read(tmp_path / "areas.npy")
         assert np.array_equal(np.stack([vcpu.area for vcpu in snapshot.vcpus]), areas)
+
+
+@pytest.mark.parametrize("named", [{"layout": PRESETS["amd-zen4"]}, {"size": 4096}])
+def test_who_names_a_layout_or_a_size_says_that_the_file_is_raw(data, tmp_path, named):
+    area = bytearray((data / "raw" / "kvm618-guestxcr0_e7-bve7.xsave").read_bytes())
+    area[528:540] = range(1, 13)  # reserved, to be zero
+    path = tmp_path / "dirty"
+    path.write_bytes(area)
+    with pytest.raises(FormatError, match="found the bytes 7f 03"):
+        snapshots.read(path)
+    (found,) = snapshots.read(path, **named)
+    assert found.format == "raw"
+    assert found.vcpus[0].area.tobytes() == area
+    path.write_text("no area" * 1024)
+    with pytest.raises(FormatError, match=r"needed a multiple of|needed known components"):
+        snapshots.read(path, **named)

@@ -192,6 +192,16 @@ def test_an_area_moves_to_the_targets_layout(ours, theirs, mask):
     assert plan.areas[0][28:32].view("<u4")[0] == target.mxcsr_mask
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_an_area_is_not_moved_twice(tells):
+    """MXCSR_MASK tells that it was moved, or else bytes where the given layout has nothing."""
+    image = area(0xE7, GENOA, live=0xE6)
+    target = host(0xE7, mxcsr_mask=0xFFFF if tells else None)
+    once = plan_fix(snapshot(image, layout=GENOA, xcr0=0xE7), target).areas[0]
+    with pytest.raises(PolicyError, match="contradicted: " + ("MXCSR_MASK" if tells else "byte")):
+        plan_fix(snapshot(once, layout=GENOA, xcr0=0xE7), target)
+
+
 def test_a_small_area_grows_where_the_targets_layout_is_larger():
     images = area(0x207, ROME, 896, live=0x206), area(7, ROME, 896, live=6)
     plan = plan_fix(snapshot(*images, layout=ROME, xcr0=0x207), host(0x207))

@@ -23,6 +23,7 @@ from xfast.features import (
     XFEATURE_MASK_AVX512,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
+    XFEATURE_MASK_USER_DYNAMIC,
     XFEATURE_MASK_XTILE,
 )
 
@@ -340,6 +341,40 @@ def user_supported(kernel: Behaviours) -> int:
     if "host-apx" in kernel:
         mask |= APX
     return mask
+
+
+def uses_xsave(kernel: Behaviours, user: int) -> bool:
+    """Return whether a kernel uses XSAVE on a CPU that has it, and the components `user` (mask).
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c fpu__init_system_xstate(), at 50c5b071e283.
+    """
+    return not ("host-apx" in kernel and user & APX and user & XFEATURE_MASK_MPX)
+
+
+def without_xfd(user: int) -> int:
+    """Return the components that kernels enable where the CPU lacks XFD (masks).
+
+    *Source*: Linux arch/x86/kernel/fpu/xstate.c fpu__init_system_xstate().
+    """
+    return user & ~XFEATURE_MASK_USER_DYNAMIC
+
+
+def enabled_for_guest(user: int, guest_cpuid: int) -> int:
+    """Return which of a host's components `user` a guest's image has (masks).
+
+    Dynamic ones are there only if the guest's CPUID, leaf 0xD, has them.
+
+    *Source*: Linux arch/x86/kvm/cpuid.c kvm_check_cpuid() at 5ab2f45bba48.
+    """
+    return user & ~(XFEATURE_MASK_USER_DYNAMIC & ~guest_cpuid)
+
+
+def needs_permission(kernel: Behaviours, guest_cpuid: int) -> int:
+    """Return what KVM_SET_CPUID2 must have permission for, or it answers EPERM (masks).
+
+    *Source*: as `enabled_for_guest`.
+    """
+    return guest_cpuid & XFEATURE_MASK_USER_DYNAMIC if "dynamic-at-cpuid" in kernel else 0
 
 
 def supervisor_supported(kernel: Behaviours) -> int:

@@ -19,7 +19,7 @@ from xfast.features import (
     XFEATURE_MASK_FPSSE,
     names_of,
 )
-from xfast.layout import PRESETS, Layout, recognise
+from xfast.layout import PRESETS, Layout, candidates
 from xfast.snapshots import elfcore, qemu_cpu, splices
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.raw import stacked
@@ -58,8 +58,9 @@ def relaid(
     Returns
     -------
     (n, size) uint8
-        MXCSR_MASK, where an area has one, is that of the CPUs with the new layout; the kernel's
-        word of user components (byte 464) stays, as far as the layout has them.
+        MXCSR_MASK, from which a reader infers the layout, tells of no vendor whose CPUs lack
+        the new layout. The kernel's word of user components (byte 464) stays, as far as the
+        layout has them.
 
     Raises
     ------
@@ -98,10 +99,7 @@ def relaid(
                 f"{snapshot.path}: vCPU {vcpu.index}: MXCSR without SSE's bit has no place in the "
                 "compacted format"
             )
-        old = vcpu.area[MXCSR_MASK_FIELD]
-        row[MXCSR_MASK_FIELD] = old
-        if old.any() and source.moved(target, enabled):
-            row[MXCSR_MASK_FIELD] = _mxcsr_mask(target)
+        row[MXCSR_MASK_FIELD] = _mxcsr_mask(vcpu.area, target, enabled)
     return rows
 
 
@@ -116,11 +114,21 @@ def _known(snapshot: Snapshot, vcpu: Vcpu) -> Layout:
     return vcpu.layout
 
 
-def _mxcsr_mask(layout: Layout) -> NDArray[np.uint8]:
-    """Return the MXCSR_MASK of the CPUs that have a layout; 0 where it tells no vendor."""
-    name = recognise(layout) or ""
-    mask = MXCSR_MASKS.get(name.partition("-")[0], 0)
-    return np.frombuffer(mask.to_bytes(4, "little"), np.uint8)
+def _mxcsr_mask(area: NDArray[np.uint8], layout: Layout, enabled: int) -> NDArray[np.uint8]:
+    """Return the MXCSR_MASK (4 bytes) for an area's registers in a layout.
+
+    It stays where the vendor it tells has CPUs that place what is enabled so, or it tells none.
+    Else it becomes that of the vendor who has; 0 where none has, or where MXCSR needs more.
+    """
+    mxcsr, old = struct.unpack_from("<2I", area.data, 24)
+    held = enabled & layout.user_mask
+    makers = {
+        name.partition("-")[0] for name in candidates(held) if not PRESETS[name].moved(layout, held)
+    }
+    masks = [MXCSR_MASKS[maker] for maker in sorted(makers)]
+    if old in MXCSR_MASKS.values() and old not in masks:
+        old = next((mask for mask in masks if not mxcsr & ~mask), 0)
+    return np.frombuffer(old.to_bytes(4, "little"), np.uint8)
 
 
 def as_raw(areas: NDArray[np.uint8]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xfast.behaviour import BEHAVIOURS, loaded, xcr0_problem
+from xfast.behaviour import BEHAVIOURS, loaded, needs_permission, xcr0_problem
 from xfast.cpuid import RUNTIME_FEATURES
 from xfast.features import (
     BY_NAME,
@@ -430,6 +430,8 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
     wants = (state.bv | (state.vcpu.xcr0 or 0) | (state.guest_cpuid_mask or 0)) & TILEDATA
     if state.kind != "vm" or not wants or target.host is None or not target.host & TILEDATA:
         return
+    if host.kernel is not None and not needs_permission(host.kernel, wants):
+        return  # such a kernel takes the CPUID as it is, and gives no guest the component
     granted = host.guest_permission
     if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
         granted = 0

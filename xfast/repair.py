@@ -18,8 +18,11 @@ from xfast import area as engine
 from xfast.errors import PolicyError
 from xfast.features import (
     BY_NAME,
+    EXTENDED_OFFSET,
     HEADER_OFFSET,
     KVM_XSAVE_SIZE,
+    MXCSR_MASK_AMD,
+    MXCSR_MASK_INTEL,
     PKRU,
     SUPERVISOR_MASK,
     TILEDATA,
@@ -33,7 +36,7 @@ from xfast.features import (
 from xfast.findings_criu import criu_findings
 from xfast.hosts.model import Host
 from xfast.judge import findings_of, verdict_of
-from xfast.layout import Layout, recognise
+from xfast.layout import PRESETS, Layout, recognise
 from xfast.requirement import State, state_of
 from xfast.snapshots.infer import KNOWN_MASK
 from xfast.snapshots.model import Snapshot, Vcpu
@@ -169,7 +172,8 @@ def plan_fix(
     ------
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
-        known, so that its data would stay.
+        known, so that its data would stay; or if an area that is to move contradicts the layout
+        that was given.
     ValueError
         If a word of `drop` names no component.
 
@@ -182,7 +186,14 @@ def plan_fix(
     repairs = []
     for state in states:
         _require_droppable(snapshot.path, state, asked, even_if_live)
-        repairs.append(_Repair(state, host, _actionable(state, host, rules), asked))
+        repair = _Repair(state, host, _actionable(state, host, rules), asked)
+        against = repair.moves and _contradiction(state.vcpu)
+        if against:
+            raise PolicyError(
+                f"{snapshot.path}: vCPU {state.vcpu.index}: --layout is contradicted: {against}; "
+                "it may have been moved already"
+            )
+        repairs.append(repair)
     trims = any(repair.trims for repair in repairs)
     sizes = [repair.size(trims) for repair in repairs]
     grows = any(size > len(vcpu.area) for size, vcpu in zip(sizes, snapshot.vcpus, strict=True))
@@ -226,6 +237,32 @@ def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) 
             f"{where}where {names_of(unplaced)} lies is not known "
             f"({state.vcpu.layout_note}); --layout names the layout"
         )
+
+
+def _contradiction(vcpu: Vcpu) -> str:
+    """Say what in an area speaks against the layout that was given for it, if anything."""
+    layout, area = vcpu.layout, vcpu.area
+    if layout is None or vcpu.layout_source != "given":
+        return ""
+    header = engine.headers(area)
+    written = int.from_bytes(area[MXCSR_MASK_FIELD].tobytes(), "little")
+    maker = {MXCSR_MASK_INTEL: "intel", MXCSR_MASK_AMD: "amd"}.get(written)
+    makers = {
+        name.split("-")[0]
+        for name, preset in PRESETS.items()
+        if not preset.moved(layout, int(header.xstate_bv))
+    }
+    if maker and makers and maker not in makers:
+        return (
+            f"MXCSR_MASK {written:#x} is of {maker}, the layout of {' and '.join(sorted(makers))}"
+        )
+    if int(header.xcomp_bv) & XCOMP_BV_COMPACTED:
+        return ""
+    rest = area.copy()
+    rest[:EXTENDED_OFFSET] = 0
+    for slot in layout.slots:
+        rest[slot.offset : slot.offset + slot.size] = 0
+    return f"byte {np.flatnonzero(rest)[0]} is of none of its components" if rest.any() else ""
 
 
 def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:

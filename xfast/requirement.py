@@ -12,7 +12,6 @@ from xfast.features import (
     SUPERVISOR_MASK,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
-    XFEATURE_MASK_USER_DYNAMIC,
 )
 from xfast.hosts.model import Host
 from xfast.layout import Layout
@@ -127,18 +126,18 @@ def kernels_of(host: Host) -> tuple[Behaviours, ...]:
 def target_of(state: State, host: Host) -> Target:
     """Ask every kernel that `host` may run what it does with the area."""
     supported = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
-    if not has_xsave(host):
+    kernels = kernels_of(host)
+    if not any(host.uses_xsave(kernel) for kernel in kernels):
         supported = XFEATURE_MASK_FPSSE
     if supported is None:
         return Target(None, 0, 0, state.bv, 0)
-    if state.kind != "vm" or not has_xsave(host):
+    if state.kind != "vm":
         return Target(supported, supported, state.bv & ~supported, 0, state.bv & supported)
-    user = supported if host.xcr0 is None else host.xcr0
     guests = guests_of(state)
     all_take, any_takes, all_report = ALL, 0, ALL
-    for kernel in kernels_of(host):
+    for kernel in kernels:
         for guest in guests:
-            takes, reports = kernel_masks(kernel, user, supported, guest & supported)
+            takes, reports = kernel_masks(host, kernel, supported, guest)
             takes |= state.bv & ~behaviour.loaded(kernel, state.bv, state.vcpu.xfd or 0)
             all_take &= takes
             any_takes |= takes
@@ -146,15 +145,6 @@ def target_of(state: State, host: Host) -> Target:
     refused = state.bv & ~any_takes
     doubtful = state.bv & ~all_take & ~refused
     return Target(supported, all_take, refused, doubtful, state.bv & all_take & all_report)
-
-
-def has_xsave(host: Host) -> bool:
-    """Return whether the host has XSAVE at all; without it KVM moves x87 and SSE only."""
-    if host.features is not None:
-        return "xsave" in host.features
-    return bool(
-        host.xsave or host.kvm_xcr0 or host.xcr0 is None or host.xcr0 & ~XFEATURE_MASK_FPSSE
-    )
 
 
 def guests_of(state: State) -> tuple[int, ...]:
@@ -168,16 +158,19 @@ def guests_of(state: State) -> tuple[int, ...]:
     return (xcr0 if xcr0 > 1 else 0, ALL)
 
 
-def kernel_masks(kernel: Behaviours, user: int, supported: int, guest: int) -> tuple[int, int]:
-    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2.
-
-    A dynamic component is enabled for a guest only if its CPUID has it.
-    """
-    enabled = user & ~(XFEATURE_MASK_USER_DYNAMIC & ~guest)
-    narrowed = behaviour.user_xfeatures(kernel, enabled, guest)
+def kernel_masks(host: Host, kernel: Behaviours, supported: int, guest: int) -> tuple[int, int]:
+    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2."""
+    if not host.uses_xsave(kernel):
+        return XFEATURE_MASK_FPSSE, XFEATURE_MASK_FPSSE
+    user = host.enabled_by(kernel)
+    if user is None:
+        user = supported
+    supported &= user
+    enabled = behaviour.enabled_for_guest(user, guest)
+    narrowed = behaviour.user_xfeatures(kernel, enabled, guest & supported)
     return (
         behaviour.accepted(kernel, narrowed, supported),
-        behaviour.reported(kernel, narrowed, guest),
+        behaviour.reported(kernel, narrowed, guest & supported),
     )
 
 
@@ -212,7 +205,7 @@ def refuses(host: Host, state: State, **header: int) -> tuple[bool, bool]:
             user=ALL,
             kvm_xcr0=ALL,
             mxcsr_mask=mask,
-            xsave=has_xsave(host),
+            xsave=host.uses_xsave(kernel),
             **(clean | header),  # type: ignore[arg-type]
         )
         for kernel in kernels_of(host)

@@ -17,6 +17,7 @@ from xfast.behaviour import (
     of_release,
     supervisor_supported,
     user_supported,
+    without_xfd,
 )
 from xfast.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
 from xfast.errors import FormatError, LayoutError
@@ -24,7 +25,6 @@ from xfast.features import (
     COMPONENTS,
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
-    TILEDATA,
     XFEATURE_MASK_FPSSE,
 )
 from xfast.hosts.model import Host
@@ -61,7 +61,7 @@ def enabled_by_kernel(mask: int, features: frozenset[str] | None) -> int:
         allowed = bool(component.flag) and (features is None or component.flag in features)
         kept |= mask & component.bit if allowed else 0
     if features is not None and "xfd" not in features:
-        kept &= ~TILEDATA
+        kept = without_xfd(kept)
     return kept
 
 

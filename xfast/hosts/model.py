@@ -10,9 +10,11 @@ from xfast.behaviour import (
     kvm_supported_xcr0,
     supervisor_supported,
     user_supported,
+    uses_xsave,
+    without_xfd,
 )
 from xfast.cpuid import Cpuid
-from xfast.features import TILEDATA
+from xfast.features import TILEDATA, XFEATURE_MASK_FPSSE
 from xfast.layout import Layout
 
 
@@ -70,6 +72,30 @@ class Host:
     cpuid: Cpuid | None = None
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = ""
+
+    @property
+    def has_xsave(self) -> bool:
+        """Whether the CPU has XSAVE; where no feature tells, whether a mask needs it."""
+        if self.features is not None:
+            return "xsave" in self.features
+        beyond = self.xcr0 is None or self.xcr0 & ~XFEATURE_MASK_FPSSE
+        return bool(self.xsave or self.kvm_xcr0 or beyond)
+
+    def uses_xsave(self, kernel: Behaviours) -> bool:
+        """Return whether a kernel uses XSAVE here; without it, KVM moves x87 and SSE only."""
+        return self.has_xsave and uses_xsave(kernel, self.xcr0 or 0)
+
+    def enabled_by(self, kernel: Behaviours) -> int | None:
+        """Return the components of `xcr0` that stay enabled under a kernel (mask).
+
+        Dynamic ones go where the CPU is known to lack XFD.
+        """
+        if self.xcr0 is None:
+            return None
+        if not self.uses_xsave(kernel):
+            return XFEATURE_MASK_FPSSE
+        told = self.xsave | (self.features or frozenset())
+        return self.xcr0 if "xfd" in told or not told else without_xfd(self.xcr0)
 
     def with_kernel(self, kernel: Behaviours) -> Host:
         """Return this host under another kernel: its masks are cut to what that can enable.

@@ -36,7 +36,6 @@ from xfast.features import (
     PKRU_DEFAULT,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
-    XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
     bits,
 )
@@ -46,7 +45,6 @@ from xfast.layout import Layout
 from xfast.processor import BY_VENDOR, Cpu, Processor
 
 FPU_GUEST_PERM_LOCKED = 1 << 63
-APX = 1 << 19
 ARCH_GET_XCOMP_SUPP = 0x1021
 ARCH_GET_XCOMP_PERM = 0x1022
 ARCH_REQ_XCOMP_PERM = 0x1023
@@ -167,12 +165,8 @@ class Fpu:
         self.behaviours = behaviours
         self.layout: Layout = host.layout
         self.mxcsr_mask: int = host.mxcsr_mask
-        self.has_xsave = "xsave" in host.xsave and not (
-            "host-apx" in behaviours and host.xcr0 & APX and host.xcr0 & XFEATURE_MASK_MPX
-        )
-        user = host.xcr0 & user_supported(behaviours) if self.has_xsave else XFEATURE_MASK_FPSSE
-        if "xfd" not in host.xsave:
-            user &= ~XFEATURE_MASK_USER_DYNAMIC
+        self.has_xsave = host.uses_xsave(behaviours)
+        user = (host.enabled_by(behaviours) or 0) & user_supported(behaviours)
         self.has_xsaves = self.has_xsave and "xsaves" in host.xsave
         supervisor = (host.xss or 0) & supervisor_supported(behaviours) if self.has_xsaves else 0
         self.has_xsavec = "xsavec" in host.xsave and "kernel-xsavec" in behaviours

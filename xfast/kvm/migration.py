@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from xfast.behaviour import Behaviours
 from xfast.features import (
     KVM_XSAVE_SIZE,
     PKRU,
+    SSE,
     TILEDATA,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_USER_DYNAMIC,
@@ -20,12 +21,22 @@ from xfast.features import (
 from xfast.hosts.model import Host
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
 from xfast.kvm.kernel import Kernel
+from xfast.kvm.msrs import MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
 from xfast.kvm.vcpu import Vcpu
 from xfast.layout import Layout
+
+MSRS = {"IA32_XSS": MSR_IA32_XSS, "IA32_XFD": MSR_IA32_XFD, "IA32_XFD_ERR": MSR_IA32_XFD_ERR}
+"""What belongs to the FPU, besides CET's, of the MSRs that KVM tells VMMs to save.
+
+*Source*: Linux arch/x86/kvm/x86.c msrs_to_save_base.
+"""
 
 
 class Vmm(NamedTuple):
     """How a VMM restores a vCPU.
+
+    The MSRs of MSRS are put where the source's kernel has them; those of CET are left out, as
+    by VMMs of before Linux 6.18. That Firecracker's own list of MSRs names them is inferred.
 
     `portable`: it stores registers and builds the area in the target's layout; otherwise it
     passes the source's bytes. `stops`: it gives up when a call fails; otherwise it starts the
@@ -39,13 +50,20 @@ class Vmm(NamedTuple):
     source: str
 
 
-_ORDER = ("set_cpuid2", "set_xsave", "set_xcrs")
+_ORDER = ("set_cpuid2", "set_xsave", "set_xcrs", "set_msrs")
+_THEN_FPU = ("set_cpuid2", "set_xsave", "set_xcrs", "set_fpu", "set_msrs")
 
 _VMMS = (
     Vmm("qemu-7.2", _ORDER, True, False, "QEMU 7.2 target/i386/kvm/kvm.c kvm_arch_put_registers()"),
     Vmm("qemu", _ORDER, True, True, "QEMU 11 accel/kvm/kvm-all.c: a failed put is fatal"),
     Vmm("firecracker", _ORDER, False, True, "Firecracker src/vmm vcpu restore_state()"),
-    Vmm("cloud-hypervisor", _ORDER, False, True, "Cloud Hypervisor hypervisor/src/kvm set_state()"),
+    Vmm(
+        "cloud-hypervisor",
+        _THEN_FPU,
+        False,
+        True,
+        "Cloud Hypervisor src/kvm set_state()",
+    ),
 )
 
 VMMS: dict[str, Vmm] = {vmm.name: vmm for vmm in _VMMS}
@@ -66,6 +84,9 @@ class Migration(NamedTuple):
         Components whose values the guest had and no longer has (mask).
     xcr0_lost : int
         XCR0 bits that it had and no longer has (mask).
+    registers_lost : tuple of str
+        ``MXCSR`` or names of MSRS: registers that had another value. MXCSR is named where the
+        rest of SSE is as it was.
     """
 
     vcpu: Vcpu | None
@@ -73,11 +94,12 @@ class Migration(NamedTuple):
     xstate_bv: int
     lost: int
     xcr0_lost: int
+    registers_lost: tuple[str, ...] = ()
 
     @property
     def silent(self) -> bool:
         """Whether the guest runs, and has lost something."""
-        return self.vcpu is not None and bool(self.lost | self.xcr0_lost)
+        return self.vcpu is not None and bool(self.lost or self.xcr0_lost or self.registers_lost)
 
     def __str__(self) -> str:
         if self.vcpu is None:
@@ -85,8 +107,9 @@ class Migration(NamedTuple):
         if self.silent:
             gone = names_of(self.lost) if self.lost else ""
             xcr0 = f"XCR0 bits {self.xcr0_lost:#x}" if self.xcr0_lost else ""
+            what = ", ".join(filter(None, (gone, xcr0, *self.registers_lost)))
             why = f" ({self.failed})" if self.failed else ""
-            return f"reported as done, lost {', '.join(filter(None, (gone, xcr0)))}{why}"
+            return f"reported as done, lost {what}{why}"
         return "done"
 
 
@@ -131,18 +154,38 @@ def migrate(
         "set_cpuid2": vcpu.cpuid,
         "set_xsave": sent(saved, here.fpu.layout, there.fpu.layout, size, portable=how.portable),
         "set_xcrs": vcpu.get_xcrs(),
+        "set_fpu": vcpu.get_fpu(),
+        "set_msrs": {index: value for name, index in MSRS.items() if (value := _msr(vcpu, name))},
     }
     failed = ""
     for call in how.order:
         try:
-            getattr(target, call)(arguments[call])
+            _put(target, call, arguments[call])
         except OSError as refused:
             failed = f"KVM_{call.upper()}: {refused.strerror} ({refused.filename})"
             break
     lost = _lost(vcpu, target)
     xcr0_lost = vcpu.xcr0 & ~target.xcr0
     bv = area.headers(saved).xstate_bv
-    return Migration(None if failed and how.stops else target, failed, bv, lost, xcr0_lost)
+    registers = _registers_lost(vcpu, target, lost)
+    left = None if failed and how.stops else target
+    return Migration(left, failed, bv, lost, xcr0_lost, registers)
+
+
+def _put(target: Vcpu, call: str, argument: Any) -> None:
+    if call != "set_msrs":
+        getattr(target, call)(argument)
+        return
+    for index, value in argument.items():
+        target.set_msr(index, value)
+
+
+def _msr(vcpu: Vcpu, name: str) -> int:
+    """Return an MSR of MSRS; 0 where the kernel does not have it."""
+    try:
+        return vcpu.get_msr(MSRS[name])
+    except OSError:
+        return 0
 
 
 def sent(
@@ -170,8 +213,16 @@ def _lost(source: Vcpu, target: Vcpu) -> int:
 
     What the image holds beyond the guest's CPUID was never the guest's.
     """
-    mine = source.guest_supported_xcr0 | XFEATURE_MASK_FPSSE
+    mine = source.guest_supported_xcr0 | XFEATURE_MASK_FPSSE | source.guest_supported_xss
     one, two = source.guest_fpu.fpstate, target.guest_fpu.fpstate
     differ: int = area.diff(one.regs, two.regs, source.kernel.fpu.layout, target.kernel.fpu.layout)
     pkru = PKRU if source.pkru != target.pkru else 0
     return mine & one.xstate_bv & ~PKRU & differ | mine & pkru
+
+
+def _registers_lost(source: Vcpu, target: Vcpu, lost: int) -> tuple[str, ...]:
+    """Return the names of registers that differ between two vCPUs and are no component."""
+    names = [name for name in MSRS if _msr(source, name) != _msr(target, name)]
+    if not lost & SSE and source.mxcsr != target.mxcsr:
+        names.insert(0, "MXCSR")
+    return tuple(names)

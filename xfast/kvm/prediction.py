@@ -11,13 +11,14 @@ from xfast.area import headers, rows_of
 from xfast.behaviour import (
     Behaviours,
     Refusal,
+    enabled_for_guest,
     loaded,
     refusal,
     reported,
     user_supported,
     user_xfeatures,
 )
-from xfast.features import XFEATURE_MASK_USER_DYNAMIC
+from xfast.features import XFEATURE_MASK_FPSSE
 from xfast.hosts.model import Host
 from xfast.kvm.kernel import supported_xcr0
 
@@ -80,11 +81,11 @@ def outcome(
     kernel = kernel or host.kernel
     if kernel is None or host.xcr0 is None or host.mxcsr_mask is None:
         raise ValueError(f"host {host.name}: needed its kernel, xcr0 and mxcsr_mask")
-    enabled = host.xcr0 & user_supported(kernel)
+    xsave = host.uses_xsave(kernel)
+    enabled = (host.enabled_by(kernel) or 0) & user_supported(kernel)
     supported = supported_xcr0(host, kernel, enabled)
     guest = None if guest_xcr0 is None else guest_xcr0 & supported
-    dynamic = XFEATURE_MASK_USER_DYNAMIC & ~(guest_xcr0 or 0)
-    user = user_xfeatures(kernel, enabled & ~dynamic, guest)
+    user = user_xfeatures(kernel, enabled_for_guest(enabled, guest_xcr0 or 0), guest)
     (row,), _ = rows_of(area)
     header = headers(row)
     kept = loaded(kernel, header.xstate_bv, xfd)
@@ -97,9 +98,11 @@ def outcome(
         user=user,
         kvm_xcr0=supported,
         mxcsr_mask=host.mxcsr_mask,
-        xsave="xsave" in host.xsave,
+        xsave=xsave,
     )
     if refused:
         return Outcome(refused, 0, 0, 0, 0)
+    if not xsave:  # the legacy region goes over whole, whatever XSTATE_BV says
+        return Outcome(None, XFEATURE_MASK_FPSSE, 0, 0, 0)
     trimmed = kept & ~reported(kernel, user, guest or 0)
     return Outcome(None, kept, header.xstate_bv & ~kept, trimmed, kept & xfd)

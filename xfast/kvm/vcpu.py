@@ -20,6 +20,7 @@ from xfast.behaviour import (
     CET_S,
     CET_U,
     loaded,
+    needs_permission,
     refusal,
     reported,
     user_xfeatures,
@@ -28,7 +29,9 @@ from xfast.behaviour import (
 from xfast.cpuid import Cpuid, Entry
 from xfast.features import (
     KVM_XSAVE_SIZE,
+    MXCSR_INIT,
     PKRU,
+    SSE,
     X87,
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
@@ -120,8 +123,7 @@ class Vcpu:
         width = self._find(cpuid, 0x80000008)
         if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
             raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
-        if "dynamic-at-cpuid" in behaviours:
-            fpu.fpu_enable_guest_xfd_features(self.guest_fpu, cpuid.xcr0)
+        fpu.fpu_enable_guest_xfd_features(self.guest_fpu, needs_permission(behaviours, cpuid.xcr0))
         self.cpuid = cpuid
         self.guest_supported_xcr0 = cpuid.xcr0 & self.kernel.supported_xcr0
         self.guest_supported_xss = cpuid.xss & self.kernel.supported_xss
@@ -362,6 +364,17 @@ class Vcpu:
         head = struct.pack("<HHBxHQQ", fcw, fsw, ftw, fop, fip, fdp)
         for at, part in ((0, head), (32, st), (160, xmm)):
             regs[at : at + len(part)] = np.frombuffer(part, np.uint8)
+
+    @property
+    def mxcsr(self) -> int:
+        """MXCSR as the guest will find it at the next entry.
+
+        *Source*: Intel SDM vol. 1 section 13.8: a compacted area has it as a part of SSE.
+        """
+        fpstate = self.guest_fpu.fpstate
+        if self.kernel.fpu.compacted and not fpstate.xstate_bv & SSE:
+            return MXCSR_INIT
+        return int(headers(fpstate.regs).mxcsr)
 
     # MSRs
 

@@ -83,13 +83,13 @@ def format_named(name: str) -> Format:
     raise XfastError(f"format: got {name!r}, needed one of: {', '.join([*FORMATS, *_others()])}")
 
 
-def recognise(source: Source) -> str:
-    """Return the name of the format that the bytes are of.
+def recognise(source: Source, default: str = "") -> str:
+    """Return the name of the format that the bytes are of, else `default`.
 
     Raises
     ------
     FormatError
-        If they are of none.
+        If they are of none, and there is no default.
     """
     for name in FORMATS:
         if format_named(name).sniff(source):
@@ -97,6 +97,8 @@ def recognise(source: Source) -> str:
     for name in _others():
         if format_named(name).sniff(source):
             return name
+    if default:
+        return default
     start = source.read(0, min(16, source.size))
     found = f"the bytes {start.hex(' ')}" if start else "an empty file"
     raise FormatError(
@@ -123,7 +125,8 @@ def read(
     layout : Layout, optional
         The layout of the areas, where the format itself does not fix it.
     size : int, optional
-        Bytes of an area in a raw file; default 4096.
+        Bytes of an area in a raw file; default 4096. Who gives it, or `layout`, says that a file
+        of no other format is raw.
     expand_limit : int, optional
         What compressed data may expand to (bytes); default 4 GiB.
 
@@ -151,7 +154,7 @@ def read(
             )
         name = os.path.join(name, CH_STATE)
     with Source.open(name, expand_limit=expand_limit or EXPAND_LIMIT) as source:
-        reader = format_named(format or recognise(source))
+        reader = format_named(format or recognise(source, "raw" if layout or size else ""))
         return reader.read(source, layout=layout, size=size)
 
 
