@@ -115,12 +115,12 @@ def test_threads_give_the_same_results(threaded):
 
 def test_what_a_thread_raises_reaches_the_caller(threaded):
     def fail(part):
-        if part.start:
-            raise KeyError(part.start)
+        if part[0]:
+            raise KeyError(part[0])
         return 0
 
     with pytest.raises(KeyError):
-        rows.spread(9, 9 * 4096, fail)
+        rows.spread(9 * 4096, fail, np.arange(9))
     assert threading.active_count() == 1
 
 

@@ -22,7 +22,7 @@ from xfast._area cimport (
 )
 from xfast._core cimport Rows, Table, loops, overlap, rows, rows_ahead, stream_above, vector
 from xfast._plan cimport (
-    BLEND, CACHE, CARRY, COPY, PACKED, PATCH, PROBES, RING, TARGET, VALUE, ZERO, Blend, Cache, Job,
+    BLEND, CACHE, CARRY, COPY, PACKED, PART, PATCH, PROBES, RING, VALUE, ZERO, Blend, Cache, Job,
     Kind, Plan, Range, Step,
 )
 from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange
@@ -165,13 +165,25 @@ cdef void add_run(Draft *draft, Kind kind, uint32_t dst, uint32_t src) noexcept 
         draft.plan.steps += 1
 
 
-cdef Blend *add_blend(Draft *draft, uint32_t dst) noexcept nogil:
+cdef Blend *add_blend(Draft *draft, Kind kind, uint32_t dst) noexcept nogil:
     cdef Blend *blend = &draft.blend[draft.plan.blends]
     memset(blend, 0, sizeof(Blend))
-    draft.step[draft.plan.steps] = Step(BLEND, dst, draft.plan.blends, 1)
+    blend.whole = True  # nothing to take from the row's first line
+    draft.step[draft.plan.steps] = Step(kind, dst, draft.plan.blends, 1)
     draft.plan.steps += 1
     draft.plan.blends += 1
     return blend
+
+
+cdef void take_part(
+    Blend *blend, const Part *part, uint32_t line, uint32_t phase, Py_ssize_t src_size
+) noexcept nogil:
+    """Let a blend take the bytes of a part that fall into `line`."""
+    cdef uint32_t dst = part.dst + phase
+    blend.first = dst - line if dst > line else 0
+    blend.to = min(dst + part.size - line, <uint32_t>LINE)
+    blend.src = <Py_ssize_t>part.src + line - dst
+    blend.whole = blend.src >= 0 and blend.src + LINE <= src_size
 
 
 cdef uint32_t write_constants(
@@ -194,41 +206,33 @@ cdef uint32_t write_constants(
 
 
 cdef void blend_line(
-    Draft *draft, const Config *config, const Cache *cache, uint32_t line, uint32_t phase,
-    bint packed, uint32_t p,
+    Draft *draft, const Cache *cache, uint32_t line, uint32_t phase, bint packed, uint32_t p
 ) noexcept nogil:
     """Add the blends of one line: its constants, then part after part from `p` on."""
-    cdef uint32_t end = draft.end + phase
-    cdef uint32_t dst
-    cdef Part *part
-    cdef Blend *blend = add_blend(draft, line)
+    cdef uint32_t room = min(<uint32_t>LINE, draft.end + phase - line)
+    cdef Blend *blend = add_blend(draft, BLEND, line)
     blend.opens = True
+    blend.base = CARRY if line < phase else VALUE
     write_constants(draft, line, phase, blend)
-    if config.merge:
-        blend.base = TARGET
-        draft.hold[draft.plan.holds] = Range(line, 1)
-        draft.plan.holds += 1
-    elif line < phase:
-        blend.base = CARRY
-    else:
-        blend.base = VALUE
-    blend.room = min(<uint32_t>LINE, end - line)
     while p < draft.parts and draft.part[p].dst + phase < line + LINE:
-        part = &draft.part[p]
-        dst = part.dst + phase
         if blend.to:
-            blend = add_blend(draft, line)
-            blend.base = TARGET if config.merge else VALUE
-            blend.room = min(<uint32_t>LINE, end - line)
-        blend.first = dst - line if dst > line else 0
-        blend.to = min(dst + part.size - line, <uint32_t>LINE)
-        blend.src = <Py_ssize_t>part.src + line - dst
-        blend.whole = blend.src >= 0 and blend.src + LINE <= cache.src_size
+            blend = add_blend(draft, BLEND, line)
+        take_part(blend, &draft.part[p], line, phase, cache.src_size)
         p += 1
+    blend.room = room
     blend.closes = True
-    blend.carries = packed and blend.room < LINE
-    if blend.opens and blend.base == VALUE and blend.room == LINE:
+    blend.carries = packed and room < LINE
+    if blend.opens and blend.base == VALUE and room == LINE:
         draft.step[draft.plan.steps - 1].kind = PATCH
+
+
+cdef void merge_line(Draft *draft, const Cache *cache, uint32_t line, uint32_t p) noexcept nogil:
+    """Add the parts of one line, from `p` on; its other bytes stay."""
+    draft.hold[draft.plan.holds] = Range(line, 1)
+    draft.plan.holds += 1
+    while p < draft.parts and draft.part[p].dst < line + LINE:
+        take_part(add_blend(draft, PART, line), &draft.part[p], line, 0, cache.src_size)
+        p += 1
 
 
 cdef void draw(
@@ -255,7 +259,10 @@ cdef void draw(
         ):
             add_run(draft, COPY, line, part.src + line - part.dst - phase)
             continue
-        blend_line(draft, config, cache, line, phase, packed, p)
+        if config.merge:
+            merge_line(draft, cache, line, p)
+        else:
+            blend_line(draft, cache, line, phase, packed, p)
     for i in range(draft.parts):
         part = &draft.part[i]
         start = part.src & ~<uint32_t>(LINE - 1)

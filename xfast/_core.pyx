@@ -46,9 +46,6 @@ loops = <const Loops *>PyCapsule_GetPointer(
     import_module(f"xfast._loops_{ISA}").loops(), "xfast.loops"
 )
 
-cdef enum:
-    SCAN_AHEAD = 12  # rows, where every line is read
-
 stream_above = 16 << 20
 rows_ahead = 4
 
@@ -241,8 +238,6 @@ def xinuse(cnp.ndarray areas, Table table not None, bint early, cnp.ndarray inus
     """
     cdef Scan scan = scan_of(areas, "areas", False, table)
     scan.flag = early
-    if scan.stream and not early:
-        scan.ahead = SCAN_AHEAD
     scan.out = vector(inuse, "inuse", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.xinuse(&scan)
@@ -262,8 +257,6 @@ def diff(
     scan.other_size = other.size
     scan.other_stride = other.stride
     scan.other_slots = &two_table.slots
-    if scan.stride % 4096:
-        scan.ahead = 0  # rows without holes between them: the hardware does better
     scan.out = vector(differing, "differing", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.diff(&scan)

@@ -6,22 +6,23 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
-    AVX, COMPONENTS, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE, SSE, Place,
-    Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
+    AVX, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
+    SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
-    BLEND, CARRY, COPY, PACKED, PATCH, RING, TARGET, ZERO, Blend, Job, Plan, Range, Step, find,
+    CARRY, COPY, PACKED, PART, PATCH, RING, ZERO, Blend, Job, Plan, Range, Step, find,
 )
 from xfast._simd cimport (
-    LINE, line_and, line_any, line_load, line_merge, line_or, line_store, line_store_part,
-    line_stream, line_t, line_xor, line_zero, prefetch_far, prefetch_near, stream_fence,
+    LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
+    line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
 )
 
 cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
     AUDIT_AHEAD = 128  # rows whose two lines an audit fetches ahead
+    PAGE = 4096  # bytes by which a comparison fetches ahead
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -34,69 +35,73 @@ cdef inline void put(uint8_t *dst, line_t line, bint stream) noexcept nogil:
         line_store(dst, line)
 
 
+cdef inline void copy_few(
+    uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
+) noexcept nogil:
+    """Copy 1, 2 or 4 lines: `lines` is a constant."""
+    cdef line_t line[4]
+    cdef uint32_t i
+    for i in range(lines):
+        line[i] = line_load(src + i * LINE)
+    for i in range(lines):
+        put(dst + i * LINE, line[i], stream)
+
+
 cdef inline void copy_lines(
     uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
 ) noexcept nogil:
-    cdef line_t a, b, c, d
+    """Copy a run, the odd lines last: few branches, and none that depends on another."""
     while lines >= 8:
-        a = line_load(src)
-        b = line_load(src + LINE)
-        c = line_load(src + 2 * LINE)
-        d = line_load(src + 3 * LINE)
-        put(dst, a, stream)
-        put(dst + LINE, b, stream)
-        put(dst + 2 * LINE, c, stream)
-        put(dst + 3 * LINE, d, stream)
-        a = line_load(src + 4 * LINE)
-        b = line_load(src + 5 * LINE)
-        c = line_load(src + 6 * LINE)
-        d = line_load(src + 7 * LINE)
-        put(dst + 4 * LINE, a, stream)
-        put(dst + 5 * LINE, b, stream)
-        put(dst + 6 * LINE, c, stream)
-        put(dst + 7 * LINE, d, stream)
+        copy_few(dst, src, 4, stream)
+        copy_few(dst + 4 * LINE, src + 4 * LINE, 4, stream)
         src += 8 * LINE
         dst += 8 * LINE
         lines -= 8
-    if lines >= 4:
-        a = line_load(src)
-        b = line_load(src + LINE)
-        c = line_load(src + 2 * LINE)
-        d = line_load(src + 3 * LINE)
-        put(dst, a, stream)
-        put(dst + LINE, b, stream)
-        put(dst + 2 * LINE, c, stream)
-        put(dst + 3 * LINE, d, stream)
+    if lines & 4:
+        copy_few(dst, src, 4, stream)
         src += 4 * LINE
         dst += 4 * LINE
-        lines -= 4
-    while lines:
-        put(dst, line_load(src), stream)
-        src += LINE
-        dst += LINE
-        lines -= 1
+    if lines & 2:
+        copy_few(dst, src, 2, stream)
+        src += 2 * LINE
+        dst += 2 * LINE
+    if lines & 1:
+        copy_few(dst, src, 1, stream)
+
+
+cdef inline void zero_few(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
+    cdef uint32_t i
+    for i in range(lines):
+        put(dst + i * LINE, line_zero(), stream)
 
 
 cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
-    cdef line_t none = line_zero()
-    while lines >= 4:
-        put(dst, none, stream)
-        put(dst + LINE, none, stream)
-        put(dst + 2 * LINE, none, stream)
-        put(dst + 3 * LINE, none, stream)
+    while lines >= 8:
+        zero_few(dst, 8, stream)
+        dst += 8 * LINE
+        lines -= 8
+    if lines & 4:
+        zero_few(dst, 4, stream)
         dst += 4 * LINE
-        lines -= 4
-    while lines:
-        put(dst, none, stream)
-        dst += LINE
-        lines -= 1
+    if lines & 2:
+        zero_few(dst, 2, stream)
+        dst += 2 * LINE
+    if lines & 1:
+        zero_few(dst, 1, stream)
 
 
-cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogil:
-    """Whether one of `n` bytes is not 0; `early`: read no further than needed."""
+cdef inline bint nonzero(
+    const uint8_t *p, uint32_t n, bint early, Py_ssize_t ahead
+) noexcept nogil:
+    """Whether one of `n` bytes is not 0; `early`: read no further than needed.
+
+    Each line asks for the one `ahead` bytes on, unless that is 0.
+    """
     cdef line_t any = line_zero()
     cdef uint64_t rest = 0
     while n >= LINE:
+        if ahead:
+            prefetch_far(p + ahead)
         any = line_or(any, line_load(p))
         if early and line_any(any):
             return True
@@ -113,11 +118,21 @@ cdef inline bint nonzero(const uint8_t *p, uint32_t n, bint early) noexcept nogi
     return (rest != 0) | line_any(any)
 
 
-cdef inline bint differ(const uint8_t *a, const uint8_t *b, uint32_t n) noexcept nogil:
-    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it."""
+cdef inline bint differ(
+    const uint8_t *a, const uint8_t *b, uint32_t n, bint stream
+) noexcept nogil:
+    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it.
+
+    `stream`: each asks for the one a page on, where another row is.
+    """
     cdef line_t any = line_zero()
     cdef line_t more = line_zero()
     while n >= 2 * LINE:
+        if stream:
+            prefetch_far(a + PAGE)
+            prefetch_far(b + PAGE)
+            prefetch_far(a + PAGE + LINE)
+            prefetch_far(b + PAGE + LINE)
         any = line_or(any, line_xor(line_load(a), line_load(b)))
         more = line_or(more, line_xor(line_load(a + LINE), line_load(b + LINE)))
         a += 2 * LINE
@@ -141,18 +156,9 @@ cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noex
 # --- following a plan -----------------------------------------------------------------------
 
 
-cdef inline line_t blend_line(
-    line_t line, const Blend *blend, const uint8_t *src, const uint8_t *dst, const uint8_t *carry
-) noexcept nogil:
-    if blend.opens:
-        line = line_load(blend.value)
-        if blend.base == CARRY:
-            line = line_or(line, line_load(carry))
-        elif blend.base == TARGET:
-            line = line_merge(line, dst, 0, blend.room, blend.room == LINE)
-    if blend.to:
-        line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
-    return line
+cdef inline line_t take(line_t line, const Blend *blend, const uint8_t *src) noexcept nogil:
+    """Lay the blend's bytes of the source over a line; there may be none."""
+    return line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
 
 
 cdef inline void follow(
@@ -168,22 +174,24 @@ cdef inline void follow(
             copy_lines(dst + step.dst, src + step.src, step.lines, stream)
         elif step.kind == ZERO:
             zero_lines(dst + step.dst, step.lines, stream)
-        elif step.kind == PATCH:
-            blend = plan.blend + step.src
-            line = line_load(blend.value)
-            if blend.to:
-                line = line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
-            put(dst + step.dst, line, stream)
         else:
             blend = plan.blend + step.src
-            line = blend_line(line, blend, src, dst + step.dst, carry)
-            if blend.closes:
+            if step.kind == PATCH:
+                put(dst + step.dst, take(line_load(blend.value), blend, src), stream)
+            elif step.kind == PART:
+                line_copy_part(dst + step.dst, src + blend.src, blend.first, blend.to)
+            else:
+                if blend.opens:
+                    line = line_load(blend.value)
+                    if blend.base == CARRY:
+                        line = line_or(line, line_load(carry))
+                line = take(line, blend, src)
                 if blend.carries:
                     line_store(carry, line)
-                elif blend.room != LINE:
+                elif blend.closes and blend.room != LINE:
                     line_store_part(dst + step.dst, line, blend.room)
-                else:
-                    put(dst + step.dst, line, stream and blend.base != TARGET)
+                elif blend.closes:
+                    put(dst + step.dst, line, stream)
         step += 1
 
 
@@ -408,20 +416,23 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
 
 
 cdef inline uint64_t xinuse_one(
-    const uint8_t *row, const Place *at, const Slots *slots, bint early
+    const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead
 ) noexcept nogil:
     cdef uint64_t rest = at.found & at.bv if early else at.found
     cdef uint64_t used = 0
     cdef int c
+    if ahead:
+        for c in range(EXTENDED // LINE):
+            prefetch_far(row + ahead + c * LINE)
     if rest & FP:
         used = line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
     if rest & SSE:
-        used |= <uint64_t>nonzero(row + 160, 256, early) << 1
+        used |= <uint64_t>nonzero(row + 160, 256, early, 0) << 1
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
         used |= <uint64_t>nonzero(
-            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early
+            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early, ahead
         ) << c
     rest = used & ~at.bv & slots.shared
     while rest and not compacted(at.xcomp):  # bytes that are another component's
@@ -429,19 +440,6 @@ cdef inline uint64_t xinuse_one(
         if slots.overlap[c] & at.bv:
             used &= ~bit(c)
     return used
-
-
-cdef inline uint32_t ranges_of(const Place *at, const Slots *slots, Range *ranges) noexcept nogil:
-    """List the lines that hold components, in the order of their numbers."""
-    cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
-    cdef uint32_t n = 1
-    cdef int c
-    ranges[0] = Range(0, 9)
-    while rest:
-        c = take_lowest(&rest)
-        ranges[n] = Range(at.offset[c], (slots.size[c] + LINE - 1) // LINE)
-        n += 1
-    return n
 
 
 cdef void classify(const Scan *scan) noexcept nogil:
@@ -458,7 +456,7 @@ cdef void classify(const Scan *scan) noexcept nogil:
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        data = xinuse_one(row, &at, scan.slots, False)
+        data = xinuse_one(row, &at, scan.slots, False, 0)
         csr = load32(row + 24)
         if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
             data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
@@ -471,42 +469,39 @@ cdef void classify(const Scan *scan) noexcept nogil:
         row += scan.stride
 
 
+cdef inline void fetch_starts(
+    const uint8_t *row, const Place *at, Py_ssize_t ahead
+) noexcept nogil:
+    """Fetch the first line of each component of a row; its header came when `ahead` was two."""
+    cdef uint64_t rest = load64(row + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
+    prefetch_far(row + ahead + LEGACY)
+    prefetch_far(row)
+    prefetch_far(row + 160)
+    while rest:
+        prefetch_far(row + at.offset[take_lowest(&rest)])
+
+
 cdef void xinuse(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
-    cdef const uint8_t *next
     cdef uint64_t *used = <uint64_t *>scan.out
-    cdef uint64_t rest
-    cdef Range ranges[COMPONENTS]
-    cdef uint32_t n = 0
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, ahead
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        if i == 0:
-            n = ranges_of(&at, scan.slots, ranges)
-        if scan.ahead and i + scan.ahead < scan.n:
-            next = row + scan.ahead * scan.stride
-            if not scan.flag:
-                fetch(next, ranges, n)
-            else:
-                if i + 2 * scan.ahead < scan.n:
-                    prefetch_far(next + scan.ahead * scan.stride + LEGACY)
-                rest = load64(next + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
-                prefetch_far(next)
-                prefetch_far(next + 160)
-                while rest:
-                    prefetch_far(next + at.offset[take_lowest(&rest)])
-        if scan.flag:
-            used[i] = xinuse_one(row, &at, scan.slots, True)
+        ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
+        if not scan.flag:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead)
         else:
-            used[i] = xinuse_one(row, &at, scan.slots, False)
+            if ahead:
+                fetch_starts(row + ahead, &at, ahead)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0)
         row += scan.stride
 
 
 cdef inline uint64_t diff_one(
     const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
-    const Slots *qslots,
+    const Slots *qslots, bint stream,
 ) noexcept nogil:
     """Compare by value: a clear bit is the init value, whatever bytes lie there."""
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
@@ -515,23 +510,23 @@ cdef inline uint64_t diff_one(
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
-    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128)):
+    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
         out |= FP
     if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
         load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
     ):
         out |= SSE
-    if both & SSE and differ(a + 160, b + 160, 256):
+    if both & SSE and differ(a + 160, b + 160, 256, stream):
         out |= SSE
     while rest:
         c = take_lowest(&rest)
         n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
-        if differ(a + p.offset[c], b + q.offset[c], n):
+        if differ(a + p.offset[c], b + q.offset[c], n, stream):
             out |= bit(c)
     if p.bv & ~both:
-        out |= xinuse_one(a, p, pslots, True) & ~both
+        out |= xinuse_one(a, p, pslots, True, 0) & ~both
     if q.bv & ~both:
-        out |= xinuse_one(b, q, qslots, True) & ~both
+        out |= xinuse_one(b, q, qslots, True, 0) & ~both
     return out
 
 
@@ -539,21 +534,16 @@ cdef void diff(const Scan *scan) noexcept nogil:
     cdef const uint8_t *a = scan.rows
     cdef const uint8_t *b = scan.other
     cdef uint64_t *out = <uint64_t *>scan.out
-    cdef Range ranges[2][COMPONENTS]
-    cdef uint32_t n = 0, m = 0
     cdef Place p, q
     cdef Py_ssize_t i
     p.found = q.found = 0
     for i in range(scan.n):
         locate(scan.slots, a, scan.size, &p)
         locate(scan.other_slots, b, scan.other_size, &q)
-        if i == 0:
-            n = ranges_of(&p, scan.slots, ranges[0])
-            m = ranges_of(&q, scan.other_slots, ranges[1])
-        if scan.ahead and i + scan.ahead < scan.n:
-            fetch(a + scan.ahead * scan.stride, ranges[0], n)
-            fetch(b + scan.ahead * scan.other_stride, ranges[1], m)
-        out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots)
+        if scan.stream:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True)
+        else:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False)
         a += scan.stride
         b += scan.other_stride
 
@@ -625,7 +615,7 @@ cdef void copy(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noex
 
 cdef bint read(const uint8_t *src, Py_ssize_t n) noexcept nogil:
     """Read `n` bytes; the benchmarks' other denominator."""
-    return nonzero(src, <uint32_t>n, False)
+    return nonzero(src, <uint32_t>n, False, 0)
 
 
 cdef uint64_t touch(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:

@@ -17,18 +17,18 @@ cdef enum Kind:
     COPY
     ZERO
     PATCH  # one blend that does all of its line: constants, and bytes of one part over them
+    PART  # one blend of which only the bytes from the source are written
     BLEND  # every other blend
 
 cdef enum Base:
     # What a blended line holds before parts of the source go over it.
     VALUE  # init values and header
-    TARGET  # what lies there
     CARRY  # VALUE, and the end of the row before
 
 cdef struct Step:
     Kind kind
     uint32_t dst  # bytes from the target row's first line
-    uint32_t src  # COPY: bytes into the source row; PATCH, BLEND: which
+    uint32_t src  # COPY: bytes into the source row; PATCH, PART, BLEND: which
     uint32_t lines
 
 cdef struct Blend:

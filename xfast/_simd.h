@@ -34,7 +34,6 @@ static inline int line_any(line_t a)
     return any != 0;
 }
 static inline void stream_fence(void) {}
-static inline void prefetch_near(const void *p) { (void)p; }
 static inline void prefetch_far(const void *p) { (void)p; }
 #undef EACH
 
@@ -104,7 +103,6 @@ static inline int line_any(line_t a)
 #endif
 
 static inline void stream_fence(void) { _mm_sfence(); }
-static inline void prefetch_near(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #endif
@@ -116,7 +114,7 @@ static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _
 
 static inline __mmask64 window(unsigned from, unsigned to)
 {
-    return (to < LINE ? _bzhi_u64(~0ull, to) : ~0ull) & ~0ull << from;
+    return _bzhi_u64(~0ull, to) & ~0ull << from;
 }
 static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsigned to, int whole)
 {
@@ -126,6 +124,11 @@ static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsig
 static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
 {
     _mm512_mask_storeu_epi8(p, window(0, to), a);
+}
+static inline void line_copy_part(uint8_t *to, const uint8_t *from, unsigned first, unsigned end)
+{
+    __mmask64 part = window(first, end);
+    _mm512_mask_storeu_epi8(to, part, _mm512_maskz_loadu_epi8(part, from));
 }
 
 #else
@@ -146,6 +149,10 @@ static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
     uint8_t bytes[LINE];
     line_store(bytes, a);
     memcpy(p, bytes, to);
+}
+static inline void line_copy_part(uint8_t *to, const uint8_t *from, unsigned first, unsigned end)
+{
+    memcpy(to + first, from + first, end - first);
 }
 
 #endif

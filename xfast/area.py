@@ -135,9 +135,10 @@ def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
     dropped = np.empty(len(rows), "u8")
     table, mask = table_of(layout), check_mask(mask)
     spread(
-        len(rows),
         rows.size if scrub else 64 * len(rows),
-        lambda part: _core.keep(rows[part], table, mask, scrub, dropped[part]),
+        lambda rows, dropped: _core.keep(rows, table, mask, scrub, dropped),
+        rows,
+        dropped,
     )
     return dropped[0].item() if single else dropped
 
@@ -157,9 +158,11 @@ def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -
         raise ValueError(f"two: got {len(b)} areas, needed {len(a)}, as many as one")
     tables = table_of(layout), table_of(two_layout or layout)
     spread(
-        len(a),
         2 * a.size,
-        lambda part: _core.diff(a[part], tables[0], b[part], tables[1], differing[part]),
+        lambda a, b, differing: _core.diff(a, tables[0], b, tables[1], differing),
+        a,
+        b,
+        differing,
     )
     return differing[0].item() if single else differing
 
@@ -178,7 +181,10 @@ def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
     mask = check_mask(mask)
     two_lines = 128 * len(rows)
     spread(
-        len(rows), two_lines, lambda part: _core.audit(rows[part], mask, mxcsr_mask, status[part])
+        two_lines,
+        lambda rows, status: _core.audit(rows, mask, mxcsr_mask, status),
+        rows,
+        status,
     )
     return status[0].item() if single else status
 
@@ -201,7 +207,7 @@ def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
     rows, single = rows_of(areas)
     inuse = np.empty(len(rows), "u8")
     table = table_of(layout)
-    spread(len(rows), rows.size, lambda part: _core.xinuse(rows[part], table, early, inuse[part]))
+    spread(rows.size, lambda rows, inuse: _core.xinuse(rows, table, early, inuse), rows, inuse)
     return inuse[0].item() if single else inuse
 
 

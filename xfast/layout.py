@@ -90,6 +90,14 @@ class Layout:
                 )
 
     @cached_property
+    def _hash(self) -> int:
+        return hash(self.slots)
+
+    def __hash__(self) -> int:
+        """Hash the slots, once: the engine's tables are found by layout on every call."""
+        return self._hash
+
+    @cached_property
     def by_nr(self) -> dict[int, Slot]:
         """The slots by component number."""
         return {slot.nr: slot for slot in self.slots}
@@ -120,13 +128,18 @@ class Layout:
                 f"it has {', '.join(str(slot.nr) for slot in self.slots)}"
             ) from None
 
+    @cached_property
+    def _whole_size(self) -> int:
+        return self.standard_size(self.user_mask)
+
     def standard_size(self, mask: int | None = None) -> int:
         """Return the bytes of a standard-format area with the components in `mask`.
 
         The end of the component that ends last, which is not the one of the highest number
         where APX is concerned. Components that this layout does not know count for nothing.
         """
-        mask = self.user_mask if mask is None else mask
+        if mask is None:
+            return self._whole_size
         ends = [s.offset + s.size for s in self.slots if s.offset and mask >> s.nr & 1]
         return max(ends, default=EXTENDED_OFFSET)
 

@@ -140,21 +140,27 @@ def check_mask(mask: int, name: str = "mask") -> int:
     return int(mask)
 
 
-def spread(n: int, touched: int, run: Callable[[slice], int]) -> int:
-    """Run over `n` rows, in several threads if enough bytes are touched; return results, ored.
+def spread(touched: int, run: Callable[..., int], *arrays: Any) -> int:
+    """Run over arrays of as many rows, in several threads if enough bytes are touched.
+
+    Returns
+    -------
+    int
+        What `run`, called with the same part of each array (None stays None), returned; ored.
 
     The calling thread takes the first part itself, and starts the others only for this batch:
     against its length the start costs nothing, and nothing is left that a fork could break.
     """
+    n = len(arrays[0])
     parts = _threads["most"] if touched >= _threads["above"] else 1
     if parts <= 1 or n < parts:
-        return run(slice(0, n))
+        return run(*arrays)
     bounds = [n * i // parts for i in range(parts + 1)]
     results: list[int | BaseException] = []
 
     def work(part: slice) -> None:
         try:
-            results.append(run(part))
+            results.append(run(*(None if each is None else each[part] for each in arrays)))
         except BaseException as problem:
             results.append(problem)
 

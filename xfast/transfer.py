@@ -100,12 +100,7 @@ def _convert_rows(
         raise ValueError(f"out: got {len(into)} areas, needed {len(rows)}, as many as areas")
     values = None if pkru is None else np.full(len(rows), pkru, np.uint32)
     lost = np.zeros(len(rows), "u8")
-
-    def run(part: slice) -> int:
-        each = values if values is None else values[part]
-        return how.convert(rows[part], into[part], lost[part], each)
-
-    if spread(len(rows), rows.size, run) and not lossy:
+    if spread(rows.size, how.convert, rows, into, lost, values) and not lossy:
         refuse_lost(lost, "areas", f"{where} in {into.shape[1]} bytes; lossy=True drops them")
     return out
 
@@ -331,7 +326,7 @@ def set_uabi(
         mxcsr_mask=mxcsr_mask,
     )
     status = np.empty(len(rows), "u4")
-    spread(len(rows), rows.size, lambda part: how.merge(rows[part], images[part], status[part]))
+    spread(rows.size, how.merge, rows, images, status)
     return status[0].item() if single else status
 
 
