@@ -57,9 +57,28 @@ def test_x87_and_sse_were_lost_until_a1020a25e697(told):
 
 def test_as_text_kernels_that_agree_share_a_line():
     text = render(story())
-    assert text.count("\n") < 50
+    assert text.count("\n") < 70
     assert "5.16 (bf5d00470787, the leak):\n       XSTATE_BV 0x207" in text
     assert max(map(len, text.splitlines())) < 140
+
+
+def test_the_text_says_what_it_is_about():
+    title, *lines = render(story()).splitlines()
+    assert title == (
+        'Linux kernel commit ad856280ddea ("x86/kvm/fpu: Limit guest user_xfeatures to supported '
+        'bits of XCR0") (in v5.17)'
+    )
+    text = "\n".join(lines)
+    for word in ("state components", "a mask at byte 512, XSTATE_BV", "user_xfeatures is the mask"):
+        assert word in text
+    assert "  5.15: KVM's own code (until 5.16-rc1)\n" in text
+    assert "  5.18.2: ad856280ddea (from 5.17-rc6, 5.16.13 until 6.0-rc7, 5.19.12)\n" in text
+    assert "  6.6: 8647c52e9504 (from 6.6-rc6, 6.5.9, 6.1.60 and on)\n" in text
+
+
+def test_5_15_has_no_user_xfeatures(told):
+    for release, cell in cells(told, "KVM_SET_CPUID2").items():
+        assert ("user_xfeatures" in cell) == (release != "5.15")
 
 
 def test_other_releases_can_be_asked():

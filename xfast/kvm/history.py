@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from xfast.area import headers
+from xfast.behaviour import BEHAVIOURS
 from xfast.features import AVX, XFEATURE_MASK_FPSSE, names_of
 from xfast.hosts.model import Host
 from xfast.kvm.kernel import Kernel
@@ -25,6 +26,16 @@ KERNELS = {
     "6.6": "8647c52e9504",
 }
 """Releases that stand for a behaviour each, and what brought it."""
+
+INTRODUCTION = (
+    "A CPU's registers are saved as state components, each with a number: x87 is 0, SSE 1, AVX 2, "
+    "PKRU 9.",
+    "A saved area has a mask at byte 512, XSTATE_BV: bit n says that component n is in it, so "
+    "0x207 is these four.",
+    "user_xfeatures is the mask of what KVM moves between a guest's FPU and the VMM.",
+    "Too wide a mask, and PKRU leaks from the VMM to the guest; too narrow, and x87 and SSE get "
+    "lost.",
+)
 
 GUEST_XCR0 = XFEATURE_MASK_FPSSE | AVX
 NO_XSAVE = [(1, 0, 0, 0x106A3, 0, 0x80982201, 0x78BFBFF)]
@@ -82,10 +93,10 @@ def _tell(release: str) -> list[str]:
     guest = vcpu.guest_fpu
     vcpu.set_cpuid2(_leaf_d(GUEST_XCR0))
     vcpu.set_xcrs([(0, GUEST_XCR0)])
-    cells.append(
-        f"guest may have {_show(vcpu.guest_supported_xcr0)}; "
-        f"user_xfeatures {guest.fpstate.user_xfeatures:#x}"
-    )
+    may = f"guest may have {_show(vcpu.guest_supported_xcr0)}"
+    if "fpu-core-uabi" in kernel.behaviours:  # KVM's own code knew no such mask
+        may += f"; user_xfeatures {guest.fpstate.user_xfeatures:#x}"
+    cells.append(may)
     fpu.fpu_swap_kvm_fpstate(guest, True)
     cells.append(
         f"image XSTATE_BV {guest.fpstate.xstate_bv:#x}; PKRU is still the VMM's: {fpu.rdpkru():#x}"
@@ -155,13 +166,30 @@ def story(kernels: Iterable[str] = tuple(KERNELS)) -> list[Row]:
     ]
 
 
+def _columns(kernels: Iterable[str]) -> list[str]:
+    """Return a line for each of KERNELS: which releases it stands for."""
+    since = {behaviour.commit: ", ".join(behaviour.since) for behaviour in BEHAVIOURS.values()}
+    firsts = [since.get(what.partition(",")[0], "") for what in KERNELS.values()]
+    lines = []
+    for i, (name, what) in enumerate(KERNELS.items()):
+        first = f"from {firsts[i]}" if firsts[i] else ""
+        last = f"until {firsts[i + 1]}" if i + 1 < len(firsts) else "and on"
+        if name in kernels:
+            lines.append(f"  {name}: {what} ({' '.join(filter(None, (first, last)))})")
+    return lines
+
+
 def render(rows: Iterable[Row], kernels: Iterable[str] = tuple(KERNELS)) -> str:
     """Return the story as text: each step once, and under it what each kernel shows.
 
-    Kernels that show the same share a line.
+    Kernels that show the same share a line. Before the steps: the commit, what the words mean,
+    and which releases a kernel stands for ("until" is the first that it does not).
     """
+    kernels = tuple(kernels)
     names = [f"{name} ({KERNELS[name]})" if name in KERNELS else name for name in kernels]
-    lines = []
+    columns = _columns(kernels)
+    lines = [BEHAVIOURS["user-xfeatures-guest"].ref, "", *INTRODUCTION, ""]
+    lines += ["Each kernel stands for a range of releases:", *columns, ""] if columns else []
     for row in rows:
         lines.append(f"{row.step}. {row.what}")
         told: dict[str, list[str]] = {}
