@@ -1,8 +1,9 @@
 """A program that repairs a file again and again, killed at another of its steps each time.
 
 ``killing.py MODE FILE HOST``: a step is a write (half of it done), rename, link, sync, open, ...
-Prints a line of JSON for each step: how the child ended, and what it left; the last one is that
-of a child that came through. MODE is ``replace``, ``patch``, ``backup`` or ``new``.
+Prints a line of JSON for each step: how the child ended, what it left, and what was there when the
+repair had been run again; the last one is that of a child that came through. MODE is ``replace``,
+``patch``, ``backup``, ``patch-backup`` or ``new``.
 """
 
 import hashlib
@@ -75,7 +76,7 @@ def repair(path: str, mode: str, host) -> None:
     rewrite.recover(path)
     plan = xfast.plan_fix(xfast.read(path)[0], host)
     where = {"output": path + ".new"} if mode == "new" else {"in_place": True}
-    plan.apply(**where, backup=mode == "backup")
+    plan.apply(**where, backup=mode.endswith("backup"))
 
 
 def main(mode: str, path: str, host_name: str) -> None:
@@ -83,7 +84,7 @@ def main(mode: str, path: str, host_name: str) -> None:
     folder = pathlib.Path(path).parent
     old = pathlib.Path(path).read_bytes()
     host = xfast.resolve(host_name)
-    amend.PATCH_FROM = 0 if mode == "patch" else amend.PATCH_FROM
+    amend.PATCH_FROM = 0 if mode.startswith("patch") else amend.PATCH_FROM
     for step in itertools.count():
         for left in folder.iterdir():
             left.unlink()
@@ -97,7 +98,10 @@ def main(mode: str, path: str, host_name: str) -> None:
         _, status = os.waitpid(child, 0)
         recovered = os.path.exists(path) and rewrite.recover(path)
         left = {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in folder.iterdir()}
-        print(json.dumps({"status": status, "recovered": recovered, "left": left}))
+        if mode != "new" or not os.path.exists(path + ".new"):
+            repair(path, mode, host)
+        again = sorted(one.name for one in folder.iterdir())
+        print(json.dumps({"status": status, "recovered": recovered, "left": left, "again": again}))
         if not status:
             return
 

@@ -102,7 +102,7 @@ def test_a_patch_touches_the_pages_that_it_changes(leak, monkeypatch):
     assert written == [8]
 
 
-@pytest.mark.parametrize("mode", ["replace", "patch", "backup", "new"])
+@pytest.mark.parametrize("mode", ["replace", "patch", "backup", "patch-backup", "new"])
 def test_killed_at_every_step_there_is_the_old_or_the_new_file(leak, tmp_path, mode):
     folder = tmp_path / "here"
     folder.mkdir()
@@ -127,9 +127,15 @@ def test_killed_at_every_step_there_is_the_old_or_the_new_file(leak, tmp_path, m
         assert left["leak"] == "old" if mode == "new" else left["leak"] in ("old", "new")
         assert left.get("leak.new", "new") == "new"
         assert left.get("leak.orig", "old") == "old"
-        assert row["recovered"] <= (mode == "patch")
+        assert row["recovered"] <= mode.startswith("patch")
         if mode == "backup" and left["leak"] == "new":
             assert left["leak.orig"] == "old"
+        if "new" in (left["leak"], left.get("leak.new")):
+            assert any(name.endswith("leak.new.xfast.json" if mode == "new" else "leak.xfast.json")
+                       and not name.startswith(".") for name in left)  # fmt: skip
+        if mode != "new" or "leak.new" not in left:
+            assert not [name for name in row["again"] if name.startswith(".")]
+            assert [name for name in row["again"] if name.endswith(".xfast.json")]
         seen.append(left.get("leak.new", left["leak"]))
         strays = {name for name in left if name.startswith(".")}
         assert all(name.endswith(".xfast-new") for name in strays)
@@ -236,8 +242,80 @@ def test_a_journal_of_another_file_is_refused(leak):
 
 def test_a_journal_that_is_a_link_is_not_followed(leak, tmp_path):
     (tmp_path / "leak.xfast-journal").symlink_to("elsewhere")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(XfastError, match=r"found no journal of ours: .*symbol"):
         rewrite.recover(str(leak))
+
+
+@pytest.mark.parametrize("offset", ['"x"', "1.5", "-8", "1" + "0" * 23, "[" * 100_000])
+def test_a_hostile_journal(leak, offset, capsys):
+    old = leak.read_bytes()
+    row = f'{{"offset": {offset}, "old": "00", "new": "01"}}'
+    journal = leak.with_name("leak.xfast-journal")
+    journal.write_text(f'{{"size": {leak.stat().st_size}, "edits": [{row}]}}')
+    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 2
+    assert "found no journal of ours" in capsys.readouterr().err
+    journal.unlink()
+    journal.mkdir()
+    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 2
+    assert "found no journal of ours" in capsys.readouterr().err
+    assert leak.read_bytes() == old
+
+
+@pytest.mark.parametrize("change", ["longer", "touched", "replaced"])
+def test_a_file_that_is_no_longer_the_one_that_was_planned_for(leak, change):
+    ready, old = plan(leak), leak.read_bytes()
+    if change == "replaced":
+        leak.unlink()
+    leak.write_bytes(old + b"!" * (change == "longer"))
+    with pytest.raises(XfastError, match="changed since it was read"):
+        ready.apply(in_place=True)
+    assert names(leak.parent) == {"leak"}
+
+
+def test_the_records_name_is_needed_for_the_backup(leak):
+    with pytest.raises(XfastError, match="needed for another file"):
+        plan(leak).apply(in_place=True, backup=True, record=str(leak) + ".orig")
+    assert names(leak.parent) == {"leak"}
+    assert plan(leak).before.verdict == "incompatible"
+
+
+def test_a_directory_that_was_half_done_is_finished_under_its_first_record(
+    data, tmp_path, monkeypatch
+):
+    folder, record = tmp_path / "dump", tmp_path / "record"
+    shutil.copytree(data / "criu" / "criu42-regs64s-3thr", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def planned():
+        words = ["avx", "opmask", "zmm_hi256", "hi16_zmm"]
+        host = xfast.resolve("amd-milan")
+        return xfast.plan_fix(xfast.read(folder)[0], host, drop=words, even_if_live=True)
+
+    with pytest.raises(XfastError, match="can't be written"):
+        planned().apply(in_place=True, record=str(tmp_path / "none" / "record"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    real, published = rewrite.Staged.publish, []
+
+    def publish(self, **how):
+        if published[1:]:  # the record and one image are out
+            raise KeyboardInterrupt
+        real(self, **how)
+        published.append(self.name)
+
+    monkeypatch.setattr(rewrite.Staged, "publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        planned().apply(in_place=True, record=str(record))
+    monkeypatch.undo()
+    first = record.read_bytes()
+    assert planned().apply(in_place=True, record=str(record))
+    assert record.read_bytes() == first
+    files = json.loads(first)["files"]
+    assert len(files) > 1
+    for row in files:
+        assert hashlib.sha256(before[row["name"]]).hexdigest() == row["before"]
+        now = (folder / row["name"]).read_bytes()
+        assert hashlib.sha256(now).hexdigest() == row["after"]
 
 
 def test_a_file_that_is_open_for_writing(leak):

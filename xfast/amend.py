@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,14 @@ from xfast.area import headers
 from xfast.errors import PolicyError, XfastError
 from xfast.record import SUFFIX, record_of, sha256
 from xfast.repair import Plan
-from xfast.rewrite import Staged, Stamp, clone, make_like, patch, refuse_if_busy, stamp_of
-from xfast.snapshots.model import Snapshot, Splice
-from xfast.snapshots.source import EXPAND_LIMIT, Source, copy_bytes
+from xfast.rewrite import Staged, clone, make_like, patch, refuse_if_busy, stamp_of, sweep
+from xfast.snapshots.model import Snapshot, Splice, Stamp
+from xfast.snapshots.source import EXPAND_LIMIT, JOURNAL, Source, copy_bytes
 
 BACKUP = ".orig"
+RECORD_LIMIT = 256 << 20
+"""No record that is read again is larger than this (bytes)."""
+
 PATCH_FROM = 64 << 20
 """Files from this size on (bytes) are patched where they lie, unless a copy shares its blocks."""
 
@@ -76,14 +80,15 @@ def apply(
     path = plans[0].snapshot.path
     target = path.rstrip("/") if output is None else output.rstrip("/")
     note = record or target + SUFFIX
-    taken = [target] if output is not None else []
-    if any(plan.areas for plan in plans):
-        taken.append(note)
     rewrite = _Rewrite(plans, path, target, note, in_place, backup, expand_limit)
     try:
-        for name in taken:
-            if os.path.lexists(name):
-                raise XfastError(f"{name}: exists; needed a new name")
+        for name in (target, note, path + JOURNAL, path + BACKUP):
+            sweep(name)
+        if in_place and os.path.isdir(path):
+            for name in os.listdir(path):
+                sweep(os.path.join(path, name))
+        if output is not None and os.path.lexists(target):
+            raise XfastError(f"{target}: exists; needed a new name")
         return rewrite.folder() if os.path.isdir(path) else rewrite.file()
     except OSError as problem:
         name = problem.filename if isinstance(problem.filename, str) else target
@@ -106,6 +111,8 @@ class _Rewrite:
         """Rewrite a file."""
         with Source.open(self.path, expand_limit=self.expand_limit) as source:
             stamp = stamp_of(source.base.fd)
+            if self.plans[0].snapshot.stamp not in (None, stamp):
+                raise XfastError(f"{self.path}: changed since it was read; nothing was written")
             size = len(self.plans[0].snapshot.vcpus[0].area)
             edits = self._edits(source, self._read(source, size))
             if not edits:
@@ -115,17 +122,15 @@ class _Rewrite:
             record = self._record(edits)
             fd = source.base.fd
             record["files"] = [{"name": os.path.basename(self.path), "before": sha256(fd)}]
-            with Staged(self.note, _mode(fd)) as note:
-                if self._patches(source, edits):
-                    record["files"][0]["after"] = sha256(fd, edits)
-                    _write_json(note, record)
-                    if self.backup:
-                        self._copy(source, self.path + BACKUP)
-                    refuse_if_busy(self.path, fd, stamp, named=True)
-                    patch(source, edits, lambda: self._check_source(source))
-                    note.publish()
-                else:
-                    self._replace(source, stamp, edits, note, record)
+            if not self._patches(source, edits):
+                self._replace(source, stamp, edits, record)
+                return record
+            record["files"][0]["after"] = sha256(fd, edits)
+            with self._recorded(record, _mode(fd)):
+                if self.backup and not self._has_backup(record):
+                    self._copy(source, self.path + BACKUP)
+                refuse_if_busy(self.path, fd, stamp, named=True)
+                patch(source, edits, lambda: self._check_source(source))
             return record
 
     def _replace(
@@ -133,7 +138,6 @@ class _Rewrite:
         source: Source,
         stamp: Stamp,
         edits: list[Splice],
-        note: Staged,
         record: dict[str, Any],
     ) -> None:
         """Write the whole file anew, read it back, and give it its place."""
@@ -145,14 +149,13 @@ class _Rewrite:
             with Source.open(staged.temporary_path, expand_limit=self.expand_limit) as again:
                 self._check_source(again)
             record["files"][0]["after"] = sha256(staged.file.fileno())
-            _write_json(note, record)
             if self.in_place:
                 make_like(staged.file.fileno(), base.fd)
-            refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
-            if self.backup:
-                _keep(self.path)
-            staged.publish(replace=self.in_place)
-            note.publish()
+            with self._recorded(record, _mode(base.fd)):
+                refuse_if_busy(self.path, base.fd, stamp, named=self.in_place)
+                if self.backup:
+                    _keep(self.path)
+                staged.publish(replace=self.in_place)
 
     def folder(self) -> dict[str, Any] | None:
         """Rewrite the images in a CRIU directory."""
@@ -161,45 +164,123 @@ class _Rewrite:
             edits = self._edits(source, snapshots.read(self.path))
         record = self._record(edits)
         if self.in_place:
-            self._members(self.path, edits, record)
-        else:
-            folder, name = os.path.split(self.target)
-            staged = os.path.join(folder, f".{name}.xfast-new")
-            shutil.rmtree(staged, ignore_errors=True)  # what a killed process left
-            try:
-                shutil.copytree(self.path, staged, symlinks=True, copy_function=_copy_into)
-                self._members(staged, edits, record)
-                self._check(snapshots.read(staged))
+            if not edits:
+                return None
+            record["files"] = self._hashes(self.path, edits)
+            with self._recorded(record, 0o600):
+                self._members(self.path, edits)
+            return record
+        folder, name = os.path.split(self.target)
+        staged = os.path.join(folder, f".{name}.xfast-new")
+        shutil.rmtree(staged, ignore_errors=True)  # what a killed process left
+        try:
+            shutil.copytree(self.path, staged, symlinks=True, copy_function=_copy_into)
+            record["files"] = self._hashes(staged, edits)
+            self._members(staged, edits)
+            self._check(snapshots.read(staged))
+            with self._recorded(record, 0o600) if edits else contextlib.nullcontext():
                 os.rename(staged, self.target)
-            except BaseException:
-                shutil.rmtree(staged, ignore_errors=True)
-                raise
-            _sync_folder(folder or ".")
-        if not edits:
-            return None
-        with Staged(self.note, 0o600) as note:
-            _write_json(note, record)
-            note.publish()
-        return record
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        _sync_folder(folder or ".")
+        return record if edits else None
 
-    def _members(self, folder: str, edits: list[Splice], record: dict[str, Any]) -> None:
+    def _hashes(self, folder: str, edits: list[Splice]) -> list[dict[str, str]]:
+        """Return the record's ``files`` of a directory: each image as it is, and as it will be."""
+        rows = []
+        for name, own in _by_member(edits).items():
+            path = os.path.join(folder, name)
+            with Source.open(path) as source, Staged(path) as trial:
+                source.rewrite(own, trial.file)
+                trial.file.flush()
+                after = sha256(trial.file.fileno())
+                rows.append({"name": name, "before": sha256(source.fd), "after": after})
+        return rows
+
+    def _members(self, folder: str, edits: list[Splice]) -> None:
         """Replace the images in a directory that change, one by one, each as a whole."""
-        for name in dict.fromkeys(edit.member for edit in edits):
+        for name, own in _by_member(edits).items():
             path = os.path.join(folder, name)
             with Source.open(path) as source, Staged(path) as staged:
                 stamp = stamp_of(source.fd)
-                source.rewrite([edit for edit in edits if edit.member == name], staged.file)
+                source.rewrite(own, staged.file)
                 staged.file.flush()
                 make_like(staged.file.fileno(), source.fd)
                 refuse_if_busy(path, source.fd, stamp, named=True)
-                hashes = {
-                    "before": sha256(source.fd),
-                    "after": sha256(staged.file.fileno()),
-                }
-                record["files"].append({"name": name, **hashes})
                 if self.backup:
                     _keep(path)
                 staged.publish(replace=True)
+
+    @contextlib.contextmanager
+    def _recorded(self, record: dict[str, Any], mode: int) -> Iterator[None]:
+        """Publish the record, then let the data follow; whatever is changed has its record.
+
+        The record of a run that was killed stays where it tells of this change too, and makes
+        way where its change never came about.
+        """
+        self._require_apart(record)
+        old = self._old_record()
+        if old is not None and _covers(old, record):
+            yield
+            return
+        if old is not None and not _covers(record, old, sides=("before",)):
+            raise XfastError(f"{self.note}: exists; needed a new name")
+        with Staged(self.note, mode) as note:
+            note.file.write(json.dumps(record, indent=1).encode() + b"\n")
+            note.publish(replace=old is not None)
+        try:
+            yield
+        except BaseException:
+            if not self._begun(record):
+                os.unlink(self.note)
+            raise
+
+    def _old_record(self) -> dict[str, Any] | None:
+        """Return the record that stands where this one is to go, if any."""
+        if not os.path.lexists(self.note):
+            return None
+        try:
+            fd = os.open(self.note, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as file:
+                record = json.loads(file.read(RECORD_LIMIT))
+            rows = {row["name"]: (row["before"], row["after"]) for row in record["files"]}
+            if rows and record["output"] == self.target:
+                return dict(record)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise XfastError(f"{self.note}: exists; needed a new name")
+
+    def _begun(self, record: dict[str, Any]) -> bool:
+        """Tell whether any file of a record is already what it is to be."""
+        if not self.in_place:
+            return False
+        inside = os.path.isdir(self.path)
+        for row in record["files"]:
+            path = os.path.join(self.path, row["name"]) if inside else self.path
+            with open(path, "rb") as file:
+                if sha256(file.fileno()) == row["after"]:
+                    return True
+        return False
+
+    def _has_backup(self, record: dict[str, Any]) -> bool:
+        """Tell whether a run that was interrupted made the copy already."""
+        try:
+            fd = os.open(self.path + BACKUP, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with open(fd, "rb"):
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            return regular and sha256(fd) == record["files"][0]["before"]
+
+    def _require_apart(self, record: dict[str, Any]) -> None:
+        """Raise XfastError if the record would take the name of another file of this run."""
+        paths = [self.path, self.target]
+        if os.path.isdir(self.path):
+            paths += [os.path.join(self.path, row["name"]) for row in record["files"]]
+        names = {path + end for path in paths for end in ("", BACKUP, JOURNAL)}
+        if os.path.realpath(self.note) in {os.path.realpath(name) for name in names}:
+            raise XfastError(f"{self.note}: is needed for another file; the record needs its own")
 
     def _patches(self, source: Source, edits: list[Splice]) -> bool:
         """Tell whether to edit the file where it lies: a whole new one would cost its size."""
@@ -265,6 +346,25 @@ def _differs(found: Snapshot, snapshot: Snapshot, areas: dict[int, Any]) -> str:
     return ""
 
 
+def _by_member(edits: list[Splice]) -> dict[str, list[Splice]]:
+    """Return the edits of each file of a directory."""
+    members: dict[str, list[Splice]] = {}
+    for edit in edits:
+        members.setdefault(edit.member, []).append(edit)
+    return members
+
+
+def _covers(
+    record: dict[str, Any], other: dict[str, Any], *, sides: Sequence[str] = ("before", "after")
+) -> bool:
+    """Tell whether a record tells of all files of another, with the same hashes."""
+    rows = {row["name"]: row for row in record["files"]}
+    return all(
+        row["name"] in rows and all(rows[row["name"]][side] == row[side] for side in sides)
+        for row in other["files"]
+    )
+
+
 def _keep(path: str) -> None:
     """Give a file that is about to be replaced a second name, unless it has it already."""
     try:
@@ -276,13 +376,6 @@ def _keep(path: str) -> None:
 
 def _mode(fd: int) -> int:
     return stat.S_IMODE(os.fstat(fd).st_mode)
-
-
-def _write_json(staged: Staged, record: dict[str, Any]) -> None:
-    """Write a record to the disk, so that only its name can still fail."""
-    staged.file.write(json.dumps(record, indent=1).encode() + b"\n")
-    staged.file.flush()
-    os.fsync(staged.file.fileno())
 
 
 def _copy_into(path: str, target: str) -> None:

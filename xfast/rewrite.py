@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from xfast.errors import XfastError
-from xfast.snapshots.model import Splice
+from xfast.snapshots.model import Splice, Stamp
 from xfast.snapshots.source import JOURNAL, Source
 
 NOFOLLOW = os.O_NOFOLLOW | os.O_CLOEXEC
@@ -27,7 +27,8 @@ JOURNAL_LIMIT = 64 << 20
 FICLONE = 0x40049409
 """The ioctl that makes a file share the blocks of another (Linux include/uapi/linux/fs.h)."""
 
-Stamp = tuple[int, int, int, int]
+TEMPORARY = ".{}.xfast-new"
+"""What a file is called until it is published."""
 
 
 class Staged:
@@ -54,7 +55,7 @@ class Staged:
         self.path = path
         folder, self.name = os.path.split(path)
         self.folder = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.temporary = f".{self.name}.xfast-new"
+        self.temporary = TEMPORARY.format(self.name)
         try:
             self.file: IO[bytes] = os.fdopen(self._create(), "w+b")
             os.fchmod(self.file.fileno(), mode)
@@ -75,14 +76,8 @@ class Staged:
                 fd = os.open(self.temporary, flags, 0o600, dir_fd=self.folder)
                 fcntl.flock(fd, fcntl.LOCK_EX)
                 return fd
-            fd = os.open(self.temporary, os.O_RDWR | os.O_NONBLOCK | NOFOLLOW, dir_fd=self.folder)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(self.temporary, dir_fd=self.folder)
-            except BlockingIOError:
+            if not _removed(self.temporary, self.folder):
                 break
-            finally:
-                os.close(fd)
         raise XfastError(f"{self.path}: another process is writing it")
 
     def publish(self, *, replace: bool = False) -> None:
@@ -118,6 +113,32 @@ class Staged:
                 os.unlink(self.temporary, dir_fd=self.folder)
         finally:
             os.close(self.folder)
+
+
+def _removed(name: str, folder: int) -> bool:
+    """Remove a temporary file, unless a process that lives has it locked; return whether."""
+    fd = os.open(name, os.O_RDWR | os.O_NONBLOCK | NOFOLLOW, dir_fd=folder)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=folder)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def sweep(path: str) -> None:
+    """Remove what a killed process left beside `path`, where nobody is writing it."""
+    where, name = os.path.split(path)
+    if not os.path.lexists(os.path.join(where, TEMPORARY.format(name))):
+        return
+    folder = os.open(where or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(IsADirectoryError, FileNotFoundError):
+            _removed(TEMPORARY.format(name), folder)
+    finally:
+        os.close(folder)
 
 
 def stamp_of(fd: int) -> Stamp:
@@ -234,7 +255,7 @@ def recover(path: str) -> bool:
     XfastError
         If the journal is not ours or does not fit the file, or if its patch goes on.
     OSError
-        If the journal is a symbolic link, or the file can't be written.
+        If the file can't be written.
     """
     if not os.path.lexists(path + JOURNAL):
         return False
@@ -243,22 +264,43 @@ def recover(path: str) -> bool:
             journal_fd = os.open(path + JOURNAL, os.O_RDONLY | os.O_NONBLOCK | NOFOLLOW)
         except FileNotFoundError:  # the patch came to its end just now
             return False
-        with os.fdopen(journal_fd, "rb") as file:
-            status = os.fstat(journal_fd)
-            trusted = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
-            data = file.read(JOURNAL_LIMIT) if trusted else b""
+        except OSError as problem:
+            raise XfastError(
+                f"{path + JOURNAL}: found no journal of ours: {problem.strerror}"
+            ) from None
         try:
-            journal = json.loads(data)
-            size = journal["size"]
-            edits = [
-                Splice(row["offset"], bytes.fromhex(row["old"]), bytes.fromhex(row["new"]))
-                for row in journal["edits"]
-            ]
-        except (ValueError, KeyError, TypeError):
+            size, edits = _parsed(_trusted(journal_fd))
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise XfastError(f"{path + JOURNAL}: found no journal of ours, needed one") from None
+        finally:
+            os.close(journal_fd)
         _undo(path, fd, size, edits)
         _finish(path, fd)
     return True
+
+
+def _trusted(fd: int) -> bytes:
+    """Return what a journal holds, if it is a file of root's or of our own; else nothing."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+        return b""
+    with open(fd, "rb", closefd=False) as file:
+        return file.read(JOURNAL_LIMIT)
+
+
+def _parsed(data: bytes) -> tuple[int, list[Splice]]:
+    """Return the size and the edits in a journal; ValueError, KeyError, ... where it has none."""
+    journal = json.loads(data)
+    size = journal["size"]
+    if type(size) is not int or not 0 <= size < 1 << 63:
+        raise ValueError
+    edits = []
+    for row in journal["edits"]:
+        offset = row["offset"]
+        if type(offset) is not int or not 0 <= offset <= size:
+            raise ValueError
+        edits.append(Splice(offset, bytes.fromhex(row["old"]), bytes.fromhex(row["new"])))
+    return size, edits
 
 
 @contextlib.contextmanager

@@ -154,8 +154,13 @@ def read(
             )
         name = os.path.join(name, CH_STATE)
     with Source.open(name, expand_limit=expand_limit or EXPAND_LIMIT) as source:
+        status = os.fstat(source.base.fd)
+        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         reader = format_named(format or recognise(source, "raw" if layout or size else ""))
-        return reader.read(source, layout=layout, size=size)
+        found = reader.read(source, layout=layout, size=size)
+    for snapshot in found:
+        snapshot.stamp = stamp
+    return found
 
 
 def splices(

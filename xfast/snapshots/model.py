@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from xfast.cpuid import Cpuid
 from xfast.layout import Layout
 
+Stamp = tuple[int, int, int, int]
+"""What tells that a file is the same one, unchanged: device, inode, size, mtime (ns)."""
+
 
 @dataclass
 class Vcpu:
@@ -93,6 +96,8 @@ class Snapshot:
         Whatever else the file tells (machine type, domain name, ...).
     part : str
         Which snapshot it is, in a file with several.
+    stamp : Stamp or None
+        What the file was when it was read, where it is one that can change.
     """
 
     path: str
@@ -103,6 +108,7 @@ class Snapshot:
     container: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     part: str = ""
+    stamp: Stamp | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
