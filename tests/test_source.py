@@ -88,6 +88,46 @@ def test_compressed_files_are_read_through_and_rewritten_as_they_were(tmp_path, 
     assert result == PAYLOAD[:1_500_000] + b"abcd" + PAYLOAD[1_500_004:]
 
 
+def test_zstd_keeps_checksum_and_content_size(tmp_path):
+    flag = zstd.CompressionParameter.checksum_flag
+    for checksum in (False, True):
+        for size in (len(PAYLOAD), None):
+            packer = zstd.ZstdCompressor(options={flag: checksum})
+            packer.set_pledged_input_size(size)
+            packed = packer.compress(PAYLOAD[:1000]) + packer.compress(PAYLOAD[1000:])
+            with Source.open(write(tmp_path, packed + packer.flush())) as source:
+                result = rewritten(source, [Splice(0, PAYLOAD[:2], b"QEMU")], tmp_path)
+            assert result[4] & 4 == checksum * 4
+            assert zstd.get_frame_info(result).decompressed_size == (size and size + 2)
+            assert zstd.decompress(result) == b"QEMU" + PAYLOAD[2:]
+
+
+@pytest.mark.parametrize(
+    "check", [lzma.CHECK_NONE, lzma.CHECK_CRC32, lzma.CHECK_CRC64, lzma.CHECK_SHA256]
+)
+def test_xz_keeps_its_check(tmp_path, check):
+    packed = lzma.compress(PAYLOAD, check=check)
+    with Source.open(write(tmp_path, packed)) as source:
+        result = rewritten(source, [Splice(0, PAYLOAD[:2], b"QE")], tmp_path)
+    assert result[:12] == packed[:12]
+    assert lzma.decompress(result) == b"QE" + PAYLOAD[2:]
+
+
+@pytest.mark.parametrize("name", ["", "state", "state.gz", "zust\xe4nde.gz.gz"])
+@pytest.mark.parametrize("extra", [b"", b"\3\0abc"])
+def test_gzip_keeps_name_and_time(tmp_path, name, extra):
+    packed = bytearray(gzip.compress(PAYLOAD, mtime=1_700_000_000))
+    packed[3] = 8 * bool(name) | 4 * bool(extra)
+    packed[10:10] = extra + (name.encode("latin-1") + b"\0" if name else b"")
+    with Source.open(write(tmp_path, packed)) as source:
+        result = rewritten(source, [Splice(0, PAYLOAD[:2], b"QE")], tmp_path)
+    assert result[3] == 8 * bool(name)
+    assert struct.unpack_from("<I", result, 4) == (1_700_000_000,)
+    if name:
+        assert result[10:].startswith(name.encode("latin-1") + b"\0")
+    assert gzip.decompress(result) == b"QE" + PAYLOAD[2:]
+
+
 @pytest.mark.parametrize(("number", "codec"), [(1, "gzip"), (2, "bzip2"), (3, "xz"), (5, "zstd")])
 def test_libvirt_bodies_are_read_through_and_keep_their_header(tmp_path, number, codec):
     pack = {"bzip2": bz2.compress, **PACKERS}[codec]

@@ -12,13 +12,13 @@ import errno
 import os
 import stat
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots import libvirt
+from xfast.snapshots.codecs import CODECS, HEAD_SIZE, MAGICS
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice
@@ -33,72 +33,6 @@ JOURNAL = ".xfast-journal"
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
-
-
-def _gzip(file: IO[bytes], mode: str) -> Any:
-    import gzip
-
-    return gzip.GzipFile(filename="", mode=mode, fileobj=file, mtime=0)
-
-
-def _bzip2(file: IO[bytes], mode: str) -> Any:
-    import bz2
-
-    return bz2.open(file, mode)
-
-
-def _xz(file: IO[bytes], mode: str) -> Any:
-    import lzma
-
-    return lzma.open(file, mode)
-
-
-def _zstd(file: Any, mode: Any) -> Any:
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise XfastError("zstd: nothing here reads it; needed: pip install 'xfast[zstd]'") from None
-    return zstd.open(file, mode)
-
-
-@contextlib.contextmanager
-def _lzop(file: IO[bytes], mode: str) -> Iterator[Any]:
-    """Run the lzop program, which alone knows its format, beside `file`."""
-    import subprocess
-
-    command = ["lzop", "-dc" if mode == "rb" else "-c"]
-    ends = {"stdin": file, "stdout": subprocess.PIPE}
-    if mode == "wb":
-        file.flush()
-        ends = {"stdin": subprocess.PIPE, "stdout": file}
-    try:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **ends)  # type: ignore[call-overload]
-    except FileNotFoundError:
-        raise XfastError("lzop: no such program here; needed: install lzop") from None
-    with process:
-        try:
-            yield process.stdout or process.stdin
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode:
-        raise XfastError(f"lzop: ended with status {process.returncode}, needed 0")
-
-
-CODECS: dict[str, Callable[[IO[bytes], str], Any]] = {
-    "gzip": _gzip,
-    "bzip2": _bzip2,
-    "xz": _xz,
-    "lzop": _lzop,
-    "zstd": _zstd,
-}
-"""How to open a compressed file, for reading ("rb") or writing ("wb")."""
-
-MAGICS = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""What a compressed file begins with. The others occur in libvirt images only."""
 
 
 class Source:
@@ -262,7 +196,8 @@ class Source:
             for edit in edits:
                 os.pwrite(out.fileno(), edit.new, edit.offset)
             return
-        with self._packer(out) as file:
+        size = self.size + sum(len(edit.new) - len(edit.old) for edit in edits)
+        with self._packer(out, size) as file:
             position = 0
             for edit in edits:
                 for piece in self.chunks(position, edit.offset):
@@ -306,15 +241,16 @@ class Source:
         return edits
 
     @contextlib.contextmanager
-    def _packer(self, out: IO[bytes]) -> Iterator[IO[bytes]]:
-        """Yield where to write this source's bytes, so that `out` becomes packed as it was."""
+    def _packer(self, out: IO[bytes], size: int | None) -> Iterator[IO[bytes]]:
+        """Yield where to write this source's `size` bytes, so that `out` is packed as it was."""
         if self.outer is None:
             yield out
             return
-        with self.outer._packer(out) as around:
+        head = self.outer.read(self.body, min(HEAD_SIZE, self.outer.size - self.body))
+        with self.outer._packer(out, None) as around:
             for piece in self.outer.chunks(0, self.body):
                 around.write(piece)
-            with CODECS[self.codec](around, "wb") as file:
+            with CODECS[self.codec](around, "wb", head, size) as file:
                 yield file
 
 
@@ -496,4 +432,4 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     return count
 
 
-__all__ = ["CODECS", "EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]

@@ -1,0 +1,114 @@
+"""Compressed files: opened for reading, or for writing like one that was read.
+
+A codec takes the compressed file, the mode ("rb" or "wb"), and for writing the first bytes of
+the file to be like and how many bytes there are to pack (None: not known). It keeps what the
+header tells: a check, a name, a time; how hard the packer tried is told nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import IO, Any
+
+from xfast.errors import XfastError
+
+HEAD_SIZE = 4096
+"""Bytes that hold a compressed file's header, whatever name is in it."""
+
+GZIP_FEXTRA, GZIP_FNAME = 4, 8
+XZ_CHECK_OFFSET = 7
+ZSTD_CHECKSUM = 4
+
+
+def _gzip(file: IO[bytes], mode: str, head: bytes = b"", size: int | None = None) -> Any:
+    """Keep FNAME and MTIME. *Source*: RFC 1952 section 2.3."""
+    import gzip
+
+    flags = head[3] if head else 0
+    start = 10
+    if flags & GZIP_FEXTRA:
+        start += 2 + int.from_bytes(head[10:12], "little")
+    end = head.find(b"\0", start)
+    name = head[start:end].decode("latin-1") if flags & GZIP_FNAME and end > start else ""
+    name += ".gz" * bool(name)  # which GzipFile takes off
+    mtime = int.from_bytes(head[4:8], "little")
+    return gzip.GzipFile(filename=name, mode=mode, fileobj=file, mtime=mtime)
+
+
+def _bzip2(file: IO[bytes], mode: str, head: bytes = b"", size: int | None = None) -> Any:
+    import bz2
+
+    return bz2.open(file, mode)
+
+
+def _xz(file: IO[bytes], mode: str, head: bytes = b"", size: int | None = None) -> Any:
+    """Keep the check. *Source*: The .xz File Format, section 2.1.1.2 (stream flags)."""
+    import lzma
+
+    check = head[XZ_CHECK_OFFSET] & 0xF if head else -1
+    return lzma.open(file, mode, check=check if lzma.is_check_supported(check) else -1)
+
+
+def _zstd(file: Any, mode: Any, head: bytes = b"", size: int | None = None) -> Any:
+    """Keep the checksum and the content size. *Source*: RFC 8878 section 3.1.1.1."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise XfastError("zstd: nothing here reads it; needed: pip install 'xfast[zstd]'") from None
+    if mode == "rb":
+        return zstd.open(file)
+    options = {int(zstd.CompressionParameter.checksum_flag): int(bool(head[4] & ZSTD_CHECKSUM))}
+    packer = zstd.ZstdCompressor(options=options)
+    if zstd.get_frame_info(head).decompressed_size is not None:
+        packer.set_pledged_input_size(size)
+    return _packing(file, packer)
+
+
+@contextlib.contextmanager
+def _packing(file: IO[bytes], packer: Any) -> Iterator[Any]:
+    """Yield what writes into `file` through a compressor object."""
+    yield SimpleNamespace(write=lambda data: file.write(packer.compress(data)))
+    file.write(packer.flush())
+
+
+@contextlib.contextmanager
+def _lzop(file: IO[bytes], mode: str, head: bytes = b"", size: int | None = None) -> Iterator[Any]:
+    """Run the lzop program, which alone knows its format, beside `file`."""
+    import subprocess
+
+    command = ["lzop", "-dc" if mode == "rb" else "-c"]
+    ends = {"stdin": file, "stdout": subprocess.PIPE}
+    if mode == "wb":
+        file.flush()
+        ends = {"stdin": subprocess.PIPE, "stdout": file}
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **ends)  # type: ignore[call-overload]
+    except FileNotFoundError:
+        raise XfastError("lzop: no such program here; needed: install lzop") from None
+    with process:
+        try:
+            yield process.stdout or process.stdin
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise XfastError(f"lzop: ended with status {process.returncode}, needed 0")
+
+
+CODECS: dict[str, Callable[..., Any]] = {
+    "gzip": _gzip,
+    "bzip2": _bzip2,
+    "xz": _xz,
+    "lzop": _lzop,
+    "zstd": _zstd,
+}
+"""How to open a compressed file, for reading ("rb") or writing ("wb")."""
+
+MAGICS = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""What a compressed file begins with. The others occur in libvirt images only."""
