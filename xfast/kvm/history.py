@@ -33,8 +33,8 @@ INTRODUCTION = (
     "A saved area has a mask at byte 512, XSTATE_BV: bit n says that component n is in it, so "
     "0x207 is these four.",
     "user_xfeatures is the mask of what KVM moves between a guest's FPU and the VMM.",
-    "Too wide a mask, and PKRU leaks from the VMM to the guest; too narrow, and x87 and SSE get "
-    "lost.",
+    "Too wide a mask, and PKRU shows in the area of a guest that has none; too narrow, and x87 "
+    "and SSE get lost.",
 )
 
 GUEST_XCR0 = XFEATURE_MASK_FPSSE | AVX

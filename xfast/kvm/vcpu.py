@@ -36,6 +36,7 @@ from xfast.features import (
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
 )
+from xfast.kvm.cpuid import CR4_OSXSAVE, CR4_PKE, find, with_runtime_fields
 from xfast.kvm.fpu import FpuGuest, refuse
 from xfast.kvm.msrs import (
     CET_MSRS,
@@ -62,11 +63,6 @@ from xfast.processor import Processor
 
 if TYPE_CHECKING:
     from xfast.kvm.kernel import Kernel
-
-CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
-
-XSAVEC_OR_XSAVES = 0b1010
-"""CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""
 
 
 class Vcpu:
@@ -128,13 +124,13 @@ class Vcpu:
         if len(entries.entries) > KVM_MAX_CPUID_ENTRIES:
             raise refuse(errno.E2BIG, f"{len(entries.entries)} CPUID entries")
         behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
-        cpuid = self._with_runtime_fields(entries)
+        cpuid = with_runtime_fields(self, entries)
         if self.has_run and "cpuid-frozen" in behaviours:
-            stored = self._with_runtime_fields(self.cpuid)
+            stored = with_runtime_fields(self, self.cpuid)
             if "cpuid-frozen-equal" not in behaviours or cpuid != stored:
                 raise refuse(errno.EINVAL, "this vCPU has run")
             return
-        width = self._find(cpuid, 0x80000008)
+        width = find(behaviours, cpuid, 0x80000008)
         if width and width.eax >> 8 & 0xFF not in (0, 48, 57):
             raise refuse(errno.EINVAL, f"leaf 0x80000008 has {width.eax >> 8 & 0xFF} address bits")
         fpu.fpu_enable_guest_xfd_features(self.guest_fpu, needs_permission(behaviours, cpuid.xcr0))
@@ -148,45 +144,8 @@ class Vcpu:
 
     def get_cpuid2(self) -> tuple[Entry, ...]:
         """KVM_GET_CPUID2: the entries, sizes of leaf 0xD as of now."""
-        self.cpuid = self._with_runtime_fields(self.cpuid)
+        self.cpuid = with_runtime_fields(self, self.cpuid)
         return self.cpuid.entries
-
-    def _with_runtime_fields(self, cpuid: Cpuid) -> Cpuid:
-        """Return a list with the fields that KVM itself keeps up to date.
-
-        *Source*: Linux arch/x86/kvm/cpuid.c kvm_update_cpuid_runtime().
-        """
-        entries = list(cpuid.entries)
-        has_pku = bool(self.kernel.fpu.user_cfg.max_features & PKRU)
-        size = self.kernel.xstate_required_size
-        for leaf in ((1, 0), (7, 0), (0xD, 0), (0xD, 1)):
-            entry = self._find(Cpuid(tuple(entries)), *leaf)
-            if entry is None:
-                continue
-            at = entries.index(entry)
-            if leaf == (1, 0):
-                osxsave = bool(self.cr4 & CR4_OSXSAVE)
-                if self.kernel.fpu.has_xsave:
-                    entry = entry._replace(ecx=entry.ecx & ~(1 << 27) | osxsave << 27)
-                entry = entry._replace(edx=entry.edx | 1 << 9)  # the APIC is enabled at reset
-            elif leaf == (7, 0) and has_pku:
-                ospke = bool(self.cr4 & CR4_PKE)
-                entry = entry._replace(ecx=entry.ecx & ~(1 << 4) | ospke << 4)
-            elif leaf == (0xD, 0):
-                entry = entry._replace(ebx=size(self.xcr0))
-            elif leaf == (0xD, 1) and entry.eax & XSAVEC_OR_XSAVES:
-                entry = entry._replace(ebx=size(self.xcr0 | self.xss, True))
-            entries[at] = entry
-        return Cpuid(tuple(entries))
-
-    def _find(self, cpuid: Cpuid, function: int, index: int = 0) -> Entry | None:
-        """Return the entry that KVM goes by; of a leaf without sub-leaves, any will do.
-
-        *Source*: Linux arch/x86/kvm/cpuid.c cpuid_entry2_find().
-        """
-        if "cpuid-index-ignored" in self.kernel.behaviours and function not in (7, 0xD):
-            return next(cpuid.leaf(function), None)
-        return cpuid.find(function, index)
 
     def _out_of_reach(self) -> bool:
         """Return whether KVM can't read the state; raise EINVAL where that is an error."""
