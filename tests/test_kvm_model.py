@@ -627,6 +627,24 @@ def test_a_host_that_cannot_be_is_refused(facts):
         outcome(buffer(7), host, 7, kernel=of_release("6.12"))
 
 
+@pytest.mark.parametrize(
+    ("features", "flags", "user", "has"),
+    [
+        (frozenset({"xsave"}), frozenset(), 7, True),
+        (frozenset(), S_FORMS, 7, False),
+        (None, frozenset(), 7, True),
+        (None, frozenset(), 3, False),
+        (None, S_FORMS, 3, True),
+    ],
+)
+def test_whether_a_host_has_xsave_is_decided_once(features, flags, user, has):
+    host = intel(user=user, supervisor=0, xsave=flags, features=features)
+    vcpu = Kernel(host, "6.12").create_vcpu()
+    assert host.has_xsave == vcpu.kernel.fpu.has_xsave == bool(vcpu.get_xcrs()) == has
+    told = outcome(buffer(user & ~1), host, user, kernel=of_release("6.12"))
+    assert (told.refused is None) == (has or user == 3)
+
+
 def test_buffers_and_masks_that_cannot_be():
     host, kernel = intel(user=7, supervisor=0), of_release("6.12")
     vcpu = Kernel(host, "6.12").create_vcpu()
