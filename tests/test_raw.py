@@ -180,6 +180,18 @@ class TestFiles:
         with pytest.raises(FormatError, match=f"found {length} bytes, needed a multiple of 4096"):
             snapshots.read(path)
 
+    def test_a_stack_of_one_area_is_one_array_judged_once(self, tmp_path):
+        one, other = filled(PRESETS["amd-zen4"], 0xE7), filled(PRESETS["intel"], 0x207)
+        path = tmp_path / "areas.npy"
+        np.save(path, np.stack([one, one, other, one]))
+        first, second, third, fourth = snapshots.read(path)[0].vcpus
+        assert first.layout_note is second.layout_note
+        assert [v.layout for v in (second, fourth)] == [first.layout] * 2
+        assert third.layout != first.layout
+        assert first.area.base is second.area.base is fourth.area.base
+        assert second.where == {"area": (128 + 4096, 4096)}
+        assert first.facts is not second.facts
+
     def test_noise_in_an_area_is_named_with_its_offset(self, tmp_path, sample):
         path = tmp_path / "areas.xsave"
         path.write_bytes(sample + bytes([0xA5]) * 4096)

@@ -129,25 +129,12 @@ def read(
     """
     beside = _beside(source)
     areas, start = _stack(source) if _is_npy(source) else _plain(source, size, beside)
+    size = areas.shape[1]
     vcpus = []
     for i, area in enumerate(areas):
-        if not infer.headed(area) and not infer.controlled(area):
-            bits = infer.header(area)
-            raise FormatError(
-                source.path,
-                start + i * areas.shape[1] + 512,
-                f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
-            )
-        if infer.blank(area):
-            raise FormatError(
-                source.path,
-                start + i * areas.shape[1],
-                "found no FCW, MXCSR nor XSTATE_BV, needed an XSAVE area; see --size",
-            )
-        try:
-            place = infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
-        except LayoutError as problem:
-            raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
+        offset = start + i * size
+        if not i or not np.array_equal(area, areas[i - 1]):  # a stack often repeats an area
+            place = _place(source, offset, area, layout, beside)
         vcpus.append(
             Vcpu(
                 index=i,
@@ -157,10 +144,33 @@ def read(
                 layout_note=place.note,
                 xcr0=beside.xcr0,
                 cpuid=beside.cpuid,
-                where={"area": (start + i * areas.shape[1], areas.shape[1])},
+                where={"area": (offset, size)},
             )
         )
     return [Snapshot(source.path, "raw", "vm", "kvm", vcpus, source.container)]
+
+
+def _place(
+    source: Source, offset: int, area: NDArray[np.uint8], layout: Layout | None, beside: Beside
+) -> infer.Place:
+    """Find the layout of the area at `offset`, if it is one."""
+    if not infer.headed(area) and not infer.controlled(area):
+        bits = infer.header(area)
+        raise FormatError(
+            source.path,
+            offset + 512,
+            f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
+        )
+    if infer.blank(area):
+        raise FormatError(
+            source.path,
+            offset,
+            "found no FCW, MXCSR nor XSTATE_BV, needed an XSAVE area; see --size",
+        )
+    try:
+        return infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
+    except LayoutError as problem:
+        raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
 
 
 def _name(source: Source) -> str:
