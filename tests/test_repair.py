@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,13 @@ def test_components_that_the_target_lacks():
     assert held(plan.areas[0]) == 7
     enabled = plan_fix(snapshot(image, xcr0=0xE7), host(7))
     assert [finding.code for finding in enabled.left] == ["XCR0"]
+
+
+def test_a_doubt_about_the_kernel_takes_no_x87_and_sse_away():
+    plan = plan_fix(snapshot(area(3), xcr0=1), xfast.resolve("amd-milan"))
+    doubts = [(f.code, f.component, f.open) for f in plan.before.findings]
+    assert doubts == [("KERNEL", "x87", True), ("KERNEL", "sse", True)]
+    assert not plan.changes
 
 
 def test_a_component_that_xfd_disables():
@@ -425,9 +433,15 @@ def test_links_in_a_criu_directory_stay_links(data, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (folder / "parent").symlink_to(secret)
-    plan = plan_fix(xfast.read(folder)[0], host(0xE7, mxcsr_mask=0x2FFFF))
-    assert plan.apply(str(tmp_path / "out")) is None
+    words = ["opmask", "zmm_hi256", "hi16_zmm"]
+    target = host(7, mxcsr_mask=0x2FFFF)
+    plan = plan_fix(xfast.read(folder)[0], target, drop=words, even_if_live=True)
+    assert plan.apply(str(tmp_path / "out"))
     assert (tmp_path / "out" / "parent").is_symlink()
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(XfastError, match=r"pipe: is a device or pipe"):
+        plan.apply(str(tmp_path / "other"))
+    assert {p.name for p in tmp_path.iterdir()} == {"dump", "out", "out.xfast.json", "secret"}
 
 
 def test_a_tar_archive(data, tmp_path):

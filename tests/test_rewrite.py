@@ -584,11 +584,47 @@ def test_a_decompression_bomb_stops_at_the_limit(tmp_path, capsys):
     assert names(tmp_path) == {"bomb.xz"}
 
 
-def test_nothing_to_do_copies_as_it_is(data, tmp_path):
+def test_nothing_to_do_writes_nothing(data, tmp_path, capsys):
     raw = data / "raw" / "kvm618-guestxcr0_e7-bve7.xsave"
     assert plan(raw, "amd-genoa@6.6").apply(str(tmp_path / "out")) is None
-    assert (tmp_path / "out").read_bytes() == raw.read_bytes()
-    assert names(tmp_path) == {"out"}
+    words = ["fix", str(raw), "--host", "amd-genoa@6.6", "-o", str(tmp_path / "out")]
+    main(words)
+    assert "nothing was written" in capsys.readouterr().out
+    assert names(tmp_path) == set()
+
+
+def test_what_stays_unknown_is_not_written(data, tmp_path, capsys):
+    core = tmp_path / "core"
+    core.write_bytes(lzma.decompress((data / "elf" / "gdb13-regs64-3thr.core.xz").read_bytes()))
+    assert main(["fix", str(core), "--host", "amd-genoa", "-o", str(tmp_path / "out")]) == 2
+    assert "stays unknown" in capsys.readouterr().err
+    assert names(tmp_path) == {"core"}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["leak", "leak", "--in-place"], "more than once"),
+        (["leak", "-o", "none/"], "no such folder"),
+        (["leak", "-o", "-"], "got -o -"),
+        (["leak", "other", "--in-place", "--record", "record"], "one --record for 2"),
+    ],
+)
+def test_what_the_verb_refuses_before_it_writes(leak, monkeypatch, capsys, words, why):
+    shutil.copy(leak, leak.with_name("other"))
+    monkeypatch.chdir(leak.parent)
+    assert main(["fix", *words, "--host", HOST]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+    assert names(leak.parent) == {"leak", "other"}
+    assert leak.read_bytes() == leak.with_name("other").read_bytes()
+
+
+def test_a_file_with_other_names_is_not_replaced(leak):
+    os.link(leak, leak.with_name("other"))
+    with pytest.raises(XfastError, match="other names"):
+        plan(leak).apply(in_place=True)
+    assert names(leak.parent) == {"leak", "other"}
 
 
 def test_holes_stay_holes(tmp_path):

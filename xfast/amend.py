@@ -61,7 +61,7 @@ def apply(
     Returns
     -------
     dict or None
-        The change record; None where there was nothing to change.
+        The change record; None where there was nothing to change, and so nothing was written.
 
     Raises
     ------
@@ -113,11 +113,13 @@ class _Rewrite:
             stamp = stamp_of(source.base.fd)
             if self.plans[0].snapshot.stamp not in (None, stamp):
                 raise XfastError(f"{self.path}: changed since it was read; nothing was written")
+            if self.in_place:
+                _require_one_name(self.path, source.base.fd)
             size = len(self.plans[0].snapshot.vcpus[0].area)
-            edits = self._edits(source, self._read(source, size))
+            found = self._read(source, size)
+            edits = self._edits(source, found)
             if not edits:
-                if not self.in_place:
-                    self._copy(source.base, self.target)
+                self._check(found)
                 return None
             record = self._record(edits)
             fd = source.base.fd
@@ -162,10 +164,10 @@ class _Rewrite:
         first = os.path.join(self.path, self.plans[0].snapshot.vcpus[0].facts["member"])
         with Source.open(first, expand_limit=self.expand_limit) as source:
             edits = self._edits(source, snapshots.read(self.path))
+        if not edits:
+            return None
         record = self._record(edits)
         if self.in_place:
-            if not edits:
-                return None
             record["files"] = self._hashes(self.path, edits)
             with self._recorded(record, 0o600):
                 self._members(self.path, edits)
@@ -178,13 +180,13 @@ class _Rewrite:
             record["files"] = self._hashes(staged, edits)
             self._members(staged, edits)
             self._check(snapshots.read(staged))
-            with self._recorded(record, 0o600) if edits else contextlib.nullcontext():
+            with self._recorded(record, 0o600):
                 os.rename(staged, self.target)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
         _sync_folder(folder or ".")
-        return record if edits else None
+        return record
 
     def _hashes(self, folder: str, edits: list[Splice]) -> list[dict[str, str]]:
         """Return the record's ``files`` of a directory: each image as it is, and as it will be."""
@@ -192,6 +194,7 @@ class _Rewrite:
         for name, own in _by_member(edits).items():
             path = os.path.join(folder, name)
             with Source.open(path) as source, Staged(path) as trial:
+                _require_one_name(path, source.fd)
                 source.rewrite(own, trial.file)
                 trial.file.flush()
                 after = sha256(trial.file.fileno())
@@ -293,6 +296,10 @@ class _Rewrite:
     def _edits(self, source: Source, now: list[Snapshot]) -> list[Splice]:
         """Return the edits of all plans, after a look that the file still holds what was read."""
         edits: list[Splice] = []
+        if len(self.plans) != len(now):
+            raise XfastError(
+                f"{self.path}: holds {len(now)} snapshots, got {len(self.plans)} plans"
+            )
         for plan, found in zip(self.plans, now, strict=True):
             if _differs(found, plan.snapshot, {}):
                 raise XfastError(f"{self.path}: changed since it was read; nothing was written")
@@ -374,6 +381,17 @@ def _keep(path: str) -> None:
             raise XfastError(f"{path + BACKUP}: exists; needed a new name") from None
 
 
+def _require_one_name(path: str, fd: int) -> None:
+    """Raise XfastError if a file has other names (hard links) than its own and its backup's."""
+    status = os.fstat(fd)
+    names = [path]
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.lstat(path + BACKUP), status):
+            names.append(path + BACKUP)
+    if status.st_nlink > len(names):
+        raise XfastError(f"{path}: has other names too (hard links); needed -o, or a file of one")
+
+
 def _mode(fd: int) -> int:
     return stat.S_IMODE(os.fstat(fd).st_mode)
 
@@ -385,6 +403,8 @@ def _copy_into(path: str, target: str) -> None:
         open(path, "rb", opener=lambda name, _: os.open(name, flags)) as source,
         open(target, "xb") as copy,
     ):
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise XfastError(f"{path}: is a device or pipe, which can't be copied")
         copy_bytes(source.fileno(), copy.fileno(), os.fstat(source.fileno()).st_size)
         make_like(copy.fileno(), source.fileno())
         os.fsync(copy.fileno())

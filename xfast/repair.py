@@ -119,7 +119,13 @@ class Plan:
         return tuple(f for f in self.after.findings if f.severity == "blocks")
 
     def require_restorable(self) -> None:
-        """Raise PolicyError if the host would refuse the result all the same."""
+        """Raise PolicyError if the host would refuse the result, or might read other bytes."""
+        for finding in self.after.findings:
+            if finding.open and finding.code == "LAYOUT":
+                raise PolicyError(
+                    f"{self.snapshot.path}: whether {self.host.name} reads it right stays unknown: "
+                    f"vCPU {finding.vcpu}: {finding.why}"
+                )
         if not self.left:
             return
         finding = self.left[0]
@@ -285,6 +291,8 @@ class _Repair:
         for finding in findings:
             if finding.code in DROPS:
                 for nr in _components(finding, state):
+                    if finding.open and 1 << nr & XFEATURE_MASK_FPSSE:
+                        continue  # every guest has them; a doubt about the kernel takes none away
                     if finding.fix == "safe" or asked >> nr & 1:
                         self.reasons.setdefault(nr, finding)
         self.dropped = state.bv & (asked | sum(1 << nr for nr in self.reasons))

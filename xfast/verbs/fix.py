@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from itertools import groupby
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ from xfast.cli import complain, reading_arguments, snapshots_of
 from xfast.errors import XfastError, printable
 from xfast.features import parse_component
 from xfast.hosts import resolve
+from xfast.snapshots import walk
 
 EPILOG = """\
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
@@ -90,6 +92,14 @@ def _require_consistent(args: argparse.Namespace) -> None:
         raise XfastError("fix: got --backup, needed --in-place with it")
     if "-" in args.snapshots:
         raise XfastError("fix: got standard input, needed a file")
+    if args.output == "-":
+        raise XfastError("fix: got -o -, needed a file: the result is read back before it is named")
+    paths = list(walk(args.snapshots))
+    twice = [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]
+    if twice:
+        raise XfastError(f"fix: got {printable(twice[0])} more than once")
+    if args.record and len(paths) > 1:
+        raise XfastError(f"fix: got one --record for {len(paths)} snapshots, needed one snapshot")
 
 
 def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -> list[Any]:
@@ -103,6 +113,8 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
     ]
     blocked = any(plan.left for plan in plans)
     output = args.output
+    if output and output.endswith("/") and not os.path.isdir(output) and not os.path.isdir(path):
+        raise XfastError(f"{output}: no such folder; needed one that exists, or a file's name")
     if output and os.path.isdir(output):
         output = os.path.join(output, os.path.basename(path.rstrip("/")))
     if not args.json:
@@ -113,9 +125,9 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
         limit = {"expand_limit": args.expand_limit} if args.expand_limit else {}
         how = {"in_place": args.in_place, "backup": args.backup, "record": args.record}
         record = apply(plans, output, **how, **limit)
-        written = (output or path) if record or output else ""
-        if not args.json and written:
-            print(f"  wrote {printable(written)}")
+        written = (output or path) if record else ""
+        if not args.json and (written or output):
+            print(f"  wrote {printable(written)}" if written else "  nothing was written")
     return [
         {
             "snapshot": path,
@@ -147,6 +159,10 @@ def _print(plan: Any, out: TextIO) -> None:
         print("  nothing to change", file=out)
     for note in plan.notes:
         print(f"  note: {note}", file=out)
+    for finding in plan.after.findings:
+        if finding.open:
+            where = f"vCPU {finding.vcpu}: {finding.code}"
+            print(f"  stays unknown: {where}: {finding.why}", file=out)
     for finding in plan.left:
         lossy = f"; --drop {finding.component} --even-if-live gives the data up"
         print(
