@@ -112,6 +112,19 @@ def test_even_if_live_is_about_the_named_component_only():
     assert {finding.component for finding in plan.left} == {"opmask", "zmm_hi256", "hi16_zmm"}
 
 
+def test_what_lies_under_clear_bits_is_not_passed_on_where_an_area_is_rewritten():
+    image = pkru(area(0x204, live=4), INTEL, 0)
+    slot = INTEL.slot(7)
+    image[slot.offset : slot.offset + 6] = list(b"SECRET")
+    image[32:38] = image[200:206] = list(b"SECRET")
+    plan = plan_fix(snapshot(image), host(7, release="6.1"))
+    assert b"SECRET" not in plan.areas[0].tobytes()
+    assert plan.areas[0][:32].tobytes() == image[:32].tobytes()  # MXCSR counts for AVX
+    assert "x87+sse+hi16_zmm, whose XSTATE_BV bits are clear" in " ".join(plan.notes)
+    image[512:520] = 4, 0, 0, 0, 0, 0, 0, 0
+    assert not plan_fix(snapshot(image), host(7, release="6.1")).areas
+
+
 def test_what_is_asked_for_goes_although_nothing_needs_it():
     plan = plan_fix(snapshot(area(0x207, live=2)), host(0x207), drop=["9"])
     assert [(c.component, c.rule, c.state) for c in plan.changes] == [("pkru", "LEAK", "init")]

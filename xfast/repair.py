@@ -43,6 +43,9 @@ from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.verdict import Finding, Policy, Verdict
 
 MXCSR_MASK_FIELD = slice(28, 32)
+LEGACY_FIELDS = {0: slice(32, 160), 1: slice(160, 416)}
+"""Where ST0-ST7 and XMM0-XMM15 lie."""
+
 SOFTWARE_FIELD = slice(464, 472)
 HEADER_REST = slice(HEADER_OFFSET + 8, HEADER_OFFSET + 64)
 """XCOMP_BV and the reserved bytes, zero in what KVM takes."""
@@ -216,6 +219,12 @@ def plan_fix(
     lost_pkru = any(repair.dropped & PKRU for repair in repairs)
     notes: tuple[str, ...] = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
     notes += tuple(
+        f"vCPU {repair.state.vcpu.index}: what lay in {names_of(repair.wiped)}, whose XSTATE_BV "
+        "bits are clear, is not passed on: zeroed"
+        for repair in repairs
+        if repair.wiped
+    )
+    notes += tuple(
         f"cpuinfo.img stays as it is: {finding.why}"
         for finding in criu_findings(mended, host, rules)
         if finding.severity != "note"
@@ -303,6 +312,7 @@ class _Repair:
         self.why_moved = codes.get("LAYOUT")
         self.unclean = codes.get("FORMAT")
         self.expands = bool(self.unclean and state.xcomp & XCOMP_BV_COMPACTED)
+        self.wiped = 0
         self.trims = TILEDATA & self.dropped and "SIZE" in codes and not state.vcpu.portable
 
     def size(self, trims: bool) -> int:
@@ -323,6 +333,10 @@ class _Repair:
             area = moved(area, known, self.layout, self.host, size=size or len(area))
         elif self.unclean:
             area[HEADER_REST] = 0
+        if not vcpu.portable and not np.array_equal(area, vcpu.area):
+            self.wiped = _leftover(vcpu, self.state.bv)
+            if not (self.moves or self.expands):  # moved() takes along what is present only
+                _wipe(area, known, self.wiped, self.kept)
         if size is not None and not vcpu.portable:
             whole = np.zeros(size, np.uint8)
             whole[: area.size] = area[:size]
@@ -352,6 +366,39 @@ class _Repair:
         if self.unclean:
             found = f"xcomp_bv {state.xcomp:#x}" + ", reserved bytes" * state.reserved
             yield Change(index, "", "FORMAT", "header", found, "zero", "", self.unclean.why)
+
+
+def _bytes_of(nr: int, layout: Layout) -> slice:
+    """Return where the registers of a component lie, all of them zero in the init state."""
+    if nr in LEGACY_FIELDS:
+        return LEGACY_FIELDS[nr]
+    slot = layout.slot(nr)
+    return slice(slot.offset, slot.offset + slot.size)
+
+
+def _leftover(vcpu: Vcpu, bv: int) -> int:
+    """Return the components outside `bv` with bytes other than zero.
+
+    What is present may lie at the same place (APX lies at MPX's), and counts.
+    """
+    known = vcpu.layout or Layout(())
+    if engine.headers(vcpu.area).xcomp_bv:
+        return 0  # there, components whose bits are clear need have no place
+    area = vcpu.area.copy()
+    placed = known.mask & ~SUPERVISOR_MASK | XFEATURE_MASK_FPSSE
+    for nr in bits(placed & bv):
+        area[_bytes_of(nr, known)] = 0
+    return sum(1 << nr for nr in bits(placed & ~bv) if area[_bytes_of(nr, known)].any())
+
+
+def _wipe(area: NDArray[np.uint8], layout: Layout, mask: int, kept: int) -> None:
+    """Zero the components of `mask`, but for what they share with those that are `kept`."""
+    placed = layout.mask & ~SUPERVISOR_MASK | XFEATURE_MASK_FPSSE
+    was = area.copy()
+    for nr in bits(mask):
+        area[_bytes_of(nr, layout)] = 0
+    for nr in bits(placed & kept):
+        area[_bytes_of(nr, layout)] = was[_bytes_of(nr, layout)]
 
 
 def _name(layout: Layout) -> str:
