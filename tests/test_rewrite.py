@@ -145,8 +145,12 @@ def test_killed_at_every_step_there_is_the_old_or_the_new_file(leak, tmp_path, m
 
 
 def test_what_a_killed_process_left_is_no_obstacle(leak):
-    (leak.parent / ".leak.xfast-new").write_bytes(b"half")
+    for end in ("", ".xfast.json", ".xfast-journal"):
+        (leak.parent / f".leak{end}.xfast-new").write_bytes(b"half")
     assert plan(leak).apply(in_place=True)
+    assert names(leak.parent) == {"leak", "leak.xfast.json"}
+    (leak.parent / ".leak.xfast.json.xfast-new").write_bytes(b"half")
+    assert plan(leak).apply(in_place=True) is None
     assert names(leak.parent) == {"leak", "leak.xfast.json"}
 
 

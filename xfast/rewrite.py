@@ -135,7 +135,7 @@ def sweep(path: str) -> None:
         return
     folder = os.open(where or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(IsADirectoryError, FileNotFoundError):
+        with contextlib.suppress(OSError):  # reported when the name is needed
             _removed(TEMPORARY.format(name), folder)
     finally:
         os.close(folder)
