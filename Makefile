@@ -38,9 +38,9 @@ $(BIN)/pip:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.demo: $(BIN)/pip $(SOURCES)
-	$(BIN)/pip install --quiet --editable '.[zstd]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[zstd]'
 	@touch $@
 
 $(VENV)/.test: $(BIN)/pip $(SOURCES)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@

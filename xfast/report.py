@@ -122,6 +122,8 @@ def matrix_text(verdicts: list[Verdict], out: Console, *, notes: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not verdicts:
+        return
     labels = _labels({v.snapshot: None for v in verdicts})
     cells: dict[str, dict[str, Verdict]] = {}
     for verdict in verdicts:
