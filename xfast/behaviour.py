@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from xfast.features import (
@@ -29,6 +30,12 @@ from xfast.features import (
 
 Version = tuple[int, int, int, int]
 """(major, minor, patch, rc); a release candidate has patch -1, a release rc 0."""
+
+
+@cache
+def _citation(commit: str, subject: str, release: str) -> str:
+    """Return the one text that all findings of a commit share."""
+    return f'Linux kernel commit {commit} ("{subject}") (in v{release})'
 
 
 class Behaviour(NamedTuple):
@@ -49,8 +56,7 @@ class Behaviour(NamedTuple):
     @property
     def ref(self) -> str:
         """The citation, in the kernel's form."""
-        release = self.since[0].partition("-")[0]
-        return f'Linux kernel commit {self.commit} ("{self.subject}") (in v{release})'
+        return _citation(self.commit, self.subject, self.since[0].partition("-")[0])
 
 
 _TABLE = (

@@ -136,6 +136,8 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    from xfast.report import FORMATS
+
     reading_arguments(parser)
     parser.add_argument(
         "--host",
@@ -153,9 +155,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="CODE", help="make a rule's findings notes"
     )
-    parser.add_argument(
-        "--format", default="table", choices=("table", "json", "ndjson", "csv", "parquet")
-    )
+    parser.add_argument("--format", default="table", choices=FORMATS)
     parser.add_argument("--json", dest="format", action="store_const", const="json")
     parser.add_argument("-v", "--verbose", action="store_true", help="print notes as well")
 

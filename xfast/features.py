@@ -85,8 +85,6 @@ PKRU_DEFAULT = 0x55555554
 
 MXCSR_MASK_INTEL = 0xFFFF
 MXCSR_MASK_AMD = 0x2FFFF
-MXCSR_MASK_ABSENT = 0xFFBF
-"""What to assume where the CPU reports an MXCSR_MASK of 0 (SDM vol. 1 section 11.6.6)."""
 
 
 def bits(mask: int) -> Iterator[int]:
