@@ -23,6 +23,7 @@ cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
     AUDIT_AHEAD = 128  # rows whose two lines an audit fetches ahead
     PAGE = 4096  # bytes by which a comparison fetches ahead
+    HOLE = 512  # bytes between rows that a scan does not skip
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -415,12 +416,70 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
     return (fcw != FCW_INIT) & ((fcw != 0) | (not clear))
 
 
-cdef inline uint64_t xinuse_one(
-    const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead
+cdef inline uint32_t dense_lines(
+    const Slots *slots, const Place *at, const Scan *scan
 ) noexcept nogil:
-    cdef uint64_t rest = at.found & at.bv if early else at.found
-    cdef uint64_t used = 0
+    """How many lines of a row to read in order, holes and all, as prefetchers like it; 0: none.
+
+    That pays where rows follow each other with few lines between their components.
+    """
+    cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
+    cdef uint32_t end = EXTENDED
     cdef int c
+    while rest:
+        c = take_lowest(&rest)
+        end = max(end, at.offset[c] + slots.size[c])
+    if scan.stream and end <= LINE * LINE and scan.stride < end + HOLE:
+        return min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
+    return 0
+
+
+cdef inline uint64_t lines_in_use(
+    const uint8_t *row, uint32_t lines, Py_ssize_t ahead
+) noexcept nogil:
+    """One bit for each line that is not all 0."""
+    cdef uint64_t bits = 0
+    cdef uint32_t i
+    for i in range(lines):
+        prefetch_far(row + ahead)
+        bits |= <uint64_t>line_any(line_load(row)) << i
+        row += LINE
+    return bits
+
+
+cdef inline uint64_t lines_that_differ(
+    const uint8_t *a, const uint8_t *b, uint32_t lines, Py_ssize_t ahead
+) noexcept nogil:
+    """One bit for each line in which two rows differ."""
+    cdef uint64_t bits = 0
+    cdef uint32_t i
+    for i in range(lines):
+        prefetch_far(a + ahead)
+        prefetch_far(b + ahead)
+        bits |= <uint64_t>line_any(line_xor(line_load(a), line_load(b))) << i
+        a += LINE
+        b += LINE
+    return bits
+
+
+cdef inline uint64_t lines_of(uint32_t offset, uint32_t size, uint32_t lines) noexcept nogil:
+    """One bit for each line of a component; 0 if it is not whole lines of the first `lines`."""
+    if (offset | size) % LINE or offset + size > lines * LINE or size == 0:
+        return 0
+    return ~<uint64_t>0 >> (LINE - size // LINE) << offset // LINE
+
+
+cdef inline uint64_t xinuse_one(
+    const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead,
+    uint32_t lines,
+) noexcept nogil:
+    """Find what is not init; with `lines`, that many are read first, and `ahead` of them."""
+    cdef uint64_t rest = at.found & at.bv if early else at.found
+    cdef uint64_t used = 0, bits = 0, own
+    cdef int c
+    if lines:
+        bits = lines_in_use(row, lines, ahead)
+        ahead = 0
     if ahead:
         for c in range(EXTENDED // LINE):
             prefetch_far(row + ahead + c * LINE)
@@ -431,6 +490,10 @@ cdef inline uint64_t xinuse_one(
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
+        own = lines_of(at.offset[c], slots.size[c], lines)
+        if own:
+            used |= <uint64_t>(bits & own != 0) << c
+            continue
         used |= <uint64_t>nonzero(
             row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early, ahead
         ) << c
@@ -456,7 +519,7 @@ cdef void classify(const Scan *scan) noexcept nogil:
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        data = xinuse_one(row, &at, scan.slots, False, 0)
+        data = xinuse_one(row, &at, scan.slots, False, 0, 0)
         csr = load32(row + 24)
         if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
             data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
@@ -485,28 +548,34 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
     cdef uint64_t *used = <uint64_t *>scan.out
     cdef Py_ssize_t i, ahead
+    cdef uint32_t lines = 0
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
+        if i == 0 and not scan.flag:
+            lines = dense_lines(scan.slots, &at, scan)
         ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
         if not scan.flag:
-            used[i] = xinuse_one(row, &at, scan.slots, False, ahead)
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, lines)
         else:
             if ahead:
                 fetch_starts(row + ahead, &at, ahead)
-            used[i] = xinuse_one(row, &at, scan.slots, True, 0)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0, 0)
         row += scan.stride
 
 
 cdef inline uint64_t diff_one(
     const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
-    const Slots *qslots, bint stream,
+    const Slots *qslots, bint stream, uint64_t bits, uint32_t lines,
 ) noexcept nogil:
-    """Compare by value: a clear bit is the init value, whatever bytes lie there."""
+    """Compare by value: a clear bit is the init value, whatever bytes lie there.
+
+    `bits` tells of the first `lines` which of them differ.
+    """
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
     cdef uint64_t both = p.bv & q.bv & ~unread
-    cdef uint64_t out = unread
+    cdef uint64_t out = unread, own
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
@@ -521,12 +590,15 @@ cdef inline uint64_t diff_one(
     while rest:
         c = take_lowest(&rest)
         n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
-        if differ(a + p.offset[c], b + q.offset[c], n, stream):
+        own = lines_of(p.offset[c], n, lines) if p.offset[c] == q.offset[c] else 0
+        if own:
+            out |= <uint64_t>(bits & own != 0) << c
+        elif differ(a + p.offset[c], b + q.offset[c], n, stream):
             out |= bit(c)
     if p.bv & ~both:
-        out |= xinuse_one(a, p, pslots, True, 0) & ~both
+        out |= xinuse_one(a, p, pslots, True, 0, 0) & ~both
     if q.bv & ~both:
-        out |= xinuse_one(b, q, qslots, True, 0) & ~both
+        out |= xinuse_one(b, q, qslots, True, 0, 0) & ~both
     return out
 
 
@@ -536,14 +608,21 @@ cdef void diff(const Scan *scan) noexcept nogil:
     cdef uint64_t *out = <uint64_t *>scan.out
     cdef Place p, q
     cdef Py_ssize_t i
+    cdef uint64_t bits
+    cdef uint32_t lines = 0
     p.found = q.found = 0
     for i in range(scan.n):
         locate(scan.slots, a, scan.size, &p)
         locate(scan.other_slots, b, scan.other_size, &q)
-        if scan.stream:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True)
+        if i == 0 and scan.other_stride == scan.stride and scan.other_size == scan.size:
+            lines = dense_lines(scan.slots, &p, scan)
+        if lines:
+            bits = lines_that_differ(a, b, lines, scan.ahead * scan.stride)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, bits, lines)
+        elif scan.stream:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True, 0, 0)
         else:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, 0, 0)
         a += scan.stride
         b += scan.other_stride
 
