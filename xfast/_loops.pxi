@@ -20,8 +20,9 @@ from xfast._simd cimport (
 )
 
 cdef enum:
-    HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
+    HEADERS_AHEAD = 24  # rows by which a header is fetched before its row is planned
     AUDIT_AHEAD = 128  # rows whose two lines an audit fetches ahead
+    KEEP_AHEAD = 32  # the same where little else of a row is touched
     PAGE = 4096  # bytes by which a comparison fetches ahead
     HOLE = 512  # bytes between rows that a scan does not skip
 
@@ -89,6 +90,23 @@ cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept 
         dst += 2 * LINE
     if lines & 1:
         zero_few(dst, 1, stream)
+
+
+cdef inline void wipe(uint8_t *dst, uint32_t n, bint stream) noexcept nogil:
+    """Zero `n` bytes."""
+    cdef uint32_t lines = n // LINE
+    if lines:
+        zero_lines(dst, lines, stream and <size_t>dst & (LINE - 1) == 0)
+    dst += lines * LINE
+    n -= lines * LINE
+    while n >= 8:
+        store64(dst, 0)
+        dst += 8
+        n -= 8
+    while n:
+        dst[0] = 0
+        dst += 1
+        n -= 1
 
 
 cdef inline bint nonzero(
@@ -632,8 +650,7 @@ cdef inline void scrub_one(
 ) noexcept nogil:
     """Give dropped components their init value, and leave the bytes of kept ones alone."""
     cdef uint64_t rest = drop & at.found & ~<uint64_t>(FP | SSE)
-    cdef uint8_t *start
-    cdef uint32_t whole
+    cdef uint32_t start = 0, end = 0
     cdef int c
     if drop & FP:
         memset(row, 0, 24)
@@ -644,39 +661,60 @@ cdef inline void scrub_one(
         memset(row + 160, 0, 256)
     if drop & (SSE | AVX) and not has_mxcsr(kept, at.xcomp):
         store32(row + 24, MXCSR_INIT)
-    while rest:
+    while rest:  # components that lie side by side are wiped at once
         c = take_lowest(&rest)
         if not compacted(at.xcomp) and slots.overlap[c] & kept:
             continue
-        start = row + at.offset[c]
-        whole = slots.size[c] // LINE
-        zero_lines(start, whole, stream and <size_t>start & (LINE - 1) == 0)
-        memset(start + whole * LINE, 0, slots.size[c] % LINE)
+        if at.offset[c] != end:
+            wipe(row + start, end - start, stream)
+            start = at.offset[c]
+        end = at.offset[c] + slots.size[c]
+    wipe(row + start, end - start, stream)
+
+
+cdef void keep_headers(const Scan *scan) noexcept nogil:
+    """Trim headers alone. Few instructions a row: the more rows wait for memory at a time."""
+    cdef uint8_t *row = scan.rows
+    cdef uint64_t *dropped = <uint64_t *>scan.out
+    cdef uint64_t mask = scan.mask, bv
+    cdef Py_ssize_t i, n = scan.n, stride = scan.stride
+    cdef Py_ssize_t ahead = (KEEP_AHEAD if scan.stream else 0) * stride
+    for i in range(n):
+        prefetch_far(row + ahead + LEGACY)
+        bv = load64(row + LEGACY)
+        dropped[i] = bv & ~mask
+        if bv & ~mask:
+            store64(row + LEGACY, bv & mask)
+        row += stride
 
 
 cdef void keep(const Scan *scan) noexcept nogil:
     cdef uint8_t *row = scan.rows
     cdef uint64_t *dropped = <uint64_t *>scan.out
     cdef const uint8_t *next
-    cdef uint64_t rest
-    cdef Py_ssize_t i
+    cdef uint64_t rest, mask = scan.mask, bv
+    cdef Py_ssize_t i, n = scan.n, stride = scan.stride
+    cdef bint stream = scan.stream
     cdef Place at
-    at.found = 0
-    for i in range(scan.n):
-        if scan.stream and i + HEADERS_AHEAD < scan.n:
-            next = row + HEADERS_AHEAD * scan.stride
-            prefetch_far(next + LEGACY)
-            rest = at.found & scan.slots.ragged & ~scan.mask if scan.flag else 0
+    if not scan.flag:
+        keep_headers(scan)
+        return
+    at.found = at.xcomp = 0
+    for i in range(n):
+        if stream and i + KEEP_AHEAD < n:
+            next = row + KEEP_AHEAD * stride
+            prefetch_far(next + KEEP_AHEAD * stride + LEGACY)
+            rest = load64(next + LEGACY) & at.found & scan.slots.ragged & ~mask
             while rest:  # lines of which only a part is wiped have to be read
                 prefetch_far(next + at.offset[take_lowest(&rest)])
-        dropped[i] = load64(row + LEGACY) & ~scan.mask
-        if dropped[i] and scan.flag:
+        bv = load64(row + LEGACY)
+        dropped[i] = bv & ~mask
+        if bv & ~mask:
             locate(scan.slots, row, scan.size, &at)
-            scrub_one(row, &at, scan.slots, dropped[i], at.bv & scan.mask, scan.stream)
-        if dropped[i]:
-            store64(row + LEGACY, load64(row + LEGACY) & scan.mask)
-        row += scan.stride
-    if scan.stream:
+            scrub_one(row, &at, scan.slots, bv & ~mask, bv & mask, stream)
+            store64(row + LEGACY, bv & mask)
+        row += stride
+    if stream:
         stream_fence()
 
 
