@@ -229,6 +229,7 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
                 into = memory.scratch[turn % 4 * memory.size :][: memory.size]
             return _bench.copy(memory.chunk(0, turn), into[: n * case.out_size], True)
         if case.limit == "2 lines":
+            _bench.read(memory.chunk(1, turn))  # two lines of each area could stay in a cache
             return _bench.touch(memory.chunk(0, turn)[: n * case.size].reshape(n, case.size))
         seconds = _bench.read(memory.chunk(0, turn)[: n * case.size])
         if case.limit == "read2":
@@ -239,6 +240,8 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
         turn = memory.next()
         rows = memory.chunk(0, turn)[: n * case.size].reshape(n, case.size)
         out = memory.chunk(1, turn)[: n * stride].reshape(n, stride)
+        if case.limit == "2 lines":
+            _bench.read(out)
         start = time.perf_counter()
         case.run(rows, out)
         seconds = time.perf_counter() - start
