@@ -6,7 +6,7 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast._area cimport (
-    AVX, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
+    AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
     SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
@@ -25,6 +25,7 @@ cdef enum:
     KEEP_AHEAD = 32  # the same where little else of a row is touched
     PAGE = 4096  # bytes by which a comparison fetches ahead
     HOLE = 512  # bytes between rows that a scan does not skip
+    SSE_LINES = 7 << 3  # the lines of which XMM registers are all, one bit each
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -118,6 +119,16 @@ cdef inline bint nonzero(
     """
     cdef line_t any = line_zero()
     cdef uint64_t rest = 0
+    while not early and n >= 4 * LINE:
+        if ahead:
+            prefetch_far(p + ahead)
+            prefetch_far(p + ahead + LINE)
+            prefetch_far(p + ahead + 2 * LINE)
+            prefetch_far(p + ahead + 3 * LINE)
+        any = line_or(any, line_or(line_load(p), line_load(p + LINE)))
+        any = line_or(any, line_or(line_load(p + 2 * LINE), line_load(p + 3 * LINE)))
+        p += 4 * LINE
+        n -= 4 * LINE
     while n >= LINE:
         if ahead:
             prefetch_far(p + ahead)
@@ -434,22 +445,37 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
     return (fcw != FCW_INIT) & ((fcw != 0) | (not clear))
 
 
-cdef inline uint32_t dense_lines(
-    const Slots *slots, const Place *at, const Scan *scan
-) noexcept nogil:
-    """How many lines of a row to read in order, holes and all, as prefetchers like it; 0: none.
+cdef struct Dense:
+    # Rows that follow each other with few lines between their components: these are read line by
+    # line, holes and all, as prefetchers like it, and components asked afterwards.
+    uint32_t lines  # of each row, up to 64; 0: go from component to component
+    uint64_t xcomp  # of the rows that the rest holds for
+    uint64_t whole  # components that own whole lines among them
+    uint64_t own[COMPONENTS]  # those lines, one bit each
 
-    That pays where rows follow each other with few lines between their components.
-    """
+
+cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept nogil:
+    cdef const Slots *slots = scan.slots
     cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
     cdef uint32_t end = EXTENDED
     cdef int c
+    dense.lines = 0
+    dense.xcomp = at.xcomp
+    dense.whole = 0
+    if not scan.stream:
+        return
     while rest:
         c = take_lowest(&rest)
         end = max(end, at.offset[c] + slots.size[c])
-    if scan.stream and end <= LINE * LINE and scan.stride < end + HOLE:
-        return min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
-    return 0
+        if (
+            slots.size[c] and (at.offset[c] | slots.size[c]) % LINE == 0 and end <= LINE * LINE
+        ):
+            dense.whole |= bit(c)
+            dense.own[c] = (
+                ~<uint64_t>0 >> (LINE - slots.size[c] // LINE) << at.offset[c] // LINE
+            )
+    if end <= LINE * LINE and scan.stride < end + HOLE:
+        dense.lines = min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
 
 
 cdef inline uint64_t lines_in_use(
@@ -480,41 +506,55 @@ cdef inline uint64_t lines_that_differ(
     return bits
 
 
-cdef inline uint64_t lines_of(uint32_t offset, uint32_t size, uint32_t lines) noexcept nogil:
-    """One bit for each line of a component; 0 if it is not whole lines of the first `lines`."""
-    if (offset | size) % LINE or offset + size > lines * LINE or size == 0:
-        return 0
-    return ~<uint64_t>0 >> (LINE - size // LINE) << offset // LINE
+cdef inline uint64_t in_lines(
+    const Dense *dense, const Place *at, uint64_t bits, uint64_t *rest
+) noexcept nogil:
+    """Take the components that own whole lines from `rest`; return those with a bit set."""
+    cdef uint64_t whole = rest[0] & dense.whole if at.xcomp == dense.xcomp else 0
+    cdef uint64_t out = 0
+    cdef int c
+    rest[0] ^= whole
+    while whole:
+        c = take_lowest(&whole)
+        out |= <uint64_t>(bits & dense.own[c] != 0) << c
+    return out
 
 
 cdef inline uint64_t xinuse_one(
     const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead,
-    uint32_t lines,
+    const Dense *dense,
 ) noexcept nogil:
-    """Find what is not init; with `lines`, that many are read first, and `ahead` of them."""
+    """Find the components that are not init; `ahead`: fetch the same lines so many bytes on."""
     cdef uint64_t rest = at.found & at.bv if early else at.found
-    cdef uint64_t used = 0, bits = 0, own
+    cdef uint64_t used = 0, bits = 0
     cdef int c
-    if lines:
-        bits = lines_in_use(row, lines, ahead)
+    if dense != NULL:
+        bits = lines_in_use(row, dense.lines, ahead)
+        used = in_lines(dense, at, bits, &rest)
+        if bits & SSE_LINES:
+            rest &= ~<uint64_t>SSE
+            used |= SSE & at.found
         ahead = 0
-    if ahead:
+    elif ahead:
         for c in range(EXTENDED // LINE):
             prefetch_far(row + ahead + c * LINE)
     if rest & FP:
-        used = line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
+        used |= line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
     if rest & SSE:
         used |= <uint64_t>nonzero(row + 160, 256, early, 0) << 1
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
-        own = lines_of(at.offset[c], slots.size[c], lines)
-        if own:
-            used |= <uint64_t>(bits & own != 0) << c
-            continue
-        used |= <uint64_t>nonzero(
-            row + at.offset[c], PKRU_SIZE if c == 9 else slots.size[c], early, ahead
-        ) << c
+        if c == 9:
+            if ahead:
+                prefetch_far(row + ahead + at.offset[c])
+            used |= <uint64_t>(load32(row + at.offset[c]) != 0) << c
+        elif slots.size[c] == LINE:
+            if ahead:
+                prefetch_far(row + ahead + at.offset[c])
+            used |= <uint64_t>line_any(line_load(row + at.offset[c])) << c
+        else:
+            used |= <uint64_t>nonzero(row + at.offset[c], slots.size[c], early, ahead) << c
     rest = used & ~at.bv & slots.shared
     while rest and not compacted(at.xcomp):  # bytes that are another component's
         c = take_lowest(&rest)
@@ -537,7 +577,7 @@ cdef void classify(const Scan *scan) noexcept nogil:
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        data = xinuse_one(row, &at, scan.slots, False, 0, 0)
+        data = xinuse_one(row, &at, scan.slots, False, 0, NULL)
         csr = load32(row + 24)
         if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
             data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
@@ -566,34 +606,36 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
     cdef uint64_t *used = <uint64_t *>scan.out
     cdef Py_ssize_t i, ahead
-    cdef uint32_t lines = 0
+    cdef Dense dense
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        if i == 0 and not scan.flag:
-            lines = dense_lines(scan.slots, &at, scan)
+        if i == 0:
+            plan_dense(&at, scan, &dense)
         ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
-        if not scan.flag:
-            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, lines)
+        if not scan.flag and dense.lines:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, &dense)
+        elif not scan.flag:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, NULL)
         else:
             if ahead:
                 fetch_starts(row + ahead, &at, ahead)
-            used[i] = xinuse_one(row, &at, scan.slots, True, 0, 0)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0, NULL)
         row += scan.stride
 
 
 cdef inline uint64_t diff_one(
     const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
-    const Slots *qslots, bint stream, uint64_t bits, uint32_t lines,
+    const Slots *qslots, bint stream, uint64_t bits, const Dense *dense,
 ) noexcept nogil:
     """Compare by value: a clear bit is the init value, whatever bytes lie there.
 
-    `bits` tells of the first `lines` which of them differ.
+    `dense`: `bits` tells which lines differ.
     """
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
     cdef uint64_t both = p.bv & q.bv & ~unread
-    cdef uint64_t out = unread, own
+    cdef uint64_t out = unread
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
@@ -605,18 +647,17 @@ cdef inline uint64_t diff_one(
         out |= SSE
     if both & SSE and differ(a + 160, b + 160, 256, stream):
         out |= SSE
+    if dense != NULL and p.xcomp == q.xcomp:
+        out |= in_lines(dense, p, bits, &rest)
     while rest:
         c = take_lowest(&rest)
         n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
-        own = lines_of(p.offset[c], n, lines) if p.offset[c] == q.offset[c] else 0
-        if own:
-            out |= <uint64_t>(bits & own != 0) << c
-        elif differ(a + p.offset[c], b + q.offset[c], n, stream):
+        if differ(a + p.offset[c], b + q.offset[c], n, stream):
             out |= bit(c)
     if p.bv & ~both:
-        out |= xinuse_one(a, p, pslots, True, 0, 0) & ~both
+        out |= xinuse_one(a, p, pslots, True, 0, NULL) & ~both
     if q.bv & ~both:
-        out |= xinuse_one(b, q, qslots, True, 0, 0) & ~both
+        out |= xinuse_one(b, q, qslots, True, 0, NULL) & ~both
     return out
 
 
@@ -627,20 +668,25 @@ cdef void diff(const Scan *scan) noexcept nogil:
     cdef Place p, q
     cdef Py_ssize_t i
     cdef uint64_t bits
-    cdef uint32_t lines = 0
+    cdef Dense dense
     p.found = q.found = 0
     for i in range(scan.n):
         locate(scan.slots, a, scan.size, &p)
         locate(scan.other_slots, b, scan.other_size, &q)
-        if i == 0 and scan.other_stride == scan.stride and scan.other_size == scan.size:
-            lines = dense_lines(scan.slots, &p, scan)
-        if lines:
-            bits = lines_that_differ(a, b, lines, scan.ahead * scan.stride)
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, bits, lines)
+        if i == 0:
+            plan_dense(&p, scan, &dense)
+            if not (
+                scan.other_slots == scan.slots and scan.other_size == scan.size
+                and scan.other_stride == scan.stride
+            ):
+                dense.lines = 0
+        if dense.lines:
+            bits = lines_that_differ(a, b, dense.lines, scan.ahead * scan.stride)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, bits, &dense)
         elif scan.stream:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True, 0, 0)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True, 0, NULL)
         else:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, 0, 0)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, 0, NULL)
         a += scan.stride
         b += scan.other_stride
 
