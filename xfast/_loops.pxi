@@ -25,7 +25,8 @@ cdef enum:
     KEEP_AHEAD = 32  # the same where little else of a row is touched
     PAGE = 4096  # bytes by which a comparison fetches ahead
     HOLE = 512  # bytes between rows that a scan does not skip
-    SSE_LINES = 7 << 3  # the lines of which XMM registers are all, one bit each
+    LEGACY_LINES = 0x7F  # one bit each: those with x87 and XMM registers
+    SSE_LINES = 0x38  # those of which XMM registers are all
 
 
 # --- runs of lines --------------------------------------------------------------------------
@@ -419,24 +420,41 @@ cdef void audit(const Scan *scan) noexcept nogil:
 # Bytes of the first three lines that belong to the x87 registers, FCW left out: it has an
 # init value other than 0, byte 5 is reserved, and six bytes of each ST slot are.
 cdef uint8_t X87[3 * 64]
+cdef uint8_t HALF[64]  # the upper one of a line
 
 
-cdef void mark_x87() noexcept:
+cdef void mark_legacy() noexcept:
     cdef int i
     memset(X87, 0, sizeof(X87))
     memset(X87 + 2, 0xFF, 3)
     memset(X87 + 6, 0xFF, 18)
     for i in range(8):
         memset(X87 + 32 + 16 * i, 0xFF, 10)
+    memset(HALF, 0, 32)
+    memset(HALF + 32, 0xFF, 32)
 
 
-mark_x87()
+mark_legacy()
 
 
-cdef inline line_t x87_bytes(const uint8_t *row) noexcept nogil:
+cdef inline bint x87_in_use(const uint8_t *row, bint early) noexcept nogil:
+    """Whether an x87 byte other than FCW is not 0; `early`: read no further than needed."""
     cdef line_t any = line_and(line_load(row), line_load(X87))
+    if early and line_any(any):
+        return True
     any = line_or(any, line_and(line_load(row + LINE), line_load(X87 + LINE)))
-    return line_or(any, line_and(line_load(row + 2 * LINE), line_load(X87 + 2 * LINE)))
+    any = line_or(any, line_and(line_load(row + 2 * LINE), line_load(X87 + 2 * LINE)))
+    return line_any(any)
+
+
+cdef inline bint sse_in_use(const uint8_t *row, bint early) noexcept nogil:
+    """Whether a byte of the XMM registers is not 0: half a line, three lines, half a line."""
+    cdef line_t any = line_and(line_load(row + 2 * LINE), line_load(HALF))
+    if early and line_any(any):
+        return True
+    any = line_or(any, line_or(line_load(row + 3 * LINE), line_load(row + 4 * LINE)))
+    any = line_or(any, line_or(line_load(row + 5 * LINE), line_load(row + 6 * LINE - 32)))
+    return line_any(any)
 
 
 cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
@@ -539,9 +557,9 @@ cdef inline uint64_t xinuse_one(
         for c in range(EXTENDED // LINE):
             prefetch_far(row + ahead + c * LINE)
     if rest & FP:
-        used |= line_any(x87_bytes(row)) | fcw_in_use(row, not at.bv & FP)
+        used |= x87_in_use(row, early) | fcw_in_use(row, not at.bv & FP)
     if rest & SSE:
-        used |= <uint64_t>nonzero(row + 160, 256, early, 0) << 1
+        used |= <uint64_t>sse_in_use(row, early) << 1
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         c = take_lowest(&rest)
@@ -597,7 +615,7 @@ cdef inline void fetch_starts(
     cdef uint64_t rest = load64(row + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
     prefetch_far(row + ahead + LEGACY)
     prefetch_far(row)
-    prefetch_far(row + 160)
+    prefetch_far(row + 2 * LINE)
     while rest:
         prefetch_far(row + at.offset[take_lowest(&rest)])
 
@@ -635,17 +653,19 @@ cdef inline uint64_t diff_one(
     """
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
     cdef uint64_t both = p.bv & q.bv & ~unread
-    cdef uint64_t out = unread
+    cdef uint64_t out = unread, legacy = both
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
-    if both & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
+    if dense != NULL and bits & LEGACY_LINES == 0:
+        legacy = 0
+    if legacy & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
         out |= FP
     if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
         load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
     ):
         out |= SSE
-    if both & SSE and differ(a + 160, b + 160, 256, stream):
+    if legacy & SSE and differ(a + 160, b + 160, 256, stream):
         out |= SSE
     if dense != NULL and p.xcomp == q.xcomp:
         out |= in_lines(dense, p, bits, &rest)
