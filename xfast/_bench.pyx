@@ -10,7 +10,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cimport numpy as cnp
 
-from xfast._convert cimport Converter, Merger, job_of
+from xfast._convert cimport Converter, Merger, fill_job
 from xfast._core cimport Rows, loops, rows
 from xfast._plan cimport Job
 
@@ -65,7 +65,8 @@ def read(cnp.ndarray src not None):
 def touch(cnp.ndarray areas):
     """Load from the two lines of each area that an audit needs."""
     global sink
-    cdef Rows r = rows(areas, "areas", False)
+    cdef Rows r
+    rows(&r, areas, "areas", False)
     cdef double start
     cdef uint64_t any
     with nogil:
@@ -78,31 +79,35 @@ def touch(cnp.ndarray areas):
 
 def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t times=1):
     """Convert the same batch again and again."""
-    cdef Rows r = rows(src, "src", False)
-    cdef Rows w = rows(out, "out", True)
-    cdef Job job = job_of(&r, &w)
+    cdef Rows r, w
+    rows(&r, src, "src", False)
+    rows(&w, out, "out", True)
+    cdef Job job
     cdef Py_ssize_t _i
     cdef double start
-    job.cache = how.acquire(r.size, w.size)
+    fill_job(&job, &r, &w)
+    job.cache = how.acquire(r.size, w.size, True)
     start = now()
     for _i in range(times):
         loops.convert(&job)
     start = now() - start
-    how.release(job.cache)
+    how.release(job.cache, True)
     return start
 
 
 def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t times=1):
     """Merge the same batch again and again."""
-    cdef Rows r = rows(src, "src", False)
-    cdef Rows w = rows(into, "into", True)
-    cdef Job job = how.job(&r, &w)
+    cdef Rows r, w
+    rows(&r, src, "src", False)
+    rows(&w, into, "into", True)
+    cdef Job job
     cdef Py_ssize_t _i
     cdef double start
-    job.cache = how.acquire(r.size, w.size)
+    how.fill_job(&job, &r, &w)
+    job.cache = how.acquire(r.size, w.size, True)
     start = now()
     for _i in range(times):
         loops.merge(&job)
     start = now() - start
-    how.release(job.cache)
+    how.release(job.cache, True)
     return start

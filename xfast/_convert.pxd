@@ -28,9 +28,10 @@ cdef struct Config:
 
 cdef class Plans:
     cdef Config config
-    cdef Cache *idle
-    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size) noexcept nogil
-    cdef void release(self, Cache *cache) noexcept nogil
+    cdef Cache *idle  # for callers with the GIL
+    cdef Cache *spare  # for those without
+    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil) noexcept nogil
+    cdef void release(self, Cache *cache, bint gil) noexcept nogil
 
 cdef class Converter(Plans):
     pass
@@ -39,9 +40,9 @@ cdef class Merger(Plans):
     cdef uint64_t user_xfeatures
     cdef uint32_t mxcsr_mask
     cdef bint validates
-    cdef Job job(self, const Rows *src, const Rows *dst) noexcept nogil
+    cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil
 
-cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil
+cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil
 cdef uint64_t convert_one(
     Converter how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size
 ) noexcept nogil

@@ -25,7 +25,7 @@ from xfast._plan cimport (
     BLEND, CACHE, CARRY, COPY, PACKED, PART, PATCH, PROBES, RING, VALUE, ZERO, Blend, Cache, Job,
     Kind, Plan, Range, Step,
 )
-from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange
+from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange, pointer_exchange_gil
 
 cnp.import_array()
 
@@ -333,45 +333,59 @@ cdef void forget(Cache *cache) noexcept nogil:
         free(cache.plan[i])
     for i in range(RING):
         free(cache.retired[i])
-    memset(cache, 0, sizeof(Cache))
+    cache.last = NULL
+    memset(cache.plan, 0, sizeof(cache.plan))
+    memset(cache.retired, 0, sizeof(cache.retired))
+    cache.retirements = 0
+
+
+cdef void drop(Cache *cache) noexcept nogil:
+    if cache:
+        forget(cache)
+        free(cache)
 
 
 cdef class Plans:
     """The plans of one kind of conversion. Any number of threads may use it at a time."""
 
     def __cinit__(self):
-        self.idle = NULL
+        self.idle = self.spare = NULL
 
     def __dealloc__(self):
-        if self.idle:
-            forget(self.idle)
-            free(self.idle)
+        drop(self.idle)
+        drop(self.spare)
 
-    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size) noexcept nogil:
-        """Take the plans for this call alone; a second thread starts with none."""
-        cdef Cache *cache = <Cache *>pointer_exchange(<void **>&self.idle, NULL)
+    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil) noexcept nogil:
+        """Take the plans for this call alone; a second thread starts with none.
+
+        `gil`: the caller holds the GIL, and needs no atomic exchange, which would have to wait
+        for all that was written before.
+        """
+        cdef Cache *cache = <Cache *>(
+            pointer_exchange_gil(<void **>&self.idle, NULL) if gil
+            else pointer_exchange(<void **>&self.spare, NULL)
+        )
         if cache == NULL:
             cache = <Cache *>calloc(1, sizeof(Cache))
             if cache == NULL:
                 return NULL
+            cache.config = &self.config
+            cache.miss = miss
         elif cache.src_size != src_size or cache.dst_size != dst_size:
             forget(cache)
-        cache.config = &self.config
-        cache.miss = miss
         cache.src_size = src_size
         cache.dst_size = dst_size
         return cache
 
-    cdef void release(self, Cache *cache) noexcept nogil:
-        cache = <Cache *>pointer_exchange(<void **>&self.idle, cache)
-        if cache:
-            forget(cache)
-            free(cache)
+    cdef void release(self, Cache *cache, bint gil) noexcept nogil:
+        drop(<Cache *>(
+            pointer_exchange_gil(<void **>&self.idle, cache) if gil
+            else pointer_exchange(<void **>&self.spare, cache)
+        ))
 
 
-cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
-    cdef Job job
-    memset(&job, 0, sizeof(job))
+cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil:
+    memset(job, 0, sizeof(Job))
     job.src = src.data
     job.src_stride = src.stride
     job.dst = dst.data
@@ -381,7 +395,6 @@ cdef Job job_of(const Rows *src, const Rows *dst) noexcept nogil:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
         if src.size < LONG_ROW or not cpu_is_amd():
             job.ahead = rows_ahead
-    return job
 
 
 cdef int check_pair(const Rows *src, str src_name, const Rows *dst, str dst_name) except -1:
@@ -446,11 +459,12 @@ cdef class Converter(Plans):
             Components that `out` could not hold or `src` does not hold, of all rows; `lost`,
             (n,) uint64, receives them row by row.
         """
-        cdef Rows r = rows(src, "src", False)
-        cdef Rows w = rows(out, "out", True)
+        cdef Rows r, w
         cdef Job job
+        rows(&r, src, "src", False)
+        rows(&w, out, "out", True)
         check_pair(&r, "src", &w, "out")
-        job = job_of(&r, &w)
+        fill_job(&job, &r, &w)
         if (
             job.ahead and not job.stream and not self.config.ragged and w.stride == w.size
             and (<size_t>w.data | <size_t>w.stride) & 7 == 0
@@ -462,7 +476,7 @@ cdef class Converter(Plans):
             raise ValueError("pkru: needed with foreign_pkru, and only then")
         if pkru is not None:
             job.pkru = <uint32_t *>vector(pkru, "pkru", cnp.NPY_UINT32, r.n)
-        job.cache = self.acquire(r.size, w.size)
+        job.cache = self.acquire(r.size, w.size, True)
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
@@ -470,7 +484,7 @@ cdef class Converter(Plans):
         else:
             with nogil:
                 loops.convert(&job)
-        self.release(job.cache)
+        self.release(job.cache, True)
         if job.no_memory:
             raise MemoryError
         return job.failed
@@ -515,14 +529,15 @@ cdef class Merger(Plans):
             `xfast.area.UabiFault` codes of all rows, combined by or; `status`, (n,) uint32,
             receives them row by row.
         """
-        cdef Rows r = rows(src, "src", False)
-        cdef Rows w = rows(into, "into", True)
+        cdef Rows r, w
         cdef Job job
+        rows(&r, src, "src", False)
+        rows(&w, into, "into", True)
         check_pair(&r, "src", &w, "into")
-        job = self.job(&r, &w)
+        self.fill_job(&job, &r, &w)
         if status is not None:
             job.status = <uint32_t *>vector(status, "status", cnp.NPY_UINT32, r.n)
-        job.cache = self.acquire(r.size, w.size)
+        job.cache = self.acquire(r.size, w.size, True)
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
@@ -530,18 +545,17 @@ cdef class Merger(Plans):
         else:
             with nogil:
                 loops.merge(&job)
-        self.release(job.cache)
+        self.release(job.cache, True)
         if job.no_memory:
             raise MemoryError
         return job.failed
 
-    cdef Job job(self, const Rows *src, const Rows *dst) noexcept nogil:
-        cdef Job job = job_of(src, dst)
+    cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil:
+        fill_job(job, src, dst)
         job.mask = self.config.mask
         job.validate = self.validates
         job.user_xfeatures = self.user_xfeatures
         job.mxcsr_mask = self.mxcsr_mask
-        return job
 
 
 def swap(
@@ -553,27 +567,28 @@ def swap(
     A row in which a component has no place is left alone; `lost`, (n,) uint64, names it.
     Return the components lost of all rows.
     """
-    cdef Rows live = rows(registers, "registers", True)
-    cdef Rows old = rows(leave, "leave", True)
-    cdef Rows new = rows(enter, "enter", False)
+    cdef Rows live, old, new
     cdef Job out, into
+    rows(&live, registers, "registers", True)
+    rows(&old, leave, "leave", True)
+    rows(&new, enter, "enter", False)
     check_pair(&live, "registers", &old, "leave")
     check_pair(&new, "enter", &live, "registers")
     check_pair(&new, "enter", &old, "leave")
-    out = save.job(&live, &old)
-    into = load.job(&new, &live)
+    save.fill_job(&out, &live, &old)
+    load.fill_job(&into, &new, &live)
     out.lost = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, live.n)
-    out.cache = save.acquire(live.size, old.size)
-    into.cache = load.acquire(new.size, live.size)
+    out.cache = save.acquire(live.size, old.size, True)
+    into.cache = load.acquire(new.size, live.size, True)
     if out.cache == NULL or into.cache == NULL:
         out.no_memory = True
     else:
         with nogil:
             loops.swap(&out, &into)
     if out.cache:
-        save.release(out.cache)
+        save.release(out.cache, True)
     if into.cache:
-        load.release(into.cache)
+        load.release(into.cache, True)
     if out.no_memory:
         raise MemoryError
     return out.failed
@@ -585,12 +600,13 @@ cdef uint64_t convert_one(
     """Write one whole area; not for a Converter with foreign PKRU."""
     cdef Rows r = Rows(<uint8_t *>src, 1, src_size, src_size)
     cdef Rows w = Rows(dst, 1, dst_size, dst_size)
-    cdef Job job = job_of(&r, &w)
-    job.cache = how.acquire(src_size, dst_size)
+    cdef Job job
+    fill_job(&job, &r, &w)
+    job.cache = how.acquire(src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
     loops.convert(&job)
-    how.release(job.cache)
+    how.release(job.cache, False)
     return bit(63) if job.no_memory else job.failed
 
 
@@ -600,10 +616,11 @@ cdef uint64_t merge_one(
     """Copy what is present into one area; return the `xfast.area.UabiFault` code."""
     cdef Rows r = Rows(<uint8_t *>src, 1, src_size, src_size)
     cdef Rows w = Rows(dst, 1, dst_size, dst_size)
-    cdef Job job = how.job(&r, &w)
-    job.cache = how.acquire(src_size, dst_size)
+    cdef Job job
+    how.fill_job(&job, &r, &w)
+    job.cache = how.acquire(src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
     loops.merge(&job)
-    how.release(job.cache)
+    how.release(job.cache, False)
     return bit(63) if job.no_memory else job.failed

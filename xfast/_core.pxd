@@ -39,6 +39,6 @@ cdef struct Rows:
     Py_ssize_t size
     Py_ssize_t stride
 
-cdef Rows rows(cnp.ndarray array, str name, bint writes) except *
+cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1
 cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL
 cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil

@@ -168,7 +168,8 @@ cdef uint64_t keep_one(
 
 cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table) except *:
     cdef Scan scan
-    cdef Rows r = rows(areas, name, writes)
+    cdef Rows r
+    rows(&r, areas, name, writes)
     memset(&scan, 0, sizeof(scan))
     scan.rows = r.data
     scan.n = r.n
@@ -187,7 +188,8 @@ def headers(
     cnp.ndarray reserved,
 ):
     """Read XSTATE_BV, XCOMP_BV, MXCSR and whether reserved header bytes are set, a row each."""
-    cdef Rows r = rows(areas, "areas", False)
+    cdef Rows r
+    rows(&r, areas, "areas", False)
     cdef uint64_t *bv = <uint64_t *>vector(xstate_bv, "xstate_bv", cnp.NPY_UINT64, r.n)
     cdef uint64_t *xcomp = <uint64_t *>vector(xcomp_bv, "xcomp_bv", cnp.NPY_UINT64, r.n)
     cdef uint32_t *mx = <uint32_t *>vector(mxcsr, "mxcsr", cnp.NPY_UINT32, r.n)
@@ -250,7 +252,8 @@ def diff(
 ):
     """Find the components whose values differ, row by row; what can't be read differs."""
     cdef Scan scan = scan_of(one, "one", False, one_table)
-    cdef Rows other = rows(two, "two", False)
+    cdef Rows other
+    rows(&other, two, "two", False)
     if other.n != scan.n:
         raise ValueError(f"two: got {other.n} areas, needed {scan.n}, as many as one")
     scan.other = other.data
@@ -277,9 +280,8 @@ def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp
 # --- what comes in --------------------------------------------------------------------------
 
 
-cdef Rows rows(cnp.ndarray array, str name, bint writes) except *:
-    """Check an array of areas, (n, size) or (size,), and hand out its rows."""
-    cdef Rows r
+cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1:
+    """Check an array of areas, (n, size) or (size,), and fill in its rows."""
     cdef int ndim
     if array is None:
         raise ValueError(f"{name}: got None, needed an array of areas")
@@ -307,7 +309,7 @@ cdef Rows rows(cnp.ndarray array, str name, bint writes) except *:
                 f"{name}: got a row stride of {r.stride}, needed {r.size} or more: "
                 "rows may not overlap"
             )
-    return r
+    return 0
 
 
 cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL:

@@ -163,6 +163,18 @@ static inline void *pointer_exchange(void **p, void *value)
     return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL);
 }
 
+/* The same where every thread that comes here holds the GIL, if there is one. */
+static inline void *pointer_exchange_gil(void **p, void *value)
+{
+#ifdef Py_GIL_DISABLED
+    return pointer_exchange(p, value);
+#else
+    void *old = *p;
+    *p = value;
+    return old;
+#endif
+}
+
 /* The widest of the instruction sets that the CPU has and the kernel has enabled. */
 static inline const char *widest_isa(void)
 {

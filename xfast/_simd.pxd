@@ -21,5 +21,6 @@ cdef extern from "_simd.h" nogil:
     void stream_fence()
     void prefetch_far(const void *p)
     void *pointer_exchange(void **p, void *value)
+    void *pointer_exchange_gil(void **p, void *value)
     const char *widest_isa()
     bint cpu_is_amd()
