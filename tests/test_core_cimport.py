@@ -12,7 +12,7 @@ from xfast import area
 from xfast.layout import PRESETS
 
 OUTSIDE = """
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 from libc.stdint cimport uint8_t, uint64_t
 from xfast._convert cimport Converter, convert_one
 from xfast._core cimport Table, audit_one, diff_one, keep_one, xinuse_one

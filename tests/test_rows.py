@@ -3,6 +3,7 @@
 import sys
 import sysconfig
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -138,6 +139,22 @@ def test_one_converter_serves_many_threads():
     for thread in threads:
         thread.join()
     assert all((out == expected).all() for out in outs)
+
+
+def test_threads_share_plans_and_memory_one_area_at_a_time():
+    areas = sample(400)
+    how = area.converter(INTEL, INTEL, mask=7).convert
+    expected = area.relayout(areas, INTEL, INTEL, mask=7, size=4096)
+
+    def work(_):
+        for one, wanted in zip(areas, expected, strict=True):
+            out = area.empty(1, 4096, zero=False)[0]
+            how(one, out)
+            assert (out == wanted).all()
+        return area.xinuse(expected, INTEL).tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(work, range(8))) == {area.xinuse(expected, INTEL).tobytes()}
 
 
 def test_many_headers_outlast_the_plans_that_are_kept():

@@ -1,4 +1,5 @@
 # cython: language_level=3, binding=False, embedsignature=False
+# cython: freethreading_compatible=True
 """The real XSAVE family in user mode: for comparing the model with the CPU, and for timing.
 
 Everything here needs x86-64 Linux with XSAVE enabled; `available` tells. PKRU is never restored:
@@ -8,6 +9,7 @@ a key that forbids the caller's own memory would end the process.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+cimport cython
 cimport numpy as cnp
 
 cnp.import_array()
@@ -34,6 +36,7 @@ cdef enum:
     ARCH_REQ_XCOMP_PERM = 0x1023
 
 cdef uint64_t PKRU = 1 << 9
+cdef cython.pymutex signals  # while a run has its own handlers for them
 
 OPS = (
     "xsave64", "xsaveopt64", "xsavec64", "xrstor64", "xsave", "xsaveopt", "xsavec", "xrstor",
@@ -152,9 +155,10 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
     if block == NULL:
         raise MemoryError
     try:
-        nanoseconds = xfast_hw_run(
-            program, <int>n, rounds, observe, block + (-<Py_ssize_t>block & 63), own_mask
-        )
+        with signals:
+            nanoseconds = xfast_hw_run(
+                program, <int>n, rounds, observe, block + (-<Py_ssize_t>block & 63), own_mask
+            )
     finally:
         free(block)
     if not nanoseconds:
