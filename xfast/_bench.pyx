@@ -10,7 +10,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cimport numpy as cnp
 
-from xfast._convert cimport Converter, Merger, fill_job
+from xfast._convert cimport Converter, Merger, acquire, fill_job, release
 from xfast._core cimport Rows, loops, rows
 from xfast._plan cimport Job
 
@@ -86,12 +86,12 @@ def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t
     cdef Py_ssize_t _i
     cdef double start
     fill_job(&job, &r, &w)
-    job.cache = how.acquire(r.size, w.size, True)
+    job.cache = acquire(how, r.size, w.size, True)
     start = now()
     for _i in range(times):
         loops.convert(&job)
     start = now() - start
-    how.release(job.cache, True)
+    release(how, job.cache, True)
     return start
 
 
@@ -104,10 +104,10 @@ def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t tim
     cdef Py_ssize_t _i
     cdef double start
     how.fill_job(&job, &r, &w)
-    job.cache = how.acquire(r.size, w.size, True)
+    job.cache = acquire(how, r.size, w.size, True)
     start = now()
     for _i in range(times):
         loops.merge(&job)
     start = now() - start
-    how.release(job.cache, True)
+    release(how, job.cache, True)
     return start

@@ -30,8 +30,6 @@ cdef class Plans:
     cdef Config config
     cdef Cache *idle  # for callers with the GIL
     cdef Cache *spare  # for those without
-    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil) noexcept nogil
-    cdef void release(self, Cache *cache, bint gil) noexcept nogil
 
 cdef class Converter(Plans):
     pass
@@ -42,6 +40,10 @@ cdef class Merger(Plans):
     cdef bint validates
     cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil
 
+cdef Cache *acquire(
+    Plans plans, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil
+) noexcept nogil
+cdef void release(Plans plans, Cache *cache, bint gil) noexcept nogil
 cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil
 cdef uint64_t convert_one(
     Converter how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size

@@ -355,42 +355,52 @@ cdef class Plans:
         drop(self.idle)
         drop(self.spare)
 
-    cdef Cache *acquire(self, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil) noexcept nogil:
-        """Take the plans for this call alone; a second thread starts with none.
 
-        `gil`: the caller holds the GIL, and needs no atomic exchange, which would have to wait
-        for all that was written before.
-        """
-        cdef Cache *cache = <Cache *>(
-            pointer_exchange_gil(<void **>&self.idle, NULL) if gil
-            else pointer_exchange(<void **>&self.spare, NULL)
-        )
+cdef Cache *acquire(
+    Plans plans, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil
+) noexcept nogil:
+    """Take the plans for this call alone; a second thread starts with none.
+
+    `gil`: the caller holds the GIL, and needs no atomic exchange, which would have to wait
+    for all that was written before.
+    """
+    cdef Cache *cache = <Cache *>(
+        pointer_exchange_gil(<void **>&plans.idle, NULL) if gil
+        else pointer_exchange(<void **>&plans.spare, NULL)
+    )
+    if cache == NULL:
+        cache = <Cache *>calloc(1, sizeof(Cache))
         if cache == NULL:
-            cache = <Cache *>calloc(1, sizeof(Cache))
-            if cache == NULL:
-                return NULL
-            cache.config = &self.config
-            cache.miss = miss
-        elif cache.src_size != src_size or cache.dst_size != dst_size:
-            forget(cache)
-        cache.src_size = src_size
-        cache.dst_size = dst_size
-        return cache
+            return NULL
+        cache.config = &plans.config
+        cache.miss = miss
+    elif cache.src_size != src_size or cache.dst_size != dst_size:
+        forget(cache)
+    cache.src_size = src_size
+    cache.dst_size = dst_size
+    return cache
 
-    cdef void release(self, Cache *cache, bint gil) noexcept nogil:
-        drop(<Cache *>(
-            pointer_exchange_gil(<void **>&self.idle, cache) if gil
-            else pointer_exchange(<void **>&self.spare, cache)
-        ))
+
+cdef void release(Plans plans, Cache *cache, bint gil) noexcept nogil:
+    drop(<Cache *>(
+        pointer_exchange_gil(<void **>&plans.idle, cache) if gil
+        else pointer_exchange(<void **>&plans.spare, cache)
+    ))
 
 
 cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil:
-    memset(job, 0, sizeof(Job))
     job.src = src.data
     job.src_stride = src.stride
     job.dst = dst.data
     job.dst_stride = dst.stride
     job.n = src.n
+    job.cache = NULL
+    job.stream = job.no_memory = job.validate = False
+    job.ahead = 0
+    job.failed = job.mask = job.user_xfeatures = 0
+    job.lost = NULL
+    job.pkru = job.status = NULL
+    job.mxcsr_mask = 0
     if src.n * (src.size + dst.size) > stream_above:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
         if src.size < LONG_ROW or not cpu_is_amd():
@@ -476,7 +486,7 @@ cdef class Converter(Plans):
             raise ValueError("pkru: needed with foreign_pkru, and only then")
         if pkru is not None:
             job.pkru = <uint32_t *>vector(pkru, "pkru", cnp.NPY_UINT32, r.n)
-        job.cache = self.acquire(r.size, w.size, True)
+        job.cache = acquire(self, r.size, w.size, True)
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
@@ -484,7 +494,7 @@ cdef class Converter(Plans):
         else:
             with nogil:
                 loops.convert(&job)
-        self.release(job.cache, True)
+        release(self, job.cache, True)
         if job.no_memory:
             raise MemoryError
         return job.failed
@@ -537,7 +547,7 @@ cdef class Merger(Plans):
         self.fill_job(&job, &r, &w)
         if status is not None:
             job.status = <uint32_t *>vector(status, "status", cnp.NPY_UINT32, r.n)
-        job.cache = self.acquire(r.size, w.size, True)
+        job.cache = acquire(self, r.size, w.size, True)
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
@@ -545,7 +555,7 @@ cdef class Merger(Plans):
         else:
             with nogil:
                 loops.merge(&job)
-        self.release(job.cache, True)
+        release(self, job.cache, True)
         if job.no_memory:
             raise MemoryError
         return job.failed
@@ -578,17 +588,17 @@ def swap(
     save.fill_job(&out, &live, &old)
     load.fill_job(&into, &new, &live)
     out.lost = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, live.n)
-    out.cache = save.acquire(live.size, old.size, True)
-    into.cache = load.acquire(new.size, live.size, True)
+    out.cache = acquire(save, live.size, old.size, True)
+    into.cache = acquire(load, new.size, live.size, True)
     if out.cache == NULL or into.cache == NULL:
         out.no_memory = True
     else:
         with nogil:
             loops.swap(&out, &into)
     if out.cache:
-        save.release(out.cache, True)
+        release(save, out.cache, True)
     if into.cache:
-        load.release(into.cache, True)
+        release(load, into.cache, True)
     if out.no_memory:
         raise MemoryError
     return out.failed
@@ -602,11 +612,11 @@ cdef uint64_t convert_one(
     cdef Rows w = Rows(dst, 1, dst_size, dst_size)
     cdef Job job
     fill_job(&job, &r, &w)
-    job.cache = how.acquire(src_size, dst_size, False)
+    job.cache = acquire(how, src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
     loops.convert(&job)
-    how.release(job.cache, False)
+    release(how, job.cache, False)
     return bit(63) if job.no_memory else job.failed
 
 
@@ -618,9 +628,9 @@ cdef uint64_t merge_one(
     cdef Rows w = Rows(dst, 1, dst_size, dst_size)
     cdef Job job
     how.fill_job(&job, &r, &w)
-    job.cache = how.acquire(src_size, dst_size, False)
+    job.cache = acquire(how, src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
     loops.merge(&job)
-    how.release(job.cache, False)
+    release(how, job.cache, False)
     return bit(63) if job.no_memory else job.failed

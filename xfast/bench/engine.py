@@ -279,12 +279,12 @@ def bracket(
     )
 
 
-def seconds_of(call: Callable[..., object], *args: object, times: int = 1) -> float:
-    """Return the seconds that `times` calls take, the loop included."""
+def seconds_of(call: Callable[..., object], one: object, two: object, times: int = 1) -> float:
+    """Return the seconds that `times` calls with two arguments take, the loop included."""
     again = itertools.repeat(None, times)
     start = time.perf_counter()
     for _ in again:
-        call(*args)
+        call(one, two)
     return time.perf_counter() - start
 
 
@@ -307,6 +307,7 @@ def hot_rows(samples: int) -> Iterator[Row]:
             yield bracket(
                 op, f"hot, {mix}, {size}", 0.95, straight, run, times, samples, "row copy"
             )
+    fill(src, INTEL, "full")
     one, into = src[0], out[0]
     yield bracket(
         "get_uabi", "call from Python", 5.0, lambda: seconds_of(np.copyto, into, one, times=times),
@@ -333,8 +334,10 @@ def thread_rows(memory: Memory, samples: int) -> Iterator[Row]:
         def run(threads: int, src: Areas = src, out: Areas = out) -> float:
             area.tune(threads=threads)
             return seconds_of(
-                lambda: area.get_uabi(src, INTEL, mask=KVM_MASK, features=0x2E7, out=out)
-            )
+                lambda rows, into: area.get_uabi(
+                    rows, INTEL, mask=KVM_MASK, features=0x2E7, out=into
+                ), src, out,
+            )  # fmt: skip
 
         yield bracket(
             "get_uabi", f"2 threads, {size} MiB", target, lambda: run(1), lambda: run(2), n,
