@@ -250,7 +250,8 @@ cdef inline void convert_row(
         set_pkru(plan, job.pkru[i])
     if job.lost:
         job.lost[i] = plan.lost
-    job.failed |= plan.lost
+    if plan.lost:
+        job.failed |= plan.lost
     follow(
         plan, job.src + i * job.src_stride, job.dst + i * job.dst_stride - phase, carry, stream
     )
@@ -262,7 +263,7 @@ cdef void convert(Job *job) noexcept nogil:
     cdef Plan *ring[RING]
     cdef Plan *plan
     cdef Py_ssize_t i, j, n = job.n
-    cdef bint packed = phase_of(job, 1) != 0 or phase_of(job, 0) != 0
+    cdef bint packed
     if not job.stream:
         for i in range(n):
             plan = plan_of(job, i, False)
@@ -271,6 +272,7 @@ cdef void convert(Job *job) noexcept nogil:
                 return
             convert_row(job, i, plan, carry, False)
         return
+    packed = phase_of(job, 1) != 0 or phase_of(job, 0) != 0
     for j in range(n + job.ahead):
         i = j - job.ahead
         if j + HEADERS_AHEAD < n:
