@@ -81,24 +81,6 @@ cdef inline bint matches(
     return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
 
 
-cdef inline Plan *find(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
-    """Return the plan for a header; NULL only if memory is out."""
-    cdef uint64_t mixed
-    cdef Plan *plan
-    cdef int i
-    if cache.last and matches(cache.last, bv, xcomp, third):
-        return cache.last
-    mixed = (bv ^ xcomp * ODD ^ (third << 32 | third >> 32) * ODD) * ODD >> 54
-    for i in range(PROBES):
-        plan = cache.plan[(mixed + i) & (CACHE - 1)]
-        if plan == NULL:
-            break
-        if matches(plan, bv, xcomp, third):
-            cache.last = plan
-            return plan
-    return cache.miss(cache, mixed, bv, xcomp, third)
-
-
 cdef struct Job:
     # One call: rows to read, rows to write, and how.
     const uint8_t *src
