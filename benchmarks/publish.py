@@ -7,7 +7,6 @@ from xml.sax.saxutils import escape
 HERE = Path(__file__).parent
 LEFT, WIDTH, LINE = 290, 420, 22
 MOST = 3.0
-SHOWN = ("copy", "read", "read2", "2 lines", "1 thread")
 COLUMNS = (("xfast[",), ("vectorised",), ("area_by_area", "struct"))
 NAMES = {
     "copy": "streaming copy",
@@ -27,19 +26,20 @@ def bar(y, row):
     colour = "#2a7f62" if row["ratio"] >= row["target"] else "#b5651d"
     beyond = " ▸" if row["ratio"] > MOST else ""
     label = f"{row['op']}, {row['case']}"
+    limit = NAMES.get(row["limit"], row["limit"])
     return f"""<g>
-<title>{escape(label)}: {row["ratio"]:.2f} x {NAMES[row["limit"]]}; needed {row["target"]:g}</title>
+<title>{escape(label)}: {row["ratio"]:.2f} x {limit}; needed {row["target"]:g}</title>
 <text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>
 <rect x="{LEFT}" y="{y}" width="{x(row["ratio"]) - LEFT:.1f}" height="15" fill="{colour}"/>
 <path d="M{x(row["low"]):.1f} {y + 7.5}H{x(row["high"]):.1f}" stroke="#222"/>
 <path d="M{x(row["target"]):.1f} {y - 2}v19" stroke="#222" stroke-width="2"/>
-<text x="{LEFT + WIDTH + 8}" y="{y + 12}">{row["ratio"]:.2f}{beyond}  ({NAMES[row["limit"]]})</text>
+<text x="{LEFT + WIDTH + 8}" y="{y + 12}">{row["ratio"]:.2f}{beyond}  ({limit})</text>
 </g>"""
 
 
 def draw(results):
     """Return the plot: each operation against the limit of the machine."""
-    rows = [row for row in results["engine"] if row["limit"] in SHOWN]
+    rows = results["engine"]
     height = 64 + LINE * len(rows)
     title = f"The engine against the limits of one core: {results['machine']['cpu']}"
     bars = "\n".join(bar(50 + LINE * i, row) for i, row in enumerate(rows))
