@@ -37,15 +37,29 @@ def headers_of(areas):
     return areas[:, 512:520].copy().view("<u8")[:, 0]
 
 
-def get_uabi_vectorised(areas, out, layout, mask, mxcsr_mask, software):
-    have = headers_of(areas) & np.uint64(mask)
-    out[:] = init_row(out.shape[1], mxcsr_mask, software)
+def copy_vectorised(areas, out, layout, have, with_mxcsr):
+    """Copy the components that each area has, and MXCSR where it has one of `with_mxcsr`."""
     for nr in bits(int(np.bitwise_or.reduce(have))):
         rows = np.flatnonzero(have >> np.uint64(nr) & np.uint64(1))
         for start, end in spans_of(layout, nr):
             out[rows, start:end] = areas[rows, start:end]
-    rows = np.flatnonzero(have & np.uint64(6))
+    rows = np.flatnonzero(have & np.uint64(with_mxcsr))
     out[rows, 24:32] = areas[rows, 24:32]
+
+
+def copy_one(area, to, layout, have, with_mxcsr):
+    """The same for one area."""
+    for nr in bits(have):
+        for start, end in spans_of(layout, nr):
+            to[start:end] = area[start:end]
+    if have & with_mxcsr:
+        to[24:32] = area[24:32]
+
+
+def get_uabi_vectorised(areas, out, layout, mask, mxcsr_mask, software):
+    have = headers_of(areas) & np.uint64(mask)
+    out[:] = init_row(out.shape[1], mxcsr_mask, software)
+    copy_vectorised(areas, out, layout, have, 6)
     out[:, 512:520] = have[:, None].view(np.uint8)
 
 
@@ -54,11 +68,7 @@ def get_uabi_by_area(areas, out, layout, mask, mxcsr_mask, software):
     for area, to in zip(areas, out, strict=True):
         have = int(area[512:520].view("<u8")[0]) & mask
         to[:] = init
-        for nr in bits(have):
-            for start, end in spans_of(layout, nr):
-                to[start:end] = area[start:end]
-        if have & 6:
-            to[24:32] = area[24:32]
+        copy_one(area, to, layout, have, 6)
         to[512:520] = np.array([have], "<u8").view(np.uint8)
 
 
@@ -183,12 +193,7 @@ def set_uabi_vectorised(areas, images, layout, mask, mxcsr_mask):
     status = audit_vectorised(areas, mask, mxcsr_mask)
     had = headers_of(areas)
     had[status != 0] = 0
-    for nr in bits(int(np.bitwise_or.reduce(had))):
-        rows = np.flatnonzero(had >> np.uint64(nr) & np.uint64(1))
-        for start, end in spans_of(layout, nr):
-            images[rows, start:end] = areas[rows, start:end]
-    rows = np.flatnonzero(had & np.uint64(7))
-    images[rows, 24:32] = areas[rows, 24:32]
+    copy_vectorised(areas, images, layout, had, 7)
     good = status == 0
     images[good, 512:520] = had[good][:, None].view(np.uint8)
     return status
@@ -198,12 +203,7 @@ def set_uabi_by_area(areas, images, layout, mask, mxcsr_mask):
     status = audit_struct(areas, mask, mxcsr_mask)
     for i in np.flatnonzero(status == 0):
         area, image = areas[i], images[i]
-        have = int(area[512:520].view("<u8")[0])
-        for nr in bits(have):
-            for start, end in spans_of(layout, nr):
-                image[start:end] = area[start:end]
-        if have & 7:
-            image[24:32] = area[24:32]
+        copy_one(area, image, layout, int(area[512:520].view("<u8")[0]), 7)
         image[512:520] = area[512:520]
     return status
 

@@ -12,8 +12,8 @@ from xfast._area cimport (
 )
 from xfast._loops cimport Loops, Scan
 from xfast._plan cimport (
-    CACHE, CARRY, COPY, ODD, PACKED, PART, PATCH, PROBES, RING, ZERO, Blend, Cache, Job, Plan,
-    Range, Step, matches,
+    CACHE, CARRY, COPY, PACKED, PART, PATCH, PROBES, RING, ZERO, Blend, Cache, Job, Plan, Range,
+    Step,
 )
 from xfast._simd cimport (
     LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,

@@ -45,6 +45,19 @@ cdef inline void set_pkru(Plan *plan, uint32_t value) noexcept nogil:
         store32(plan.blend[plan.pkru - 1].value + plan.pkru_at, value)
 
 
+cdef extern from *:
+    """
+    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
+    """
+    const uint64_t ODD
+
+
+cdef inline bint matches(
+    const Plan *plan, uint64_t bv, uint64_t xcomp, uint64_t third
+) noexcept nogil:
+    return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
+
+
 cdef Plan *search(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
     cdef uint64_t mixed = (bv ^ xcomp * ODD ^ (third << 32 | third >> 32) * ODD) * ODD >> 54
     cdef Plan *plan

@@ -67,20 +67,6 @@ cdef struct Cache:
         Cache *cache, uint64_t home, uint64_t bv, uint64_t xcomp, uint64_t third
     ) noexcept nogil
 
-
-cdef extern from *:
-    """
-    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
-    """
-    const uint64_t ODD
-
-
-cdef inline bint matches(
-    const Plan *plan, uint64_t bv, uint64_t xcomp, uint64_t third
-) noexcept nogil:
-    return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
-
-
 cdef struct Job:
     # One call: rows to read, rows to write, and how.
     const uint8_t *src
