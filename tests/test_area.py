@@ -35,7 +35,7 @@ def make(bv, seed=0, size=2752):
 masks = st.integers(0, 0x3FF).map(lambda bv: bv & COMMON)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(bv=masks, seed=st.integers(0, 99))
 def test_round_trips_change_no_value(bv, seed):
     one = make(bv, seed)
@@ -50,7 +50,7 @@ def test_round_trips_change_no_value(bv, seed):
     assert area.classify(back, INTEL).stale == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bv=masks, mask=masks, seed=st.integers(0, 99))
 def test_nothing_of_a_clear_component_is_copied(bv, mask, seed):
     out = area.relayout(make(bv, seed), INTEL, INTEL, mask=mask, size=4096)
@@ -59,7 +59,7 @@ def test_nothing_of_a_clear_component_is_copied(bv, mask, seed):
     assert not (out[416:464] != 0).any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(bv=masks, kept=masks)
 def test_keeping_is_relayout_in_place(bv, kept):
     one, two = make(bv), make(bv)

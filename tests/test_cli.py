@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_a_thousand_good_files_and_three_bad_ones(run, tmp_path):
         row.tofile(tmp_path / f"{i:04}.xsave")
     (tmp_path / "empty.xsave").touch()
     (tmp_path / "cut.xsave").write_bytes(row[:1000].tobytes())
-    (tmp_path / "noise.qemustate").write_bytes(os.urandom(5000))
+    (tmp_path / "noise.qemustate").write_bytes(random.Random(5).randbytes(5000))
     status, out, err = run(
         "check", tmp_path, "--host", "amd-milan@6.12", "--json", "--layout", "intel"
     )

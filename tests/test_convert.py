@@ -52,7 +52,7 @@ def snapshot(*images, layout, **facts):
 PAIRS = [(ROME, MILAN, 0x207), (ROME, INTEL, 0x207), (INTEL, GENOA, 0x2E7), (GENOA, MILAN, 0x207)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(PAIRS), st.integers(0, 1 << 20), st.integers(0, 0x2E7), st.booleans())
 def test_there_and_back(pair, seed, mask, compacted):
     one, two, most = pair

@@ -48,7 +48,7 @@ def test_a_register_with_both_values():
     ]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(sorted(REGISTERS)), st.integers(1, 255))
 def test_every_register_is_found(name, value):
     register = REGISTERS[name]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast.features import bits
@@ -615,7 +615,6 @@ def test_sign_extension_keeps_the_low_bits_and_repeats_the_top_one(pointer, widt
     assert sign_extend(pointer, width) == signed & ALL
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 0xE7),
     st.integers(0, 2**32),

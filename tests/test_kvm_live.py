@@ -93,7 +93,7 @@ def test_what_hypothesis_thinks_of_makes_no_difference():
     one = type("SameOperationsHere", (SameOperations,), {"machine": machine})
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     one.TestCase.settings = settings(
-        max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=checks
+        max_examples=25, stateful_step_count=20, suppress_health_check=checks
     )
     try:
         one.TestCase("runTest").runTest()

@@ -930,7 +930,7 @@ def get(vcpu):
     return vcpu.get_xsave2() if vcpu.kernel.xsave2_size else vcpu.get_xsave()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(masks, xsaves, behaviour_sets, guests, areas(), st.booleans())
 def test_invariants(mask, xsave, behaviours, guest, area, runs):
     host = intel(user=mask, xsave=xsave)
@@ -969,7 +969,7 @@ def test_invariants(mask, xsave, behaviours, guest, area, runs):
     assert supervisor_state(vcpu) == {nr: d for nr, d in supervisor.items() if kept >> nr & 1}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(masks, xsaves, st.sampled_from(RELEASES), guests, areas())
 def test_a_second_get_of_what_was_got_is_the_same(mask, xsave, release, guest, area):
     vcpu = vcpu_for(intel(user=mask, xsave=xsave), of_release(release), guest)

@@ -374,7 +374,7 @@ class TestInference:
         assert found.layout == PRESETS["intel"].restricted(7)
         assert found.note == "no known layout holds 0x10000000007 (x87+sse+avx+bit40)"
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         st.sampled_from(sorted(PRESETS)),
         st.integers(0, (1 << 20) - 1),

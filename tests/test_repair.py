@@ -300,7 +300,7 @@ def test_what_a_process_lost_with_its_pkru_is_told():
 MASKS = st.sampled_from([0x3, 0x7, 0x1F, 0xE7, 0x207, 0x2E7, 0x2FF, 0x602E7])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     mask=MASKS, live=st.integers(0, 0x602FF), have=MASKS, xcr0=MASKS, release=st.sampled_from(
         ["5.15", "5.16", "5.18", "6.1", "6.6", "6.19"]
