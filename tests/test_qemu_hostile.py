@@ -76,6 +76,8 @@ def test_truncated_anywhere(attempt, stream):
     for size in [*range(0, len(stream), 1777), len(stream) - 1, len(bare) - 2]:
         result = attempt(stream[:size])
         assert result == 2 or "found" in result
+    first, _ = places(stream)
+    assert "found 0 vCPUs in the QEMU stream (cut off?" in attempt(stream[:first])
 
 
 def places(stream):

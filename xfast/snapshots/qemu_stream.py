@@ -196,10 +196,12 @@ def find_cpus(stream: Source) -> Sections:
         if len(cpus) < described:
             cpus, _, _ = _search(stream)
     if not cpus or len(cpus) < described:
+        hint = "" if devices else " (cut off? it does not end with its description)"
+        needed = described or "at least one"
         raise FormatError(
             stream.path,
             stream.size,
-            f"found {len(cpus)} vCPUs in the QEMU stream, needed {described or 'at least one'}",
+            f"found {len(cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
         )
     return Sections(sorted(cpus), kvmclock, description)
 
