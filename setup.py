@@ -28,7 +28,9 @@ EXTENSIONS = [
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),
         ],
         extra_compile_args=FLAGS.get(path.stem, ["-O3"]),
-        depends=["xfast/_simd.h", *(path.as_posix() for path in Path("xfast").glob("*.pxi"))],
+        depends=[
+            path.as_posix() for end in ("h", "pxi") for path in Path("xfast").glob(f"*.{end}")
+        ],
     )
     for path in sorted(Path("xfast").glob("*.pyx"))
     if X86 or not path.stem.startswith("_loops_") or path.stem == "_loops_plain"

@@ -12,7 +12,7 @@ cimport numpy as cnp
 
 from xfast._convert cimport Converter, Merger, acquire, fill_job, release
 from xfast._core cimport Rows, loops, rows
-from xfast._plan cimport Job
+from xfast._plan cimport Cache, Job
 
 cnp.import_array()
 
@@ -82,16 +82,21 @@ def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t
     cdef Rows r, w
     rows(&r, src, "src", False)
     rows(&w, out, "out", True)
+    cdef const uint8_t *s = r.data
+    cdef uint8_t *d = w.data
+    cdef bint one = r.n == 1
+    cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
     fill_job(&job, &r, &w)
-    job.cache = acquire(how, r.size, w.size, True)
+    job.cache = cache = acquire(how, r.size, w.size, True)
     start = now()
     for _i in range(times):
-        loops.convert(&job)
+        if not (one and loops.convert_one(cache, s, d)):
+            loops.convert(&job)
     start = now() - start
-    release(how, job.cache, True)
+    release(how, cache, True)
     return start
 
 
@@ -100,14 +105,19 @@ def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t tim
     cdef Rows r, w
     rows(&r, src, "src", False)
     rows(&w, into, "into", True)
+    cdef const uint8_t *s = r.data
+    cdef uint8_t *d = w.data
+    cdef bint one = r.n == 1
+    cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
     how.fill_job(&job, &r, &w)
-    job.cache = acquire(how, r.size, w.size, True)
+    job.cache = cache = acquire(how, r.size, w.size, True)
     start = now()
     for _i in range(times):
-        loops.merge(&job)
+        if not (one and loops.merge_one(cache, s, d)):
+            loops.merge(&job)
     start = now() - start
-    release(how, job.cache, True)
+    release(how, cache, True)
     return start

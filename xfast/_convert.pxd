@@ -16,14 +16,16 @@ cdef struct Config:
     Slots dst
     uint64_t mask
     bint merge
+    uint32_t mxcsr_mask  # convert: where MXCSR is init; merge: bits that it may have
     # convert only
     uint64_t xcomp  # of the result; 0: standard format
     bint ragged  # XCOMP_BV of each result is its XSTATE_BV
     bint kernel  # MXCSR comes with SSE or AVX whatever the format
     bint foreign_pkru
-    uint32_t mxcsr_mask
     uint64_t software
     # merge only
+    bint validate
+    uint64_t user_xfeatures
     int mxcsr  # 1: MXCSR comes over, 0: it does not, -1: with x87, SSE or AVX
 
 cdef class Plans:
@@ -35,9 +37,6 @@ cdef class Converter(Plans):
     pass
 
 cdef class Merger(Plans):
-    cdef uint64_t user_xfeatures
-    cdef uint32_t mxcsr_mask
-    cdef bint validates
     cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil
 
 cdef Cache *acquire(

@@ -10,9 +10,10 @@ into areas that are already there. Each keeps the plan for every header that it 
 copy_uabi_to_xstate(); Intel SDM vol. 1 section 13.4.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from posix.stdlib cimport posix_memalign
 
 cimport numpy as cnp
 
@@ -21,10 +22,8 @@ from xfast._area cimport (
     has_mxcsr, place, take_lowest,
 )
 from xfast._core cimport Rows, Table, loops, overlap, rows, rows_ahead, stream_above, vector
-from xfast._plan cimport (
-    BLEND, CACHE, CARRY, COPY, PACKED, PART, PATCH, PROBES, RING, VALUE, ZERO, Blend, Cache, Job,
-    Kind, Plan, Range, Step,
-)
+from xfast._follow cimport BLEND, COPY, STEP_BLENDS, STEP_LINES, ZERO, blend_t, step_t
+from xfast._plan cimport CACHE, PACKED, PROBES, RING, Cache, Job, Plan, Range
 from xfast._simd cimport LINE, cpu_is_amd, pointer_exchange, pointer_exchange_gil
 
 cnp.import_array()
@@ -50,8 +49,8 @@ cdef struct Draft:
     # A plan in the making
     Part part[PARTS]
     Constant constant[8]
-    Step step[STEPS]
-    Blend blend[BLENDS]
+    step_t step[STEPS]
+    blend_t blend[BLENDS]
     Range read[PARTS]
     Range hold[BLENDS]
     uint32_t parts, constants
@@ -137,6 +136,11 @@ cdef void choose(
     if config.ragged:
         draft.end = min((draft.end + LINE - 1) & ~<uint32_t>(LINE - 1), cache.dst_size)
     if config.merge:
+        draft.plan.kept = ~config.mask
+        draft.plan.validate = config.validate
+        draft.plan.mxcsr_mask = (
+            config.mxcsr_mask if config.validate and bv & (FP | SSE | AVX) else <uint32_t>-1
+        )
         return
     add_constant(draft, 0, 0 if have & FP else FCW_INIT)
     if not mxcsr:
@@ -152,42 +156,48 @@ cdef void choose(
 # --- line by line ---------------------------------------------------------------------------
 
 
-cdef void add_run(Draft *draft, Kind kind, uint32_t dst, uint32_t src) noexcept nogil:
-    """Add a line that is copied or zeroed whole, to the run before it if it goes on from there."""
-    cdef Step *last = &draft.step[draft.plan.steps - 1]
-    if (
-        draft.plan.steps and last.kind == kind and last.dst + last.lines * LINE == dst
-        and (kind == ZERO or last.src + last.lines * LINE == src)
+cdef void add_run(Draft *draft, bint copied, uint32_t dst, uint32_t src) noexcept nogil:
+    """Add a line that is copied or zeroed whole, to the step before it if it goes on from there."""
+    cdef step_t *last = draft.step + draft.plan.steps - 1
+    cdef uint32_t kind = COPY if copied else ZERO
+    if not (
+        draft.plan.steps and (last.code <= ZERO) == copied and last.dst == dst
+        and (last.src == src or not copied)
     ):
-        last.lines += 1
-    else:
-        draft.step[draft.plan.steps] = Step(kind, dst, src, 1)
+        last += 1
+        last[0] = step_t(kind, 0, 0, 0)
         draft.plan.steps += 1
+    last.lines += 1
+    last.code = kind + min(last.lines, <uint32_t>STEP_LINES)
+    last.dst = dst + LINE
+    last.src = src + LINE
+    if last.lines > STEP_LINES:
+        draft.plan.simple = False
 
 
-cdef Blend *add_blend(Draft *draft, Kind kind, uint32_t dst) noexcept nogil:
-    cdef Blend *blend = &draft.blend[draft.plan.blends]
-    memset(blend, 0, sizeof(Blend))
+cdef blend_t *add_blend(Draft *draft, uint32_t dst) noexcept nogil:
+    cdef blend_t *blend = &draft.blend[draft.plan.blends]
+    memset(blend, 0, sizeof(blend_t))
+    blend.dst = dst
     blend.whole = True  # nothing to take from the row's first line
-    draft.step[draft.plan.steps] = Step(kind, dst, draft.plan.blends, 1)
-    draft.plan.steps += 1
     draft.plan.blends += 1
     return blend
 
 
 cdef void take_part(
-    Blend *blend, const Part *part, uint32_t line, uint32_t phase, Py_ssize_t src_size
+    blend_t *blend, const Part *part, uint32_t line, uint32_t phase, Py_ssize_t src_size
 ) noexcept nogil:
     """Let a blend take the bytes of a part that fall into `line`."""
     cdef uint32_t dst = part.dst + phase
-    blend.first = dst - line if dst > line else 0
-    blend.to = min(dst + part.size - line, <uint32_t>LINE)
-    blend.src = <Py_ssize_t>part.src + line - dst
+    cdef uint32_t first = dst - line if dst > line else 0
+    cdef uint32_t end = min(dst + part.size - line, <uint32_t>LINE)
+    blend.taken = <uint64_t>-1 >> (LINE - end) & <uint64_t>-1 << first
+    blend.src = <int64_t>part.src + line - dst
     blend.whole = blend.src >= 0 and blend.src + LINE <= src_size
 
 
 cdef uint32_t write_constants(
-    Draft *draft, uint32_t line, uint32_t phase, Blend *blend
+    Draft *draft, uint32_t line, uint32_t phase, blend_t *blend
 ) noexcept nogil:
     """Put the constants that fall into `line` into a blend; return how many there are."""
     cdef uint32_t i, n = 0
@@ -210,20 +220,20 @@ cdef void blend_line(
 ) noexcept nogil:
     """Add the blends of one line: its constants, then part after part from `p` on."""
     cdef uint32_t room = min(<uint32_t>LINE, draft.end + phase - line)
-    cdef Blend *blend = add_blend(draft, BLEND, line)
+    cdef blend_t *blend = add_blend(draft, line)
     blend.opens = True
-    blend.base = CARRY if line < phase else VALUE
+    blend.carried = line < phase
     write_constants(draft, line, phase, blend)
     while p < draft.parts and draft.part[p].dst + phase < line + LINE:
-        if blend.to:
-            blend = add_blend(draft, BLEND, line)
+        if blend.taken:
+            blend = add_blend(draft, line)
         take_part(blend, &draft.part[p], line, phase, cache.src_size)
         p += 1
     blend.room = room
     blend.closes = True
     blend.carries = packed and room < LINE
-    if blend.opens and blend.base == VALUE and room == LINE:
-        draft.step[draft.plan.steps - 1].kind = PATCH
+    if not blend.opens or blend.carried or room != LINE:
+        draft.plan.plain = False
 
 
 cdef void merge_line(Draft *draft, const Cache *cache, uint32_t line, uint32_t p) noexcept nogil:
@@ -231,8 +241,21 @@ cdef void merge_line(Draft *draft, const Cache *cache, uint32_t line, uint32_t p
     draft.hold[draft.plan.holds] = Range(line, 1)
     draft.plan.holds += 1
     while p < draft.parts and draft.part[p].dst < line + LINE:
-        take_part(add_blend(draft, PART, line), &draft.part[p], line, 0, cache.src_size)
+        take_part(add_blend(draft, line), &draft.part[p], line, 0, cache.src_size)
         p += 1
+
+
+cdef void add_blends(Draft *draft, const Config *config, bint packed) noexcept nogil:
+    """Add the last step, and decide whether the plan is simple."""
+    cdef Plan *plan = &draft.plan
+    draft.step[plan.steps] = step_t(BLEND + min(plan.blends, <uint32_t>STEP_BLENDS), 0, 0, 0)
+    if plan.blends > STEP_BLENDS or packed or plan.lost or plan.pkru:
+        plan.simple = False
+    if config.merge:  # and each blend is a part by itself
+        if config.validate and (plan.key[0] & ~config.user_xfeatures or plan.key[1]):
+            plan.simple = False
+    elif not plan.plain:
+        plan.simple = False
 
 
 cdef void draw(
@@ -243,6 +266,7 @@ cdef void draw(
     cdef uint32_t end = draft.end + phase
     cdef Part *part
     cdef bint plain
+    draft.plan.plain = draft.plan.simple = True
     for line in range(0, end, 64):
         while p < draft.parts and draft.part[p].dst + draft.part[p].size + phase <= line:
             p += 1
@@ -252,17 +276,18 @@ cdef void draw(
             if config.merge:
                 continue
             if line >= phase and line + LINE <= end and plain:
-                add_run(draft, ZERO, line, 0)
+                add_run(draft, False, line, 0)
                 continue
         elif (
             plain and part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
         ):
-            add_run(draft, COPY, line, part.src + line - part.dst - phase)
+            add_run(draft, True, line, part.src + line - part.dst - phase)
             continue
         if config.merge:
             merge_line(draft, cache, line, p)
         else:
             blend_line(draft, cache, line, phase, packed, p)
+    add_blends(draft, config, packed)
     for i in range(draft.parts):
         part = &draft.part[i]
         start = part.src & ~<uint32_t>(LINE - 1)
@@ -273,20 +298,20 @@ cdef void draw(
 cdef Plan *settle(const Draft *draft) noexcept nogil:
     """Copy a draft into one block of just the size it needs."""
     cdef const Plan *p = &draft.plan
-    cdef size_t steps = p.steps * sizeof(Step)
-    cdef size_t blends = p.blends * sizeof(Blend)
+    cdef size_t steps = (p.steps + 1) * sizeof(step_t)
+    cdef size_t head = (sizeof(Plan) + steps + LINE - 1) & ~<size_t>(LINE - 1)
+    cdef size_t blends = p.blends * sizeof(blend_t)
     cdef size_t reads = p.reads * sizeof(Range)
     cdef size_t holds = p.holds * sizeof(Range)
-    cdef Plan *plan = <Plan *>malloc(sizeof(Plan) + blends + steps + reads + holds)
-    if plan == NULL:
+    cdef Plan *plan
+    if posix_memalign(<void **>&plan, LINE, head + blends + reads + holds):
         return NULL
     plan[0] = p[0]
-    plan.blend = <Blend *>(plan + 1)
-    plan.step = <Step *>(plan.blend + p.blends)
-    plan.read = <Range *>(plan.step + p.steps)
+    plan.blend = <uint8_t *>plan + head
+    plan.read = <Range *>(<uint8_t *>plan.blend + blends)
     plan.hold = plan.read + p.reads
+    memcpy(plan + 1, draft.step, steps)
     memcpy(plan.blend, draft.blend, blends)
-    memcpy(plan.step, draft.step, steps)
     memcpy(plan.read, draft.read, reads)
     memcpy(plan.hold, draft.hold, holds)
     return plan
@@ -323,7 +348,7 @@ cdef Plan *miss(
         free(retired[0])
         retired[0] = slot[0]
         cache.retirements += 1
-    slot[0] = cache.last = plan
+    slot[0] = plan
     return plan
 
 
@@ -333,7 +358,7 @@ cdef void forget(Cache *cache) noexcept nogil:
         free(cache.plan[i])
     for i in range(RING):
         free(cache.retired[i])
-    cache.last = NULL
+    cache.last = cache.simple = NULL
     memset(cache.plan, 0, sizeof(cache.plan))
     memset(cache.retired, 0, sizeof(cache.retired))
     cache.retirements = 0
@@ -406,6 +431,24 @@ cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
         if src.size < LONG_ROW or not cpu_is_amd():
             job.ahead = rows_ahead
+
+
+cdef void convert_rows(Job *job) noexcept nogil:
+    """Convert many rows, or one as fast as can be."""
+    if (
+        job.n > 1 or job.stream or job.lost or job.pkru
+        or not loops.convert_one(job.cache, job.src, job.dst)
+    ):
+        loops.convert(job)
+
+
+cdef void merge_rows(Job *job) noexcept nogil:
+    """Merge many rows, or one as fast as can be."""
+    if (
+        job.n > 1 or job.stream or job.lost or job.status
+        or not loops.merge_one(job.cache, job.src, job.dst)
+    ):
+        loops.merge(job)
 
 
 cdef int check_pair(const Rows *src, str src_name, const Rows *dst, str dst_name) except -1:
@@ -491,10 +534,10 @@ cdef class Converter(Plans):
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
-            loops.convert(&job)
+            convert_rows(&job)
         else:
             with nogil:
-                loops.convert(&job)
+                convert_rows(&job)
         release(self, job.cache, True)
         if job.no_memory:
             raise MemoryError
@@ -526,10 +569,10 @@ cdef class Merger(Plans):
         self.config.dst = target.slots
         self.config.mask = mask
         self.config.mxcsr = -1 if mxcsr is None else bool(mxcsr)
-        self.validates = user_xfeatures is not None
-        if self.validates:
-            self.user_xfeatures = user_xfeatures
-            self.mxcsr_mask = mxcsr_mask
+        self.config.mxcsr_mask = mxcsr_mask
+        self.config.validate = user_xfeatures is not None
+        if self.config.validate:
+            self.config.user_xfeatures = user_xfeatures
 
     def merge(self, cnp.ndarray src, cnp.ndarray into, cnp.ndarray status=None):
         """Merge `src` into `into`, row by row.
@@ -552,10 +595,10 @@ cdef class Merger(Plans):
         if job.cache == NULL:
             raise MemoryError
         if r.n * r.size < SMALL:
-            loops.merge(&job)
+            merge_rows(&job)
         else:
             with nogil:
-                loops.merge(&job)
+                merge_rows(&job)
         release(self, job.cache, True)
         if job.no_memory:
             raise MemoryError
@@ -564,9 +607,9 @@ cdef class Merger(Plans):
     cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil:
         fill_job(job, src, dst)
         job.mask = self.config.mask
-        job.validate = self.validates
-        job.user_xfeatures = self.user_xfeatures
-        job.mxcsr_mask = self.mxcsr_mask
+        job.validate = self.config.validate
+        job.user_xfeatures = self.config.user_xfeatures
+        job.mxcsr_mask = self.config.mxcsr_mask
 
 
 def swap(
@@ -616,7 +659,7 @@ cdef uint64_t convert_one(
     job.cache = acquire(how, src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
-    loops.convert(&job)
+    convert_rows(&job)
     release(how, job.cache, False)
     return bit(63) if job.no_memory else job.failed
 
@@ -632,6 +675,6 @@ cdef uint64_t merge_one(
     job.cache = acquire(how, src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)
-    loops.merge(&job)
+    merge_rows(&job)
     release(how, job.cache, False)
     return bit(63) if job.no_memory else job.failed

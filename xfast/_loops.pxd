@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from xfast._area cimport Place, Slots
-from xfast._plan cimport Job
+from xfast._plan cimport Cache, Job
 
 cdef struct Scan:
     # One call that reads rows, or trims them in place, and fills one value a row.
@@ -25,7 +25,9 @@ cdef struct Scan:
 
 cdef struct Loops:
     void (*convert)(Job *job) noexcept nogil
+    bint (*convert_one)(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil
     void (*merge)(Job *job) noexcept nogil
+    bint (*merge_one)(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil
     void (*swap)(Job *save, Job *load) noexcept nogil
     void (*audit)(const Scan *scan) noexcept nogil
     void (*classify)(const Scan *scan) noexcept nogil

@@ -10,15 +10,15 @@ from xfast._area cimport (
     SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
     take_lowest,
 )
+from xfast._follow cimport ZERO, blend_into, blend_line, blend_t, follow, step_t
 from xfast._loops cimport Loops, Scan
-from xfast._plan cimport (
-    CACHE, CARRY, COPY, PACKED, PART, PATCH, PROBES, RING, ZERO, Blend, Cache, Job, Plan, Range,
-    Step,
-)
+from xfast._plan cimport CACHE, PACKED, PROBES, RING, Cache, Job, Plan, Range
 from xfast._simd cimport (
     LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
     line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
 )
+
+cdef Loops LOOPS
 
 cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
@@ -63,9 +63,10 @@ cdef uint64_t touch(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcep
     return any
 
 
-cdef Loops LOOPS
 LOOPS.convert = convert
+LOOPS.convert_one = convert_one
 LOOPS.merge = merge
+LOOPS.merge_one = merge_one
 LOOPS.swap = swap
 LOOPS.audit = audit
 LOOPS.classify = classify

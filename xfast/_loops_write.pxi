@@ -1,48 +1,65 @@
 # Following plans: whole areas, and areas into areas. Part of `_loops.pxi`.
 
 
-cdef inline line_t take(line_t line, const Blend *blend, const uint8_t *src) noexcept nogil:
-    """Lay the blend's bytes of the source over a line; there may be none."""
-    return line_merge(line, src + blend.src, blend.first, blend.to, blend.whole)
+cdef inline const step_t *steps_of(const Plan *plan) noexcept nogil:
+    return <const step_t *>(plan + 1)
 
 
-cdef inline void follow(
+cdef inline const blend_t *blends_of(const Plan *plan) noexcept nogil:
+    return <const blend_t *>plan.blend
+
+
+cdef inline void walk(
+    const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint into, bint stream
+) noexcept nogil:
+    """Follow a plan of any kind, in loops; far from the caches they lose nothing to `follow`."""
+    cdef const step_t *step = steps_of(plan)
+    cdef const blend_t *blend = blends_of(plan)
+    cdef uint32_t _i
+    cdef size_t size
+    for _i in range(plan.steps):
+        size = <size_t>step.lines * LINE
+        if step.code <= ZERO:
+            copy_lines(dst + step.dst - size, src + step.src - size, step.lines, stream)
+        else:
+            zero_lines(dst + step.dst - size, step.lines, stream)
+        step += 1
+    if not into and not plan.plain:
+        weave(plan, src, dst, carry, stream)
+        return
+    for _i in range(plan.blends):
+        if into:
+            blend_into(blend, src, dst)
+        else:
+            put(dst + blend.dst, blend_line(blend, src), stream)
+        blend += 1
+
+
+cdef void weave(
     const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint stream
 ) noexcept nogil:
-    """Write one area; `dst` is where its first line begins."""
+    """Make blends of which several share a line, or whose line belongs to two rows."""
+    cdef const blend_t *blend = blends_of(plan)
     cdef line_t line = line_zero()
-    cdef const Blend *blend
-    cdef const Step *step = plan.step
-    cdef uint32_t i
-    for i in range(plan.steps):
-        if step.kind == COPY:
-            copy_lines(dst + step.dst, src + step.src, step.lines, stream)
-        elif step.kind == ZERO:
-            zero_lines(dst + step.dst, step.lines, stream)
-        else:
-            blend = plan.blend + step.src
-            if step.kind == PATCH:
-                put(dst + step.dst, take(line_load(blend.value), blend, src), stream)
-            elif step.kind == PART:
-                line_copy_part(dst + step.dst, src + blend.src, blend.first, blend.to)
-            else:
-                if blend.opens:
-                    line = line_load(blend.value)
-                    if blend.base == CARRY:
-                        line = line_or(line, line_load(carry))
-                line = take(line, blend, src)
-                if blend.carries:
-                    line_store(carry, line)
-                elif blend.closes and blend.room != LINE:
-                    line_store_part(dst + step.dst, line, blend.room)
-                elif blend.closes:
-                    put(dst + step.dst, line, stream)
-        step += 1
+    cdef uint32_t _i
+    for _i in range(plan.blends):
+        if blend.opens:
+            line = line_load(blend.value)
+            if blend.carried:
+                line = line_or(line, line_load(carry))
+        line = line_merge(line, src + blend.src, blend.taken, blend.whole)
+        if blend.carries:
+            line_store(carry, line)
+        elif blend.closes and blend.room != LINE:
+            line_store_part(dst + blend.dst, line, blend.room)
+        elif blend.closes:
+            put(dst + blend.dst, line, stream)
+        blend += 1
 
 
 cdef inline void set_pkru(Plan *plan, uint32_t value) noexcept nogil:
     if plan.pkru:
-        store32(plan.blend[plan.pkru - 1].value + plan.pkru_at, value)
+        store32((<blend_t *>plan.blend)[plan.pkru - 1].value + plan.pkru_at, value)
 
 
 cdef extern from *:
@@ -67,9 +84,14 @@ cdef Plan *search(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noe
         if plan == NULL:
             break
         if matches(plan, bv, xcomp, third):
-            cache.last = plan
-            return plan
-    return cache.miss(cache, mixed, bv, xcomp, third)
+            break
+    else:
+        plan = NULL
+    if plan == NULL:
+        plan = cache.miss(cache, mixed, bv, xcomp, third)
+    cache.last = plan
+    cache.simple = plan if plan and plan.simple else NULL
+    return plan
 
 
 cdef inline Plan *find(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
@@ -93,16 +115,15 @@ cdef inline Plan *plan_of(const Job *job, Py_ssize_t i, bint packed) noexcept no
 cdef inline void convert_row(
     Job *job, Py_ssize_t i, Plan *plan, uint8_t *carry, bint stream
 ) noexcept nogil:
-    cdef uint32_t phase = plan.key[2] & (LINE - 1)
+    cdef const uint8_t *src = job.src + i * job.src_stride
+    cdef uint8_t *dst = job.dst + i * job.dst_stride - (plan.key[2] & (LINE - 1))
     if job.pkru:
         set_pkru(plan, job.pkru[i])
     if job.lost:
         job.lost[i] = plan.lost
     if plan.lost:
         job.failed |= plan.lost
-    follow(
-        plan, job.src + i * job.src_stride, job.dst + i * job.dst_stride - phase, carry, stream
-    )
+    walk(plan, src, dst, carry, False, stream)
 
 
 cdef void convert(Job *job) noexcept nogil:
@@ -145,6 +166,15 @@ cdef void convert(Job *job) noexcept nogil:
     stream_fence()
 
 
+cdef bint convert_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
+    """Write one area, not past the caches, if the last plan is for it and simple."""
+    cdef const Plan *plan = cache.simple
+    if plan and plan.key[0] == load64(src + LEGACY) and plan.key[1] == load64(src + LEGACY + 8):
+        follow(steps_of(plan), blends_of(plan), src, dst, False)
+        return True
+    return False
+
+
 cdef void open_carry(const Job *job, uint8_t *carry) noexcept nogil:
     """Take back the end of row 0, which the first line of row 1 goes on from."""
     cdef uint32_t n = phase_of(job, 1)
@@ -158,6 +188,11 @@ cdef void close_carry(const Job *job, const uint8_t *carry) noexcept nogil:
     memcpy(job.dst + job.n * job.dst_stride - n, carry, n)
 
 
+cdef inline bint reserved(const uint8_t *row) noexcept nogil:
+    """Whether one of the header's reserved bytes is not 0."""
+    return line_any(line_merge(line_zero(), row + LEGACY, ~<uint64_t>0xFFFF, True))
+
+
 cdef inline uint32_t fault_of(const Job *job, const uint8_t *row) noexcept nogil:
     """What KVM_SET_XSAVE would object to; codes of `xfast.area.UabiFault`."""
     cdef uint64_t bv = load64(row + LEGACY)
@@ -165,7 +200,7 @@ cdef inline uint32_t fault_of(const Job *job, const uint8_t *row) noexcept nogil
         return 1
     if load64(row + LEGACY + 8):
         return 2
-    if line_any(line_merge(line_zero(), row + LEGACY, 16, LINE, True)):
+    if reserved(row):
         return 3
     if bv & (FP | SSE | AVX) and load32(row + 24) & ~job.mxcsr_mask:
         return 4
@@ -191,7 +226,7 @@ cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream
     if fault:
         job.failed |= fault
         return
-    follow(plan, src, dst, dst, stream)
+    walk(plan, src, dst, NULL, True, stream)
     store64(dst + LEGACY, (load64(dst + LEGACY) & ~job.mask) | plan.stored)
 
 
@@ -222,6 +257,20 @@ cdef void merge(Job *job) noexcept nogil:
             merge_row(job, i, ring[i & (RING - 1)], False)
     if job.stream:
         stream_fence()
+
+
+cdef bint merge_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
+    """Merge into one area, not past the caches, if the last plan is for it, simple, and valid."""
+    cdef const Plan *plan = cache.simple
+    if (
+        plan
+        and matches(plan, load64(src + LEGACY), load64(src + LEGACY + 8), load64(dst + LEGACY + 8))
+        and not load32(src + 24) & ~plan.mxcsr_mask and not (plan.validate and reserved(src))
+    ):
+        follow(steps_of(plan), blends_of(plan), src, dst, True)
+        store64(dst + LEGACY, (load64(dst + LEGACY) & plan.kept) | plan.stored)
+        return True
+    return False
 
 
 cdef void swap(Job *save, Job *load) noexcept nogil:

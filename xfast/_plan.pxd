@@ -13,51 +13,30 @@ cdef enum:
     PACKED = 64  # in a key: the row goes on in the line where the one before it ended
     RING = 64  # rows that a loop may look ahead; a power of two
 
-cdef enum Kind:
-    COPY
-    ZERO
-    PATCH  # one blend that does all of its line: constants, and bytes of one part over them
-    PART  # one blend of which only the bytes from the source are written
-    BLEND  # every other blend
-
-cdef enum Base:
-    # What a blended line holds before parts of the source go over it.
-    VALUE  # init values and header
-    CARRY  # VALUE, and the end of the row before
-
-cdef struct Step:
-    Kind kind
-    uint32_t dst  # bytes from the target row's first line
-    uint32_t src  # COPY: bytes into the source row; PATCH, PART, BLEND: which
-    uint32_t lines
-
-cdef struct Blend:
-    uint8_t value[64]
-    Py_ssize_t src  # where the line would begin in the source row
-    uint32_t first, to  # the bytes that come from there
-    uint32_t room  # bytes of the line that belong to the target row
-    Base base
-    bint whole  # the source row holds 64 bytes at `src`
-    bint opens, closes  # the first, the last blend of its line
-    bint carries  # the line is completed by the next row
-
 cdef struct Range:
     uint32_t start, lines
 
 cdef struct Plan:
+    # Its steps (`_follow.pxd`) lie behind it in memory.
     uint64_t key[3]
     uint64_t stored  # XSTATE_BV of the result, of components that come from the source
     uint64_t lost  # components that have no place, in the source or in the target
     uint32_t steps, blends, reads, holds
+    bint plain  # each blend makes one line, and all of it
+    bint simple  # `follow` can do it, and nothing is lost, packed or comes from elsewhere
     uint32_t pkru  # 1 + index of the blend into which a PKRU from elsewhere goes
     uint32_t pkru_at
-    Step *step
-    Blend *blend
+    void *blend  # blend_t
+    # merge only
+    uint64_t kept  # of the target's XSTATE_BV
+    bint validate  # the header's reserved bytes
+    uint32_t mxcsr_mask  # bits that MXCSR may have
     Range *read  # source lines to fetch
     Range *hold  # target lines of which a part stays
 
 cdef struct Cache:
     Plan *last
+    Plan *simple  # the last one, if it is
     Plan *plan[CACHE]
     Plan *retired[RING]  # replaced, but a loop may still look at them
     uint32_t retirements

@@ -107,42 +107,44 @@ static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _
 
 #endif
 
-/* Parts of a line: bytes `from` to `to` - 1 alone are read or written. line_merge() takes them
- * from `p` and the others from `a`; `whole` says that reading the whole line does no harm.
+/* Parts of a line: only the bytes whose bit in `taken` is set, which are neighbours, are read or
+ * written. line_merge() takes them from `p` and the others from `a`; `whole` says that reading
+ * the whole line does no harm.
  */
 #if !defined(XFAST_PLAIN) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-static inline __mmask64 window(unsigned from, unsigned to)
-{
-    return _bzhi_u64(~0ull, to) & ~0ull << from;
-}
-static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsigned to, int whole)
+static inline line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
 {
     (void)whole;
-    return _mm512_mask_loadu_epi8(a, window(from, to), p);
+    return _mm512_mask_loadu_epi8(a, taken, p);
 }
 static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
 {
-    _mm512_mask_storeu_epi8(p, window(0, to), a);
+    _mm512_mask_storeu_epi8(p, _bzhi_u64(~0ull, to), a);
 }
-static inline void line_copy_part(uint8_t *to, const uint8_t *from, unsigned first, unsigned end)
+static inline void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
 {
-    __mmask64 part = window(first, end);
-    _mm512_mask_storeu_epi8(to, part, _mm512_maskz_loadu_epi8(part, from));
+    _mm512_mask_storeu_epi8(to, taken, _mm512_maskz_loadu_epi8(taken, from));
 }
 
 #else
 
-static inline line_t line_merge(line_t a, const uint8_t *p, unsigned from, unsigned to, int whole)
+static inline unsigned first_of(uint64_t taken) { return __builtin_ctzll(taken); }
+static inline unsigned end_of(uint64_t taken) { return LINE - __builtin_clzll(taken); }
+
+static inline line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
 {
     static const uint8_t step[3 * LINE] = {[LINE ... 2 * LINE - 1] = 0xFF};
     uint8_t bytes[LINE] = {0};
+    if (!taken)
+        return a;
+    unsigned from = first_of(taken), to = end_of(taken);
     if (!whole) {
         memcpy(bytes + from, p + from, to - from);
         p = bytes;
     }
-    line_t taken = line_and(line_load(step + LINE - from), line_load(step + 2 * LINE - to));
-    return line_xor(a, line_and(taken, line_xor(a, line_load(p))));
+    line_t mask = line_and(line_load(step + LINE - from), line_load(step + 2 * LINE - to));
+    return line_xor(a, line_and(mask, line_xor(a, line_load(p))));
 }
 static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
 {
@@ -150,9 +152,10 @@ static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
     line_store(bytes, a);
     memcpy(p, bytes, to);
 }
-static inline void line_copy_part(uint8_t *to, const uint8_t *from, unsigned first, unsigned end)
+static inline void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
 {
-    memcpy(to + first, from + first, end - first);
+    unsigned first = first_of(taken);
+    memcpy(to + first, from + first, end_of(taken) - first);
 }
 
 #endif
