@@ -197,6 +197,74 @@ def test_set_uabi(layout, size, compacted, into_layout):
     assert [row.tobytes() for row in into] == [image for _, image in expected]
 
 
+def like(rng, row):
+    """Another area with the same header: other data, MXCSR and reserved bytes good or bad."""
+    other = rng.integers(1, 256, row.size, np.uint8)
+    other[512:576] = row[512:576]
+    other[24:28] = rng.choice([row[24:28], np.frombuffer(b"\xff\xff\x02\0", np.uint8)])
+    if row[528:576].any():
+        other[528:576] = 0
+    elif rng.random() < 0.2:
+        other[528 + rng.integers(48)] = 1
+    return other
+
+
+@pytest.mark.parametrize("to", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_one_area_after_others_like_it(layout, size, compacted, to):
+    """The plan of the area before is followed again, in another way."""
+    rng = np.random.default_rng(size)
+    for out_size in (576, 1001, 2696, 2752, 4096, 11008):
+        xcomp = int(rng.choice(MASKS)) & to.mask
+        options = {"mxcsr_mask": 0xFFFF, "software": 0x2E7, "mask": int(rng.choice(MASKS)) | 0x207}
+        xcomp = COMPACTED | xcomp if xcomp and out_size % 3 else 0
+        how = area.converter(layout, to, xcomp_bv=xcomp or None, **options)
+        for first in random_areas(rng, layout, 12, size, compacted):
+            for row in (first, like(rng, first), like(rng, first)):
+                out = np.full(out_size + 64, 0xEE, np.uint8)
+                lost = how.convert(row, out[:out_size])
+                expected = reference.relayout(
+                    row.tobytes(), layout, to, out_size, xcomp=xcomp, **options
+                )
+                assert (out[:out_size].tobytes(), lost) == expected
+                assert (out[out_size:] == 0xEE).all()
+
+
+@pytest.mark.parametrize("into_layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
+def test_set_uabi_of_one_area_after_others_like_it(layout, size, compacted, into_layout):
+    rng = np.random.default_rng(size)
+    valid = {"user_xfeatures": 0xE02FF, "mxcsr_mask": 0x1FFFF}
+    for into_size in (576, 1001, 2752, 4096):
+        how = area.merger(layout, into_layout, **valid)
+        rows = random_areas(rng, layout, 16, size, compacted)
+        images = random_areas(rng, into_layout, 16, into_size, True)
+        for first, image in zip(rows, images, strict=True):
+            for row in (first, like(rng, first), like(rng, first)):
+                into = like(rng, image)
+                expected = reference.set_uabi(
+                    row.tobytes(), layout, into, into_layout, *valid.values(), SUPERVISOR_MASK
+                )
+                assert how.merge(row, into) == expected[0]
+                assert into.tobytes() == expected[1]
+
+
+@pytest.mark.parametrize("into_layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_merging_one_area_without_questions(into_layout):
+    rng = np.random.default_rng(3)
+    layout = PRESETS["intel"]
+    for mask in MASKS:
+        how = area.merger(layout, into_layout, mask=mask, mxcsr=bool(mask & 2))
+        for first in random_areas(rng, layout, 6, 4096, True):
+            for row in (first, like(rng, first)):
+                (into,) = random_areas(np.random.default_rng(4), into_layout, 1, 2752, True)
+                expected, lost = reference.merge(
+                    row.tobytes(), layout, into, into_layout, mask, mask & 2
+                )
+                assert how.merge(row, into) == (5 if lost else 0)
+                assert into.tobytes() == expected
+
+
 @pytest.mark.usefixtures("streamed")
 def test_swap():
     rng = np.random.default_rng(1)
