@@ -16,11 +16,29 @@ from xfast.layout import PRESETS, Layout, Slot
 COMPACTED = 1 << 63
 ODD = Layout(
     (Slot(2, 256, 576), Slot(5, 12, 835), Slot(7, 130, 900), Slot(9, 8, 1096),
-     Slot(11, 16, 0, True), Slot(17, 64, 1152, False, True), Slot(30, 77, 1301)),
+     Slot(11, 16, 0, True), Slot(17, 64, 1152, False, True), Slot(20, 8, 1408), Slot(21, 24, 1500),
+     Slot(22, 90, 1600), Slot(23, 9, 1750), Slot(24, 64, 1801), Slot(30, 77, 1301)),
     "odd",
 )  # fmt: skip
 LAYOUTS = [*PRESETS.values(), ODD]
-MASKS = (0, 1, 2, 3, 4, 7, 0x207, 0x2E7, 0x2FF, 0x602E7, 0xE00E7, 0x1A07, 0x18, 0x203, 0x80007)
+MASKS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    7,
+    0x207,
+    0x2E7,
+    0x2FF,
+    0x602E7,
+    0xE00E7,
+    0x1A07,
+    0x18,
+    0x203,
+    0x80007,
+    0x41F002E7,
+)
 
 
 def random_areas(rng, layout, n, size, compacted):
