@@ -234,7 +234,8 @@ def test_one_area_after_others_like_it(layout, size, compacted, to):
     rng = np.random.default_rng(size)
     for out_size in (576, 1001, 2696, 2752, 4096, 11008):
         xcomp = int(rng.choice(MASKS)) & to.mask
-        options = {"mxcsr_mask": 0xFFFF, "software": 0x2E7, "mask": int(rng.choice(MASKS)) | 0x207}
+        mask = int(rng.choice(MASKS) | rng.choice([0x207, 0x7FFFFFFF]))
+        options = {"mxcsr_mask": 0xFFFF, "software": 0x2E7, "mask": mask}
         xcomp = COMPACTED | xcomp if xcomp and out_size % 3 else 0
         how = area.converter(layout, to, xcomp_bv=xcomp or None, **options)
         for first in random_areas(rng, layout, 12, size, compacted):
@@ -267,11 +268,11 @@ def test_set_uabi_of_one_area_after_others_like_it(layout, size, compacted, into
                 assert into.tobytes() == expected[1]
 
 
+@pytest.mark.parametrize("layout", [PRESETS["intel"], ODD], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("into_layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_merging_one_area_without_questions(into_layout):
+def test_merging_one_area_without_questions(into_layout, layout):
     rng = np.random.default_rng(3)
-    layout = PRESETS["intel"]
-    for mask in MASKS:
+    for mask in (*MASKS, 0x7FFFFFFF):
         how = area.merger(layout, into_layout, mask=mask, mxcsr=bool(mask & 2))
         for first in random_areas(rng, layout, 6, 4096, True):
             for row in (first, like(rng, first)):
