@@ -40,6 +40,15 @@ def on_the_heap(n, size, _):
     return np.empty(n * size, np.uint8).reshape(n, size)
 
 
+def one_after_another(layout, areas, out):
+    """Convert and merge the first and the last area, and again with the plan that is there."""
+    convert = area.converter(layout, layout).convert
+    merge = area.merger(layout, layout, user_xfeatures=0x2E7, mxcsr_mask=0xFFFF).merge
+    for i in (0, 0, -1, -1):
+        convert(areas[i], out[i])
+        merge(areas[i], out[i])
+
+
 def every_operation(allocate):
     """Run each operation on rows of every size, at both ends of what they may touch."""
     rng = np.random.default_rng(7)
@@ -63,6 +72,7 @@ def every_operation(allocate):
                         areas, layout, layout, xcomp_bv=7 & layout.mask, out=out, lossy=True
                     )
                     area.set_uabi(areas, layout, out, user_xfeatures=0x2E7, mxcsr_mask=0xFFFF)
+                    one_after_another(layout, areas, out)
                 area.keep(areas, layout, 3)
 
 
