@@ -35,7 +35,7 @@ typedef struct { /* a line of which only a part comes from the source, or nothin
     int carries;    /* the line is completed by the next row */
 } blend_t;
 
-static inline line_t blend_line(const blend_t *blend, const uint8_t *src)
+FORCED line_t blend_line(const blend_t *blend, const uint8_t *src)
 {
     return line_merge(line_load(blend->value), src + blend->src, blend->taken, blend->whole);
 }
@@ -59,7 +59,7 @@ static inline void blend_into(const blend_t *blend, const uint8_t *src, uint8_t 
             line_store(dst + blend[n - 1].dst, blend_line(blend + n - 1, src));
 
 /* Write an area or, with `into`, only what the plan names of it; `into` is a constant. */
-static inline __attribute__((always_inline)) void follow(
+FORCED void follow(
     const step_t *step, const blend_t *blend, const uint8_t *src, uint8_t *dst, int into)
 {
     for (;;) {

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define LINE 64
+#define FORCED static inline __attribute__((always_inline)) /* where a call would cost most */
 
 #if defined(XFAST_PLAIN) || !defined(__SSE2__)
 
@@ -20,14 +21,14 @@ typedef struct { uint64_t w[8]; } line_t;
     for (int i = 0; i < 8; i++) r.w[i] = (expression); \
     return r
 
-static inline line_t line_load(const void *p) { line_t r; memcpy(&r, p, LINE); return r; }
-static inline void line_store(void *p, line_t a) { memcpy(p, &a, LINE); }
-static inline void line_stream(void *p, line_t a) { memcpy(p, &a, LINE); }
-static inline line_t line_zero(void) { EACH(0); }
-static inline line_t line_or(line_t a, line_t b) { EACH(a.w[i] | b.w[i]); }
-static inline line_t line_and(line_t a, line_t b) { EACH(a.w[i] & b.w[i]); }
-static inline line_t line_xor(line_t a, line_t b) { EACH(a.w[i] ^ b.w[i]); }
-static inline int line_any(line_t a)
+FORCED line_t line_load(const void *p) { line_t r; memcpy(&r, p, LINE); return r; }
+FORCED void line_store(void *p, line_t a) { memcpy(p, &a, LINE); }
+FORCED void line_stream(void *p, line_t a) { memcpy(p, &a, LINE); }
+FORCED line_t line_zero(void) { EACH(0); }
+FORCED line_t line_or(line_t a, line_t b) { EACH(a.w[i] | b.w[i]); }
+FORCED line_t line_and(line_t a, line_t b) { EACH(a.w[i] & b.w[i]); }
+FORCED line_t line_xor(line_t a, line_t b) { EACH(a.w[i] ^ b.w[i]); }
+FORCED int line_any(line_t a)
 {
     uint64_t any = 0;
     for (int i = 0; i < 8; i++) any |= a.w[i];
@@ -45,14 +46,14 @@ static inline void prefetch_far(const void *p) { (void)p; }
 
 typedef __m512i line_t;
 
-static inline line_t line_load(const void *p) { return _mm512_loadu_si512(p); }
-static inline void line_store(void *p, line_t a) { _mm512_storeu_si512(p, a); }
-static inline void line_stream(void *p, line_t a) { _mm512_stream_si512((__m512i *)p, a); }
-static inline line_t line_zero(void) { return _mm512_setzero_si512(); }
-static inline line_t line_or(line_t a, line_t b) { return _mm512_or_si512(a, b); }
-static inline line_t line_and(line_t a, line_t b) { return _mm512_and_si512(a, b); }
-static inline line_t line_xor(line_t a, line_t b) { return _mm512_xor_si512(a, b); }
-static inline int line_any(line_t a) { return _mm512_test_epi64_mask(a, a) != 0; }
+FORCED line_t line_load(const void *p) { return _mm512_loadu_si512(p); }
+FORCED void line_store(void *p, line_t a) { _mm512_storeu_si512(p, a); }
+FORCED void line_stream(void *p, line_t a) { _mm512_stream_si512((__m512i *)p, a); }
+FORCED line_t line_zero(void) { return _mm512_setzero_si512(); }
+FORCED line_t line_or(line_t a, line_t b) { return _mm512_or_si512(a, b); }
+FORCED line_t line_and(line_t a, line_t b) { return _mm512_and_si512(a, b); }
+FORCED line_t line_xor(line_t a, line_t b) { return _mm512_xor_si512(a, b); }
+FORCED int line_any(line_t a) { return _mm512_test_epi64_mask(a, a) != 0; }
 
 #else /* 2 x AVX2 or 4 x SSE2 registers a line */
 
@@ -73,20 +74,20 @@ typedef struct { vec_t v[N]; } line_t;
     for (int i = 0; i < N; i++) r.v[i] = (expression); \
     return r
 
-static inline line_t line_load(const void *p) { EACH(V(loadu)((const vec_t *)p + i)); }
-static inline void line_store(void *p, line_t a)
+FORCED line_t line_load(const void *p) { EACH(V(loadu)((const vec_t *)p + i)); }
+FORCED void line_store(void *p, line_t a)
 {
     for (int i = 0; i < N; i++) V(storeu)((vec_t *)p + i, a.v[i]);
 }
-static inline void line_stream(void *p, line_t a)
+FORCED void line_stream(void *p, line_t a)
 {
     for (int i = 0; i < N; i++) V(stream)((vec_t *)p + i, a.v[i]);
 }
-static inline line_t line_zero(void) { EACH(V(setzero)()); }
-static inline line_t line_or(line_t a, line_t b) { EACH(V(or)(a.v[i], b.v[i])); }
-static inline line_t line_and(line_t a, line_t b) { EACH(V(and)(a.v[i], b.v[i])); }
-static inline line_t line_xor(line_t a, line_t b) { EACH(V(xor)(a.v[i], b.v[i])); }
-static inline int line_any(line_t a)
+FORCED line_t line_zero(void) { EACH(V(setzero)()); }
+FORCED line_t line_or(line_t a, line_t b) { EACH(V(or)(a.v[i], b.v[i])); }
+FORCED line_t line_and(line_t a, line_t b) { EACH(V(and)(a.v[i], b.v[i])); }
+FORCED line_t line_xor(line_t a, line_t b) { EACH(V(xor)(a.v[i], b.v[i])); }
+FORCED int line_any(line_t a)
 {
 #ifdef __AVX2__
     vec_t any = _mm256_or_si256(a.v[0], a.v[1]);
@@ -113,16 +114,16 @@ static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _
  */
 #if !defined(XFAST_PLAIN) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-static inline line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
+FORCED line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
 {
     (void)whole;
     return _mm512_mask_loadu_epi8(a, taken, p);
 }
-static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
+FORCED void line_store_part(uint8_t *p, line_t a, unsigned to)
 {
     _mm512_mask_storeu_epi8(p, _bzhi_u64(~0ull, to), a);
 }
-static inline void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
+FORCED void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
 {
     _mm512_mask_storeu_epi8(to, taken, _mm512_maskz_loadu_epi8(taken, from));
 }
@@ -132,27 +133,30 @@ static inline void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t tak
 static inline unsigned first_of(uint64_t taken) { return __builtin_ctzll(taken); }
 static inline unsigned end_of(uint64_t taken) { return LINE - __builtin_clzll(taken); }
 
-static inline line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
+static __attribute__((noinline)) line_t line_of_part(const uint8_t *p, uint64_t taken)
+{
+    uint8_t bytes[LINE] = {0};
+    unsigned first = first_of(taken);
+    memcpy(bytes + first, p + first, end_of(taken) - first);
+    return line_load(bytes);
+}
+FORCED line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, int whole)
 {
     static const uint8_t step[3 * LINE] = {[LINE ... 2 * LINE - 1] = 0xFF};
-    uint8_t bytes[LINE] = {0};
     if (!taken)
         return a;
-    unsigned from = first_of(taken), to = end_of(taken);
-    if (!whole) {
-        memcpy(bytes + from, p + from, to - from);
-        p = bytes;
-    }
-    line_t mask = line_and(line_load(step + LINE - from), line_load(step + 2 * LINE - to));
-    return line_xor(a, line_and(mask, line_xor(a, line_load(p))));
+    line_t b = whole ? line_load(p) : line_of_part(p, taken);
+    line_t from = line_load(step + LINE - first_of(taken));
+    line_t to = line_load(step + 2 * LINE - end_of(taken));
+    return line_xor(a, line_and(line_and(from, to), line_xor(a, b)));
 }
-static inline void line_store_part(uint8_t *p, line_t a, unsigned to)
+FORCED void line_store_part(uint8_t *p, line_t a, unsigned to)
 {
     uint8_t bytes[LINE];
     line_store(bytes, a);
     memcpy(p, bytes, to);
 }
-static inline void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
+FORCED void line_copy_part(uint8_t *to, const uint8_t *from, uint64_t taken)
 {
     unsigned first = first_of(taken);
     memcpy(to + first, from + first, end_of(taken) - first);
