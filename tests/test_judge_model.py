@@ -57,6 +57,7 @@ CPUS = (  # (CPUID's XSAVE flags, features)
 @example("6.6", 0x7, CPUS[5], 0x7, 0x7, 0, 0, 0x1F80)
 @example("6.16", 0x800FF, CPUS[0], 0x7, 0x7, 0, 0, 0x1F80)
 @example("6.12.80", 0x602E7, CPUS[1], 0x2E7, 0x602E7, 0, 0, 0x1F80)
+@example("5.16", 0x3, CPUS[2], 0, 0, 0, 0, 0x21F80)
 def test_check_says_what_the_model_of_kvm_does(
     release, host_mask, cpu, guest_mask, xstate_bv, xcomp_bv, reserved, mxcsr
 ):

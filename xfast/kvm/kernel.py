@@ -106,7 +106,9 @@ class Kernel:
 def supported_xcr0(host: Host, behaviours: Behaviours, enabled: int) -> int:
     """Return KVM's supported_xcr0 on a host whose kernel enables `enabled` (masks).
 
-    What the host says of its KVM, as far as the behaviours allow it.
+    What the host says of its KVM, as far as the behaviours allow it; nothing without XSAVE.
     """
+    if not host.uses_xsave(behaviours):
+        return 0
     derived = kvm_supported_xcr0(behaviours, enabled, host.vendor)
     return derived if host.kvm_xcr0 is None else derived & host.kvm_xcr0
