@@ -224,6 +224,30 @@ def test_bad_targets():
         area.diff(GOOD, GOOD[:2], INTEL)
     with pytest.raises(ValueError, match="areas: got a read-only array"):
         area.keep(bytes(2752), INTEL, 7)
+    with pytest.raises(ValueError, match="foreign_pkru: got compacted results"):
+        area.converter(INTEL, INTEL, xcomp_bv=0x207, foreign_pkru=True)
+
+
+def test_areas_that_plans_do_not_reach():
+    huge = np.empty((1, 1 << 30), np.uint8)  # of which only the header is touched
+    huge[0, 512:576] = 0
+    with pytest.raises(ValueError, match="out: got areas of 1073741824 bytes, needed less than"):
+        area.relayout(GOOD[:1], INTEL, INTEL, out=huge)
+    with pytest.raises(ValueError, match="into: got areas of 1073741824 bytes, needed less than"):
+        area.set_uabi(huge, INTEL, GOOD[:1].copy(), user_xfeatures=7, mxcsr_mask=0)
+
+
+def test_no_areas_touch_nothing():
+    """An empty slice still points at its array; the plan for what lies there may be at hand."""
+    src = GOOD.copy()
+    src[:, 512] = 7
+    for call in (area.converter(INTEL, INTEL).convert, area.merger(INTEL, INTEL).merge):
+        out = GOOD.copy()
+        call(src[0], out[0])
+        out[:, :512] = 0xEE
+        before = out.tobytes()
+        call(src[:0], out[:0])
+        assert out.tobytes() == before
 
 
 def test_bad_numbers():

@@ -165,6 +165,8 @@ def test_moved_tells_place_and_size_but_not_absence():
         ([(2, 256, 0xFFFFFFFF)], "offset 4294967295"),
         ([(2, 256, 576), (3, 64, 831)], "overlap"),
         ([(2, 256, 576), (19, 128, 576)], "overlap"),
+        ([(3, 64, 960), (9, 8, 2688), (19, 4096, 960)], "overlap"),
+        ([(11, 1999, 1, True)], "offset 1"),
     ],
 )
 def test_impossible_layout_is_refused(slots, complaint):

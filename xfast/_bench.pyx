@@ -84,13 +84,16 @@ def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t
     rows(&w, out, "out", True)
     cdef const uint8_t *s = r.data
     cdef uint8_t *d = w.data
-    cdef bint one = r.n == 1
+    cdef bint one
     cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
     fill_job(&job, &r, &w)
+    one = r.n == 1 and not job.stream
     job.cache = cache = acquire(how, r.size, w.size, True)
+    if cache == NULL:
+        raise MemoryError
     start = now()
     for _i in range(times):
         if not (one and loops.convert_one(cache, s, d)):
@@ -107,13 +110,16 @@ def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t tim
     rows(&w, into, "into", True)
     cdef const uint8_t *s = r.data
     cdef uint8_t *d = w.data
-    cdef bint one = r.n == 1
+    cdef bint one
     cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
     how.fill_job(&job, &r, &w)
+    one = r.n == 1 and not job.stream
     job.cache = cache = acquire(how, r.size, w.size, True)
+    if cache == NULL:
+        raise MemoryError
     start = now()
     for _i in range(times):
         if not (one and loops.merge_one(cache, s, d)):

@@ -33,6 +33,7 @@ cdef enum:
     STEPS = 4 * PARTS + 16
     BLENDS = 2 * PARTS + 16
     LONG_ROW = 8192  # bytes; AMD's hardware fetches these ahead better than we do
+    ROW_LIMIT = 1 << 30  # bytes; plans count in 32 bits
     SMALL = 1 << 16  # bytes below which letting go of the GIL costs more than it gives
 
 
@@ -161,16 +162,16 @@ cdef void add_run(Draft *draft, bint copied, uint32_t dst, uint32_t src) noexcep
     cdef step_t *last = draft.step + draft.plan.steps - 1
     cdef uint32_t kind = COPY if copied else ZERO
     if not (
-        draft.plan.steps and (last.code <= ZERO) == copied and last.dst == dst
-        and (last.src == src or not copied)
+        draft.plan.steps and (last.code <= ZERO) == copied and last.dst_end == dst
+        and (last.src_end == src or not copied)
     ):
         last += 1
         last[0] = step_t(kind, 0, 0, 0)
         draft.plan.steps += 1
     last.lines += 1
     last.code = kind + min(last.lines, <uint32_t>STEP_LINES)
-    last.dst = dst + LINE
-    last.src = src + LINE
+    last.dst_end = dst + LINE
+    last.src_end = src + LINE
     if last.lines > STEP_LINES:
         draft.plan.simple = False
 
@@ -251,7 +252,7 @@ cdef void add_blends(Draft *draft, const Config *config, bint packed) noexcept n
     draft.step[plan.steps] = step_t(BLEND + min(plan.blends, <uint32_t>STEP_BLENDS), 0, 0, 0)
     if plan.blends > STEP_BLENDS or packed or plan.lost or plan.pkru:
         plan.simple = False
-    if config.merge:  # and each blend is a part by itself
+    if config.merge:  # which makes each blend by itself, plain or not
         if config.validate and (plan.key[0] & ~config.user_xfeatures or plan.key[1]):
             plan.simple = False
     elif not plan.plain:
@@ -265,21 +266,21 @@ cdef void draw(
     cdef uint32_t line, p = 0, i, start
     cdef uint32_t end = draft.end + phase
     cdef Part *part
-    cdef bint plain
+    cdef bint bare
     draft.plan.plain = draft.plan.simple = True
     for line in range(0, end, 64):
         while p < draft.parts and draft.part[p].dst + draft.part[p].size + phase <= line:
             p += 1
         part = &draft.part[p]
-        plain = write_constants(draft, line, phase, NULL) == 0
+        bare = write_constants(draft, line, phase, NULL) == 0
         if p == draft.parts or part.dst + phase >= line + LINE:
             if config.merge:
                 continue
-            if line >= phase and line + LINE <= end and plain:
+            if line >= phase and line + LINE <= end and bare:
                 add_run(draft, False, line, 0)
                 continue
         elif (
-            plain and part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
+            bare and part.dst + phase <= line and line + LINE <= part.dst + phase + part.size
         ):
             add_run(draft, True, line, part.src + line - part.dst - phase)
             continue
@@ -436,7 +437,7 @@ cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil:
 cdef void convert_rows(Job *job) noexcept nogil:
     """Convert many rows, or one as fast as can be."""
     if (
-        job.n > 1 or job.stream or job.lost or job.pkru
+        job.n != 1 or job.stream or job.lost or job.pkru
         or not loops.convert_one(job.cache, job.src, job.dst)
     ):
         loops.convert(job)
@@ -445,7 +446,7 @@ cdef void convert_rows(Job *job) noexcept nogil:
 cdef void merge_rows(Job *job) noexcept nogil:
     """Merge many rows, or one as fast as can be."""
     if (
-        job.n > 1 or job.stream or job.lost or job.status
+        job.n != 1 or job.stream or job.lost or job.status
         or not loops.merge_one(job.cache, job.src, job.dst)
     ):
         loops.merge(job)
@@ -454,6 +455,11 @@ cdef void merge_rows(Job *job) noexcept nogil:
 cdef int check_pair(const Rows *src, str src_name, const Rows *dst, str dst_name) except -1:
     if dst.n != src.n:
         raise ValueError(f"{dst_name}: got {dst.n} areas, needed {src.n}, as many as {src_name}")
+    if max(src.size, dst.size) >= ROW_LIMIT:
+        raise ValueError(
+            f"{dst_name}: got areas of {max(src.size, dst.size)} bytes, "
+            f"needed less than {ROW_LIMIT}"
+        )
     if overlap(src, dst):
         raise ValueError(
             f"{dst_name}: got memory that {src_name} uses too, needed separate memory"
@@ -497,6 +503,8 @@ cdef class Converter(Plans):
         self.config.foreign_pkru = foreign_pkru
         self.config.mxcsr_mask = mxcsr_mask
         self.config.software = software
+        if foreign_pkru and (xcomp_bv or ragged):
+            raise ValueError("foreign_pkru: got compacted results, needed the standard format")
         if foreign_pkru and target.slots.offset[9] % 8:
             raise ValueError(
                 f"target: got PKRU at {target.slots.offset[9]}, needed a multiple of 8"

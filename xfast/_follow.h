@@ -10,7 +10,7 @@
 #include "_simd.h"
 
 enum {
-    COPY = 0,   /* COPY + n: copy n lines */
+    COPY = 0,   /* COPY + n: copy n lines; up to ZERO */
     ZERO = 32,  /* ZERO + n: zero n lines */
     BLEND = 65, /* BLEND + n: make all blends of the plan, n of them; the last step */
     STEP_LINES = ZERO - COPY, /* at most */
@@ -19,8 +19,8 @@ enum {
 
 typedef struct {
     uint32_t code;
-    uint32_t dst, src; /* bytes into the rows to where the lines end */
-    uint32_t lines;    /* how many, should they be too many for a code */
+    uint32_t dst_end, src_end; /* bytes into the rows */
+    uint32_t lines; /* how many, should they be too many for a code */
 } step_t;
 
 typedef struct { /* a line of which only a part comes from the source, or nothing */
@@ -63,8 +63,8 @@ FORCED void follow(
     const step_t *step, const blend_t *blend, const uint8_t *src, uint8_t *dst, int into)
 {
     for (;;) {
-        const uint8_t *from = src + step->src;
-        uint8_t *to = dst + step->dst;
+        const uint8_t *from = src + step->src_end;
+        uint8_t *to = dst + step->dst_end;
         switch ((step++)->code) {
         DOWN_FROM_32(COPY_LINE)
             continue;

@@ -13,8 +13,8 @@ cdef extern from "_follow.h" nogil:
         STEP_BLENDS
     ctypedef struct step_t:
         uint32_t code
-        uint32_t dst
-        uint32_t src
+        uint32_t dst_end
+        uint32_t src_end
         uint32_t lines
     ctypedef struct blend_t:
         uint8_t value[64]

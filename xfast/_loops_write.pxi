@@ -20,9 +20,11 @@ cdef inline void walk(
     for _i in range(plan.steps):
         size = <size_t>step.lines * LINE
         if step.code <= ZERO:
-            copy_lines(dst + step.dst - size, src + step.src - size, step.lines, stream)
+            copy_lines(
+                dst + step.dst_end - size, src + step.src_end - size, step.lines, stream
+            )
         else:
-            zero_lines(dst + step.dst - size, step.lines, stream)
+            zero_lines(dst + step.dst_end - size, step.lines, stream)
         step += 1
     if not into and not plan.plain:
         weave(plan, src, dst, carry, stream)

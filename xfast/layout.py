@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import combinations
 from typing import NamedTuple
 
 from xfast.errors import LayoutError
@@ -76,13 +76,13 @@ class Layout:
                     f"layout: component {slot.nr} ({name_of(slot.nr)}) has size {slot.size} and "
                     f"offset {slot.offset}, needed 1 to {COMPONENT_LIMIT}"
                 )
-            if not slot.supervisor and slot.offset < EXTENDED_OFFSET:
+            if slot.offset < EXTENDED_OFFSET and (slot.offset or not slot.supervisor):
                 raise LayoutError(
                     f"layout: component {slot.nr} ({name_of(slot.nr)}) at offset {slot.offset}, "
                     f"needed {EXTENDED_OFFSET} or more"
                 )
         ends.sort()
-        for (_, end, one), (start, _, two) in pairwise(ends):
+        for (_, end, one), (start, _, two) in combinations(ends, 2):
             if start < end and {one.nr, two.nr} not in ({3, 19}, {4, 19}):
                 raise LayoutError(
                     f"layout: components {one.nr} ({name_of(one.nr)}) and {two.nr} "
