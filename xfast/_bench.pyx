@@ -115,7 +115,7 @@ def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t tim
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
-    how.fill_job(&job, &r, &w)
+    fill_job(&job, &r, &w)
     one = r.n == 1 and not job.stream
     job.cache = cache = acquire(how, r.size, w.size, True)
     if cache == NULL:

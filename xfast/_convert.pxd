@@ -37,7 +37,7 @@ cdef class Converter(Plans):
     pass
 
 cdef class Merger(Plans):
-    cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil
+    pass
 
 cdef Cache *acquire(
     Plans plans, Py_ssize_t src_size, Py_ssize_t dst_size, bint gil

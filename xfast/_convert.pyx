@@ -138,10 +138,12 @@ cdef void choose(
         draft.end = min((draft.end + LINE - 1) & ~<uint32_t>(LINE - 1), cache.dst_size)
     if config.merge:
         draft.plan.kept = ~config.mask
-        draft.plan.validate = config.validate
-        draft.plan.mxcsr_mask = (
-            config.mxcsr_mask if config.validate and bv & (FP | SSE | AVX) else <uint32_t>-1
-        )
+        draft.plan.mxcsr_mask = <uint32_t>-1
+        if config.validate:
+            draft.plan.validate = True
+            draft.plan.fault = 1 if bv & ~config.user_xfeatures else 2 if key[1] else 0
+            if bv & (FP | SSE | AVX):
+                draft.plan.mxcsr_mask = config.mxcsr_mask
         return
     add_constant(draft, 0, 0 if have & FP else FCW_INIT)
     if not mxcsr:
@@ -252,10 +254,7 @@ cdef void add_blends(Draft *draft, const Config *config, bint packed) noexcept n
     draft.step[plan.steps] = step_t(BLEND + min(plan.blends, <uint32_t>STEP_BLENDS), 0, 0, 0)
     if plan.blends > STEP_BLENDS or packed or plan.lost or plan.pkru:
         plan.simple = False
-    if config.merge:  # which makes each blend by itself, plain or not
-        if config.validate and (plan.key[0] & ~config.user_xfeatures or plan.key[1]):
-            plan.simple = False
-    elif not plan.plain:
+    if not plan.plain and not config.merge:  # which makes each blend by itself
         plan.simple = False
 
 
@@ -422,12 +421,11 @@ cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil:
     job.dst_stride = dst.stride
     job.n = src.n
     job.cache = NULL
-    job.stream = job.no_memory = job.validate = False
+    job.stream = job.no_memory = False
     job.ahead = 0
-    job.failed = job.mask = job.user_xfeatures = 0
+    job.failed = 0
     job.lost = NULL
     job.pkru = job.status = NULL
-    job.mxcsr_mask = 0
     if src.n * (src.size + dst.size) > stream_above:
         job.stream = (<size_t>dst.data | <size_t>dst.stride) & (LINE - 1) == 0
         if src.size < LONG_ROW or not cpu_is_amd():
@@ -596,7 +594,7 @@ cdef class Merger(Plans):
         rows(&r, src, "src", False)
         rows(&w, into, "into", True)
         check_pair(&r, "src", &w, "into")
-        self.fill_job(&job, &r, &w)
+        fill_job(&job, &r, &w)
         if status is not None:
             job.status = <uint32_t *>vector(status, "status", cnp.NPY_UINT32, r.n)
         job.cache = acquire(self, r.size, w.size, True)
@@ -611,13 +609,6 @@ cdef class Merger(Plans):
         if job.no_memory:
             raise MemoryError
         return job.failed
-
-    cdef void fill_job(self, Job *job, const Rows *src, const Rows *dst) noexcept nogil:
-        fill_job(job, src, dst)
-        job.mask = self.config.mask
-        job.validate = self.config.validate
-        job.user_xfeatures = self.config.user_xfeatures
-        job.mxcsr_mask = self.config.mxcsr_mask
 
 
 def swap(
@@ -637,8 +628,8 @@ def swap(
     check_pair(&live, "registers", &old, "leave")
     check_pair(&new, "enter", &live, "registers")
     check_pair(&new, "enter", &old, "leave")
-    save.fill_job(&out, &live, &old)
-    load.fill_job(&into, &new, &live)
+    fill_job(&out, &live, &old)
+    fill_job(&into, &new, &live)
     out.lost = <uint64_t *>vector(lost, "lost", cnp.NPY_UINT64, live.n)
     out.cache = acquire(save, live.size, old.size, True)
     into.cache = acquire(load, new.size, live.size, True)
@@ -679,7 +670,7 @@ cdef uint64_t merge_one(
     cdef Rows r = Rows(<uint8_t *>src, 1, src_size, src_size)
     cdef Rows w = Rows(dst, 1, dst_size, dst_size)
     cdef Job job
-    how.fill_job(&job, &r, &w)
+    fill_job(&job, &r, &w)
     job.cache = acquire(how, src_size, dst_size, False)
     if job.cache == NULL:
         return bit(63)

@@ -190,23 +190,17 @@ cdef void close_carry(const Job *job, const uint8_t *carry) noexcept nogil:
     memcpy(job.dst + job.n * job.dst_stride - n, carry, n)
 
 
-cdef inline bint reserved(const uint8_t *row) noexcept nogil:
-    """Whether one of the header's reserved bytes is not 0."""
-    return line_any(line_merge(line_zero(), row + LEGACY, ~<uint64_t>0xFFFF, True))
-
-
-cdef inline uint32_t fault_of(const Job *job, const uint8_t *row) noexcept nogil:
+cdef inline uint32_t fault_of(const Plan *plan, const uint8_t *row) noexcept nogil:
     """What KVM_SET_XSAVE would object to; codes of `xfast.area.UabiFault`."""
-    cdef uint64_t bv = load64(row + LEGACY)
-    if bv & ~job.user_xfeatures:
-        return 1
-    if load64(row + LEGACY + 8):
-        return 2
-    if reserved(row):
+    if plan.fault:
+        return plan.fault
+    if plan.validate and line_any(
+        line_merge(line_zero(), row + LEGACY, ~<uint64_t>0xFFFF, True)
+    ):
         return 3
-    if bv & (FP | SSE | AVX) and load32(row + 24) & ~job.mxcsr_mask:
+    if load32(row + 24) & ~plan.mxcsr_mask:
         return 4
-    return 0
+    return 5 if plan.lost else 0
 
 
 cdef inline Plan *merge_plan(const Job *job, Py_ssize_t i) noexcept nogil:
@@ -218,9 +212,7 @@ cdef inline Plan *merge_plan(const Job *job, Py_ssize_t i) noexcept nogil:
 cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream) noexcept nogil:
     cdef const uint8_t *src = job.src + i * job.src_stride
     cdef uint8_t *dst = job.dst + i * job.dst_stride
-    cdef uint32_t fault = fault_of(job, src) if job.validate else 0
-    if plan.lost and not fault:
-        fault = 5
+    cdef uint32_t fault = fault_of(plan, src)
     if job.status:
         job.status[i] = fault
     if job.lost:
@@ -229,7 +221,7 @@ cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream
         job.failed |= fault
         return
     walk(plan, src, dst, NULL, True, stream)
-    store64(dst + LEGACY, (load64(dst + LEGACY) & ~job.mask) | plan.stored)
+    store64(dst + LEGACY, (load64(dst + LEGACY) & plan.kept) | plan.stored)
 
 
 cdef void merge(Job *job) noexcept nogil:
@@ -267,7 +259,7 @@ cdef bint merge_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexce
     if (
         plan
         and matches(plan, load64(src + LEGACY), load64(src + LEGACY + 8), load64(dst + LEGACY + 8))
-        and not load32(src + 24) & ~plan.mxcsr_mask and not (plan.validate and reserved(src))
+        and not fault_of(plan, src)
     ):
         follow(steps_of(plan), blends_of(plan), src, dst, True)
         store64(dst + LEGACY, (load64(dst + LEGACY) & plan.kept) | plan.stored)

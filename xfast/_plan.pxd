@@ -29,6 +29,7 @@ cdef struct Plan:
     void *blend  # blend_t
     # merge only
     uint64_t kept  # of the target's XSTATE_BV
+    uint32_t fault  # of every source with this header; UabiFault
     bint validate  # the header's reserved bytes
     uint32_t mxcsr_mask  # bits that MXCSR may have
     Range *read  # source lines to fetch
@@ -63,7 +64,3 @@ cdef struct Job:
     const uint32_t *pkru  # n values, or NULL
     # merge only
     uint32_t *status  # out, or NULL: UabiFault, n codes
-    uint64_t mask  # what `dst` has of these is replaced
-    bint validate
-    uint64_t user_xfeatures
-    uint32_t mxcsr_mask
