@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard xfast/*.pyx xfast/*.pxd xfast/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd xfast/engine/*.py[xi] xfast/engine/*.px[di] xfast/engine/*.h)
 
 .PHONY: demo test lint bench clean
 
@@ -31,7 +31,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
 
 clean:
-	rm -rf $(VENV) build xfast/_*.c xfast/*.so *.egg-info
+	rm -rf $(VENV) build xfast/_core.c xfast/engine/*.c xfast/*.so xfast/engine/*.so *.egg-info
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

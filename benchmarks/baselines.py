@@ -7,7 +7,7 @@ from struct import Struct
 
 import numpy as np
 
-from xfast.features import bits
+from xfast.xsave.features import bits
 
 MASK = 0x2E7
 MXCSR_MASK = 0xFFFF

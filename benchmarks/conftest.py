@@ -2,8 +2,9 @@
 
 import pytest
 
-from xfast import _bench, area
 from xfast.bench.engine import INTEL, fill, machine
+from xfast.engine import clock
+from xfast.xsave import area
 
 
 @pytest.fixture(params=["mixed", "full"])
@@ -44,8 +45,8 @@ def measure(benchmark, areas, n, mix):
         benchmark.group = f"{n} {mix}"
         limit = area.empty(n, 4096)
         source, target = areas.reshape(-1), limit.reshape(-1)
-        copies = [_bench.copy(source, target, n > 2048) for _ in range(5)]
-        reads = [_bench.read(source) for _ in range(5)]
+        copies = [clock.copy(source, target, n > 2048) for _ in range(5)]
+        reads = [clock.read(source) for _ in range(5)]
         benchmark.extra_info.update(
             areas=n, mix=mix, copy_ns=min(copies) / n * 1e9, read_ns=min(reads) / n * 1e9
         )

@@ -5,7 +5,7 @@ import pytest
 import reference
 from baselines import MASK, MXCSR_MASK
 
-from xfast import area
+from xfast.xsave import area
 
 
 def check(areas, status):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from xfast import area
 from xfast.bench.engine import INTEL, KVM_MASK, fill
+from xfast.xsave import area
 
 
 @pytest.fixture(scope="module")

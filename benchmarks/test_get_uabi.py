@@ -5,8 +5,8 @@ import pytest
 import reference
 from baselines import HOST, MASK, MXCSR_MASK
 
-from xfast import area
 from xfast.bench.engine import INTEL
+from xfast.xsave import area
 
 
 def check(areas, out):

@@ -4,8 +4,8 @@ import baselines
 import pytest
 import reference
 
-from xfast import area
 from xfast.bench.engine import INTEL
+from xfast.xsave import area
 
 KEPT = 0x7
 

@@ -3,9 +3,9 @@
 import pytest
 import reference
 
-from xfast import area
 from xfast.bench.engine import COMPACTED, INTEL, fill
-from xfast.layout import preset
+from xfast.xsave import area
+from xfast.xsave.layout import preset
 
 ZEN4 = preset("amd-zen4")
 

@@ -5,9 +5,9 @@ import pytest
 import reference
 from baselines import MASK, MXCSR_MASK
 
-from xfast import area
 from xfast.bench.engine import INTEL, fill
-from xfast.features import SUPERVISOR_MASK
+from xfast.xsave import area
+from xfast.xsave.features import SUPERVISOR_MASK
 
 
 @pytest.fixture

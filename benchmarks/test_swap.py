@@ -3,8 +3,8 @@
 import numpy as np
 import reference
 
-from xfast import area
 from xfast.bench.engine import INTEL, fill
+from xfast.xsave import area
 
 
 def test_xfast(measure, areas, n):

@@ -5,8 +5,8 @@ import pytest
 import reference
 from baselines import MASK
 
-from xfast import area
 from xfast.bench.engine import INTEL
+from xfast.xsave import area
 
 
 def check(areas, used, early):

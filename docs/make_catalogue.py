@@ -14,12 +14,12 @@ import json
 import sys
 from pathlib import Path
 
-from xfast.cpuid import FEATURES, XSAVE_FEATURES, Cpuid, Entry
 from xfast.hosts import Host, load
 from xfast.hosts.baseline import QEMU_NAMES
 from xfast.hosts.derive import from_cpuid
 from xfast.hosts.description import to_toml
-from xfast.layout import PRESETS
+from xfast.xsave.cpuid import FEATURES, XSAVE_FEATURES, Cpuid, Entry
+from xfast.xsave.layout import PRESETS
 
 DUMPS = {
     "intel-core2": "libvirt/x86_64-cpuid-Core2-E6850.xml",

@@ -7,20 +7,20 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "xfast.area": (
+    "xfast.xsave.area": (
         "empty", "headers", "classify", "keep", "relayout", "diff", "compact", "expand",
         "get_uabi", "set_uabi", "swap", "audit", "xinuse",
     ),
-    "xfast.judge": ("check",),
-    "xfast.repair": ("plan_fix", "fix_areas"),
-    "xfast.verdict": ("Finding", "Policy", "Verdict"),
+    "xfast.judge.judgement": ("check",),
+    "xfast.repair.plan": ("plan_fix", "fix_areas"),
+    "xfast.judge.verdict": ("Finding", "Policy", "Verdict"),
     "xfast.snapshots": ("read",),
     "xfast.snapshots.model": ("Snapshot", "Vcpu"),
     "xfast.hosts": ("resolve",),
     "xfast.hosts.model": ("Host",),
-    "xfast.layout": ("Layout", "preset"),
-    "xfast.cpuid": ("Cpuid",),
-    "xfast.registers": ("Registers",),
+    "xfast.xsave.layout": ("Layout", "preset"),
+    "xfast.xsave.cpuid": ("Cpuid",),
+    "xfast.xsave.registers": ("Registers",),
     "xfast.errors": ("XfastError", "FormatError", "LayoutError", "PolicyError"),
 }  # fmt: skip
 

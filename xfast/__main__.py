@@ -2,6 +2,6 @@
 
 import sys
 
-from xfast.cli import main
+from xfast.cli.main import main
 
 sys.exit(main())

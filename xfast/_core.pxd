@@ -1,15 +1,15 @@
 """What Cython code elsewhere may cimport: layouts as C structs, and functions on one area.
 
 None of these functions raises; all run without the GIL. `size` is the bytes of the area: not
-one byte beyond is read or written. See also `xfast._convert`.
+one byte beyond is read or written. See also `xfast.engine.convert`.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cimport numpy as cnp
 
-from xfast._area cimport Slots
-from xfast._loops cimport Loops
+from xfast.engine.area cimport Slots
+from xfast.engine.loops cimport Loops
 
 cdef const Loops *loops
 cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches

@@ -17,10 +17,10 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
-from xfast._area cimport EXTENDED, FP, LEGACY, SSE, Slots, bit, load32, load64
-from xfast._loops cimport Loops, Scan
-from xfast._plan cimport RING
-from xfast._simd cimport widest_isa
+from xfast.engine.area cimport EXTENDED, FP, LEGACY, SSE, Slots, bit, load32, load64
+from xfast.engine.loops cimport Loops, Scan
+from xfast.engine.plan cimport RING
+from xfast.engine.simd cimport widest_isa
 
 import os
 from importlib import import_module
@@ -43,7 +43,7 @@ def _isa() -> str:
 
 ISA = _isa()
 loops = <const Loops *>PyCapsule_GetPointer(
-    import_module(f"xfast._loops_{ISA}").loops(), "xfast.loops"
+    import_module(f"xfast.engine.loops_{ISA}").loops(), "xfast.loops"
 )
 
 stream_above = 16 << 20
@@ -68,7 +68,7 @@ cdef class Table:
     Parameters
     ----------
     slots : iterable of (nr, size, offset, supervisor, align64, ...)
-        Extended components, as in `xfast.layout.Slot`.
+        Extended components, as in `xfast.xsave.layout.Slot`.
     """
 
     def __cinit__(self, slots):
@@ -114,7 +114,7 @@ cdef inline Scan scan_one(const uint8_t *area, Py_ssize_t size, void *out) noexc
 cdef uint32_t audit_one(
     const uint8_t *area, Py_ssize_t size, uint64_t mask, uint32_t mxcsr_mask
 ) noexcept nogil:
-    """Return `xfast.area.Audit` flags."""
+    """Return `xfast.xsave.area.Audit` flags."""
     cdef uint8_t flags = 0
     cdef Scan scan = scan_one(area, size, &flags)
     scan.mask = mask
@@ -126,7 +126,7 @@ cdef uint32_t audit_one(
 cdef uint64_t xinuse_one(
     const uint8_t *area, Py_ssize_t size, const Slots *slots, bint early
 ) noexcept nogil:
-    """Return the components whose bytes are not their init value, as `xfast.area.xinuse`."""
+    """Return the components whose bytes are not their init value, as `xfast.xsave.area.xinuse`."""
     cdef uint64_t used = 0
     cdef Scan scan = scan_one(area, size, &used)
     scan.slots = slots
@@ -139,7 +139,7 @@ cdef uint64_t diff_one(
     const uint8_t *one, Py_ssize_t size, const Slots *slots,
     const uint8_t *two, Py_ssize_t two_size, const Slots *two_slots,
 ) noexcept nogil:
-    """Return the components whose values differ, as `xfast.area.diff`."""
+    """Return the components whose values differ, as `xfast.xsave.area.diff`."""
     cdef uint64_t differing = 0
     cdef Scan scan = scan_one(one, size, &differing)
     scan.slots = slots
@@ -223,7 +223,7 @@ def classify(cnp.ndarray areas, Table table not None, cnp.ndarray masks):
 
 
 def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray status):
-    """Check header and MXCSR of every area; `status` receives `xfast.area.Audit` flags."""
+    """Check header and MXCSR of every area; `status` receives `xfast.xsave.area.Audit` flags."""
     cdef Scan scan = scan_of(areas, "areas", False, None)
     scan.mask = mask
     scan.mxcsr_mask = mxcsr_mask

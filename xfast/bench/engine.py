@@ -23,10 +23,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from xfast import _bench, _convert, _core, _memory, area
-from xfast.features import XCOMP_BV_COMPACTED
-from xfast.layout import Layout, preset
-from xfast.rows import DEFAULT_THREADS, Areas
+from xfast import _core
+from xfast.engine import clock, convert
+from xfast.engine import memory as pool
+from xfast.xsave import area
+from xfast.xsave.features import XCOMP_BV_COMPACTED
+from xfast.xsave.layout import Layout, preset
+from xfast.xsave.rows import DEFAULT_THREADS, Areas
 
 MIB = 1 << 20
 CHUNK = 64 * MIB
@@ -103,7 +106,7 @@ class Memory:
         self.turn = 0
 
     def _block(self, chunks: int) -> Areas:
-        return np.frombuffer(memoryview(_memory.Block(chunks * self.size, True)), np.uint8)
+        return np.frombuffer(memoryview(pool.Block(chunks * self.size, True)), np.uint8)
 
     def chunk(self, which: int, turn: int) -> Areas:
         """Return one chunk of the source (0) or target (1)."""
@@ -142,17 +145,17 @@ COMPACTED = XCOMP_BV_COMPACTED | 0x2E7
 
 
 @lru_cache
-def _get(layout: Layout = INTEL, to: Layout = INTEL, mask: int = KVM_MASK) -> _convert.Converter:
+def _get(layout: Layout = INTEL, to: Layout = INTEL, mask: int = KVM_MASK) -> convert.Converter:
     return area.converter(layout, to, mask=mask, mxcsr_mask=0xFFFF, software=0x2E7, kernel=True)
 
 
 @lru_cache
-def _compact() -> _convert.Converter:
+def _compact() -> convert.Converter:
     return area.converter(INTEL, INTEL, xcomp_bv=0)
 
 
 @lru_cache
-def _set() -> _convert.Merger:
+def _set() -> convert.Merger:
     return area.merger(INTEL, INTEL, user_xfeatures=KVM_MASK, mxcsr_mask=0xFFFF)
 
 
@@ -227,13 +230,13 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
             into = memory.chunk(1, turn)
             if case.both:  # the areas in the target are still needed
                 into = memory.scratch[turn % 4 * memory.size :][: memory.size]
-            return _bench.copy(memory.chunk(0, turn), into[: n * case.out_size], True)
+            return clock.copy(memory.chunk(0, turn), into[: n * case.out_size], True)
         if case.limit == "2 lines":
-            _bench.read(memory.chunk(1, turn))  # two lines of each area could stay in a cache
-            return _bench.touch(memory.chunk(0, turn)[: n * case.size].reshape(n, case.size))
-        seconds = _bench.read(memory.chunk(0, turn)[: n * case.size])
+            clock.read(memory.chunk(1, turn))  # two lines of each area could stay in a cache
+            return clock.touch(memory.chunk(0, turn)[: n * case.size].reshape(n, case.size))
+        seconds = clock.read(memory.chunk(0, turn)[: n * case.size])
         if case.limit == "read2":
-            seconds += _bench.read(memory.chunk(1, turn)[: n * case.size])
+            seconds += clock.read(memory.chunk(1, turn)[: n * case.size])
         return seconds
 
     def candidate() -> float:
@@ -241,7 +244,7 @@ def measure_cold(case: Cold, memory: Memory, samples: int) -> Row:
         rows = memory.chunk(0, turn)[: n * case.size].reshape(n, case.size)
         out = memory.chunk(1, turn)[: n * stride].reshape(n, stride)
         if case.limit == "2 lines":
-            _bench.read(out)
+            clock.read(out)
         start = time.perf_counter()
         case.run(rows, out)
         seconds = time.perf_counter() - start
@@ -297,12 +300,12 @@ def hot_rows(samples: int) -> Iterator[Row]:
         fill(image, INTEL, "full")
 
         def straight() -> float:
-            return _bench.copy(src[0], out[0], False, times)
+            return clock.copy(src[0], out[0], False, times)
 
         for op, run in (
-            ("get_uabi", lambda: _bench.convert(_get(), src, out, times)),
-            ("set_uabi", lambda: _bench.merge(_set(), src, image, times)),
-            ("compact", lambda: _bench.convert(_compact(), src, out, times)),
+            ("get_uabi", lambda: clock.convert(_get(), src, out, times)),
+            ("set_uabi", lambda: clock.merge(_set(), src, image, times)),
+            ("compact", lambda: clock.convert(_compact(), src, out, times)),
         ):
             yield bracket(
                 op, f"hot, {mix}, {size}", 0.95, straight, run, times, samples, "row copy"
@@ -317,7 +320,7 @@ def hot_rows(samples: int) -> Iterator[Row]:
     fill(many, INTEL, "mixed")
     yield bracket(
         "get_uabi", "batch of 1024 from Python", 0.95,
-        lambda: _bench.convert(_get(), many, results, 20),
+        lambda: clock.convert(_get(), many, results, 20),
         lambda: seconds_of(_get().convert, many, results, times=20), 20 * 1024, samples, "in core",
     )  # fmt: skip
 

@@ -13,9 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xfast.area import Areas, empty, headers
-from xfast.cpuid import Cpuid
-from xfast.features import (
+from xfast.hosts.model import Host
+from xfast.kvm import Kernel
+from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
+from xfast.kvm.instructions import INSTRUCTIONS, xrstor
+from xfast.kvm.processor import INTEL, Processor
+from xfast.xsave.area import Areas, empty, headers
+from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.features import (
     HEADER_SIZE,
     PKRU,
     PKRU_DEFAULT,
@@ -24,12 +29,7 @@ from xfast.features import (
     XFEATURE_MASK_FPSSE,
     bits,
 )
-from xfast.hosts.model import Host
-from xfast.instructions import INSTRUCTIONS, xrstor
-from xfast.kvm import Kernel
-from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
-from xfast.layout import Layout, preset
-from xfast.processor import INTEL, Processor
+from xfast.xsave.layout import Layout, preset
 
 HOST_XCR0 = 0x602E7
 """The modelled host: an Intel CPU with AVX-512, PKU and AMX, in Intel's layout."""

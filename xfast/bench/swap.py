@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xfast import _hw, area
 from xfast.bench import plot
 from xfast.bench.strategies import (
     COMPACTING,
@@ -39,10 +38,12 @@ from xfast.bench.strategies import (
     save_mask,
     skips,
 )
+from xfast.engine import hw
 from xfast.errors import XfastError
-from xfast.features import PKRU, bits, name_of, names_of
-from xfast.layout import Layout, from_leaf_d, recognise
-from xfast.report import SCHEMA, console
+from xfast.report.rows import SCHEMA, console
+from xfast.xsave import area
+from xfast.xsave.features import PKRU, bits, name_of, names_of
+from xfast.xsave.layout import Layout, from_leaf_d, recognise
 
 ROUNDS = 400
 ROWS = 32
@@ -98,11 +99,11 @@ class Machine:
     def __init__(self) -> None:
         self.xcr0, self.layout = 0, Layout(())
         self.instructions: frozenset[str] = frozenset()
-        if _hw.available():
-            _hw.request_permission(18)
-            self.xcr0 = _hw.xgetbv(0)
-            self.layout, _ = from_leaf_d({nr: _hw.cpuid(0xD, nr) for nr in range(64)})
-            extra = _hw.cpuid(0xD, 1)[0]
+        if hw.available():
+            hw.request_permission(18)
+            self.xcr0 = hw.xgetbv(0)
+            self.layout, _ = from_leaf_d({nr: hw.cpuid(0xD, nr) for nr in range(64)})
+            extra = hw.cpuid(0xD, 1)[0]
             names = enumerate(("xsaveopt", "xsavec", "xgetbv"))
             self.instructions = frozenset(name for bit, name in names if extra >> bit & 1)
 
@@ -132,7 +133,7 @@ class Machine:
         if strategy.unmodified:
             out_guest = in_guest
         restore = restore_mask(strategy, self.xcr0)
-        steps: list[_hw.Step] = []
+        steps: list[hw.Step] = []
         for one, two, three, four in (
             (in_host, out_host, in_guest, out_guest),
             (out_host, in_host, out_guest, in_guest),
@@ -145,7 +146,7 @@ class Machine:
                 if strategy.mask == "live":
                     steps.append(("xgetbv", None, 0))
                 steps.append((f"{strategy.save}64", target, mask))
-        if any(signal for signal, _, _ in _hw.run(steps)):
+        if any(signal for signal, _, _ in hw.run(steps)):
             raise AssertionError(f"{strategy.name}: an instruction faulted")
         for held, expected in (
             (in_host, host),
@@ -154,7 +155,7 @@ class Machine:
             (out_guest, given),
         ):
             check(strategy, area.diff(held, expected, self.layout) & ~PKRU)
-        return lambda: _hw.time(steps, ROUNDS) / ROUNDS / 2
+        return lambda: hw.time(steps, ROUNDS) / ROUNDS / 2
 
 
 def engine_trip(strategy: Strategy, guest: Guest) -> Trip:

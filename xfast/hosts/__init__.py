@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xfast.behaviour import Behaviours, of_release
 from xfast.errors import FormatError, XfastError
 from xfast.hosts.model import Host
+from xfast.kernels.behaviour import Behaviours, of_release
 
 __all__ = ["Host", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
 

@@ -10,10 +10,10 @@ from functools import reduce
 from operator import and_, or_
 from typing import Any
 
-from xfast.cpuid import FEATURES, PSABI_LEVELS
 from xfast.errors import XfastError
 from xfast.hosts.derive import common_layout
 from xfast.hosts.model import Host
+from xfast.xsave.cpuid import FEATURES, PSABI_LEVELS
 
 QEMU_MODEL_FEATURES = PSABI_LEVELS["x86-64"] | {"sep", "clflush", "pni", "cx16", "lahf_lm", "nx"}
 """What ``-cpu qemu64`` has without being asked (SVM apart, which is switched off)."""
@@ -65,7 +65,7 @@ def common(hosts: Sequence[Host], name: str = "baseline") -> Host:
 def qemu_cpu(features: Collection[str]) -> str:
     """Return the ``-cpu`` argument that gives a QEMU guest these features and no others.
 
-    Only what `xfast.cpuid.FEATURES` lists is considered.
+    Only what `xfast.xsave.cpuid.FEATURES` lists is considered.
     """
     add = sorted(set(features) - QEMU_MODEL_FEATURES - QEMU_LACKS)
     drop = sorted(QEMU_MODEL_FEATURES - set(features))

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xfast.behaviour import (
+from xfast.errors import FormatError, LayoutError
+from xfast.hosts.model import Host
+from xfast.kernels.behaviour import (
     BEHAVIOURS,
     Behaviours,
     kvm_supported_xcr0,
@@ -19,16 +21,14 @@ from xfast.behaviour import (
     user_supported,
     without_xfd,
 )
-from xfast.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
-from xfast.errors import FormatError, LayoutError
-from xfast.features import (
+from xfast.xsave.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
+from xfast.xsave.features import (
     COMPONENTS,
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     XFEATURE_MASK_FPSSE,
 )
-from xfast.hosts.model import Host
-from xfast.layout import Layout
+from xfast.xsave.layout import Layout
 
 NEWEST = Behaviours(frozenset(BEHAVIOURS))
 """The newest kernel: what a CPU is taken to run where its kernel is not known."""

@@ -12,12 +12,12 @@ import tomllib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from xfast.behaviour import Behaviours, of_release
-from xfast.cpuid import Cpuid, Entry
 from xfast.errors import FormatError
-from xfast.features import name_of
 from xfast.hosts.model import Host
-from xfast.layout import PRESETS, Layout, Slot, preset
+from xfast.kernels.behaviour import Behaviours, of_release
+from xfast.xsave.cpuid import Cpuid, Entry
+from xfast.xsave.features import name_of
+from xfast.xsave.layout import PRESETS, Layout, Slot, preset
 
 SCHEMA = "xfast/1"
 

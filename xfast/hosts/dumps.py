@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from xfast.behaviour import kvm_supported_xcr0
-from xfast.cpuid import ENTRY, Cpuid, Entry
 from xfast.errors import FormatError, LayoutError
-from xfast.features import SUPERVISOR_MASK
 from xfast.hosts.baseline import common
 from xfast.hosts.derive import NEWEST, from_cpuid, kernel_of
 from xfast.hosts.description import hosts_of, read_json, read_toml
 from xfast.hosts.firecracker import REGISTERS, read_fingerprint
 from xfast.hosts.model import Host
-from xfast.layout import Layout, Slot
+from xfast.kernels.behaviour import kvm_supported_xcr0
+from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
+from xfast.xsave.features import SUPERVISOR_MASK
+from xfast.xsave.layout import Layout, Slot
 
 KINDS = (
     "a host description (JSON, TOML), a CPUID dump (cpuid -r, InstLatx64, libvirt's <cpudata>, "

@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xfast.cpuid import FEATURES, Cpuid, Entry
 from xfast.errors import FormatError
-from xfast.features import TILEDATA
 from xfast.hosts.derive import from_cpuid, kernel_of
 from xfast.hosts.description import read_json
 from xfast.hosts.model import Host
+from xfast.xsave.cpuid import FEATURES, Cpuid, Entry
+from xfast.xsave.features import TILEDATA
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from xfast.behaviour import (
+from xfast.kernels.behaviour import (
     Behaviours,
     kvm_supported_xcr0,
     supervisor_supported,
@@ -13,9 +13,9 @@ from xfast.behaviour import (
     uses_xsave,
     without_xfd,
 )
-from xfast.cpuid import Cpuid
-from xfast.features import TILEDATA, XFEATURE_MASK_FPSSE
-from xfast.layout import Layout
+from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.features import TILEDATA, XFEATURE_MASK_FPSSE
+from xfast.xsave.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Host:
     mxcsr_mask : int or None
         The CPU's MXCSR_MASK.
     features : frozenset of str or None
-        CPUID features, by the names in `xfast.cpuid.FEATURES`; judge ISA differences by these.
-        Those that an OS switches at run time (osxsave, ospke) are never among them.
+        CPUID features, by the names in `xfast.xsave.cpuid.FEATURES`; judge ISA differences by
+        these. Those that an OS switches at run time (osxsave, ospke) are never among them.
     xsave : frozenset of str
         Of ``xsave``, ``xsaveopt``, ``xsavec``, ``xgetbv1``, ``xsaves``, ``xfd``, by CPUID.
     kernel : Behaviours or None
-        The kernel's behaviours; see `xfast.behaviour`.
+        The kernel's behaviours; see `xfast.kernels.behaviour`.
     xsave2_size : int or None
         Bytes that KVM_CHECK_EXTENSION(KVM_CAP_XSAVE2) reports.
     guest_permission : int or None

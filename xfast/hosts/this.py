@@ -19,28 +19,36 @@ from dataclasses import replace
 from fcntl import ioctl
 from typing import Any
 
-from xfast import _hw
-from xfast.behaviour import of_release
-from xfast.cpuid import ENTRY, Cpuid
+from xfast.engine import hw
 from xfast.errors import XfastError
-from xfast.features import AVX, KVM_XSAVE_SIZE, TILEDATA, XCOMP_BV_COMPACTED, XFEATURE_MASK_FPSSE
 from xfast.hosts.derive import from_cpuid, known_features
 from xfast.hosts.dumps import read_cpuid2
 from xfast.hosts.model import Host
+from xfast.kernels.behaviour import of_release
+from xfast.kernels.uapi import (
+    KVM_CAP_SYS_ATTRIBUTES,
+    KVM_CAP_XSAVE,
+    KVM_CAP_XSAVE2,
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_VCPU,
+    KVM_CREATE_VM,
+    KVM_GET_DEVICE_ATTR,
+    KVM_GET_SUPPORTED_CPUID,
+    KVM_GET_XSAVE,
+    KVM_GET_XSAVE2,
+    KVM_MAX_CPUID_ENTRIES,
+    KVM_SET_CPUID2,
+    KVM_SET_XSAVE,
+)
+from xfast.xsave.cpuid import ENTRY, Cpuid
+from xfast.xsave.features import (
+    AVX,
+    KVM_XSAVE_SIZE,
+    TILEDATA,
+    XCOMP_BV_COMPACTED,
+    XFEATURE_MASK_FPSSE,
+)
 
-KVM_CREATE_VM = 0xAE01
-KVM_CHECK_EXTENSION = 0xAE03
-KVM_GET_SUPPORTED_CPUID = 0xC008AE05
-KVM_CREATE_VCPU = 0xAE41
-KVM_SET_CPUID2 = 0x4008AE90
-KVM_GET_XSAVE2 = 0x9000AECF
-KVM_GET_XSAVE = 0x9000AEA4
-KVM_SET_XSAVE = 0x5000AEA5
-KVM_GET_DEVICE_ATTR = 0x4018AEE2
-KVM_CAP_XSAVE = 55
-KVM_CAP_XSAVE2 = 208
-KVM_CAP_SYS_ATTRIBUTES = 209
-KVM_MAX_CPUID_ENTRIES = 256
 MXCSR_MASK_OFFSET = 28
 
 PROBED = frozenset(
@@ -63,8 +71,8 @@ def this_host(name: str = "this") -> Host:
     host = from_cpuid(read_cpuid(), name, "this machine").with_kernel(of_release(release))
     read_here = {fact: "probed" for fact, how in host.provenance.items() if how == "dump"}
     host = host.replace(provenance=host.provenance | read_here)
-    if _hw.available():
-        host = _known(host, xcr0=_hw.xgetbv(0))
+    if hw.available():
+        host = _known(host, xcr0=hw.xgetbv(0))
     try:
         with ExitStack() as stack:
             return _ask_kvm(host, stack)
@@ -81,10 +89,10 @@ def read_cpuid() -> Cpuid:
 
     def rows() -> Iterator[tuple[int, int]]:
         for base in (0, 0x80000000):
-            for leaf in range(base, min(_hw.cpuid(base)[0], base + 0x3F) + 1):
+            for leaf in range(base, min(hw.cpuid(base)[0], base + 0x3F) + 1):
                 yield from ((leaf, subleaf) for subleaf in range(SUBLEAVES.get(leaf, 1)))
 
-    return Cpuid.from_rows({row: _hw.cpuid(*row) for row in rows()})
+    return Cpuid.from_rows({row: hw.cpuid(*row) for row in rows()})
 
 
 SUBLEAVES = {7: 3, 0xD: 63, 0x1E: 2}

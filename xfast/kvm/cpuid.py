@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xfast.behaviour import Behaviours
-from xfast.cpuid import Cpuid, Entry
-from xfast.features import PKRU
+from xfast.kernels.behaviour import Behaviours
+from xfast.kernels.uapi import CR4_OSXSAVE, CR4_PKE
+from xfast.xsave.cpuid import Cpuid, Entry
+from xfast.xsave.features import PKRU
 
 if TYPE_CHECKING:
     from xfast.kvm.vcpu import Vcpu
 
-CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
 
 XSAVEC_OR_XSAVES = 0b1010
 """CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""

@@ -2,7 +2,7 @@
 
 Containers, permissions and the swap, in the kernel's names. A register image is a real XSAVE
 area in the host's layout and format; the registers are a `xfast.processor.Processor`, moved by
-the instructions of `xfast.instructions`; user buffers are moved by the engine.
+the instructions of `xfast.kvm.instructions`; user buffers are moved by the engine.
 
 *Source*: Linux arch/x86/kernel/fpu/core.c and xstate.c; each function names its own.
 """
@@ -16,17 +16,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xfast import area
-from xfast.area import Areas
-from xfast.behaviour import (
+from xfast.errors import XfastError
+from xfast.hosts.model import Host
+from xfast.kernels.behaviour import (
     CET_S,
     Behaviours,
     supervisor_kept,
     supervisor_supported,
     user_supported,
 )
-from xfast.errors import XfastError
-from xfast.features import (
+from xfast.kvm.arguments import check_host, unsigned
+from xfast.kvm.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
+from xfast.kvm.processor import BY_VENDOR, Cpu, Processor
+from xfast.xsave import area
+from xfast.xsave.area import Areas
+from xfast.xsave.features import (
     FCW_INIT,
     HEADER_OFFSET,
     KVM_XSAVE_SIZE,
@@ -39,11 +43,7 @@ from xfast.features import (
     XFEATURE_MASK_USER_DYNAMIC,
     bits,
 )
-from xfast.hosts.model import Host
-from xfast.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
-from xfast.kvm.uapi import check_host, unsigned
-from xfast.layout import Layout
-from xfast.processor import BY_VENDOR, Cpu, Processor
+from xfast.xsave.layout import Layout
 
 FPU_GUEST_PERM_LOCKED = 1 << 63
 ARCH_GET_XCOMP_SUPP = 0x1021
@@ -456,7 +456,7 @@ class Fpu:
         return out
 
     def fpu_copy_uabi_to_guest_fpstate(self, guest: FpuGuest, buffer: Areas) -> None:
-        """Load a user buffer that has passed `xfast.behaviour.refusal` into a guest's image.
+        """Load a user buffer that `xfast.kernels.behaviour.refusal` passed into a guest's image.
 
         *Source*: Linux arch/x86/kernel/fpu/core.c fpu_copy_uabi_to_guest_fpstate(); before
         5.16, arch/x86/kvm/x86.c load_xsave().

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from xfast.area import headers
-from xfast.behaviour import BEHAVIOURS
-from xfast.features import AVX, XFEATURE_MASK_FPSSE, names_of
 from xfast.hosts.model import Host
+from xfast.kernels.behaviour import BEHAVIOURS
 from xfast.kvm.kernel import Kernel
 from xfast.kvm.migration import Migration, migrate
+from xfast.kvm.processor import Processor
 from xfast.kvm.vcpu import Vcpu
-from xfast.layout import preset
-from xfast.processor import Processor
+from xfast.xsave.area import headers
+from xfast.xsave.features import AVX, XFEATURE_MASK_FPSSE, names_of
+from xfast.xsave.layout import preset
 
 KERNELS = {
     "5.15": "KVM's own code",

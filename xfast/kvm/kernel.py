@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from xfast.behaviour import Behaviours, kvm_supported_xcr0, kvm_supported_xss, of_release
-from xfast.features import KVM_XSAVE_SIZE, XFEATURE_MASK_USER_DYNAMIC, XFEATURE_MASK_XTILE
 from xfast.hosts.model import Host
+from xfast.kernels.behaviour import Behaviours, kvm_supported_xcr0, kvm_supported_xss, of_release
 from xfast.kvm.fpu import Fpu
+from xfast.kvm.processor import Processor
 from xfast.kvm.vcpu import Vcpu
-from xfast.processor import Processor
+from xfast.xsave.features import KVM_XSAVE_SIZE, XFEATURE_MASK_USER_DYNAMIC, XFEATURE_MASK_XTILE
 
 
 class Kernel:

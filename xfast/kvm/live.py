@@ -21,34 +21,39 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from xfast import area
-from xfast.cpuid import ENTRY, Cpuid, Entry
-from xfast.features import KVM_XSAVE_SIZE, XFEATURE_MASK_USER_DYNAMIC
-from xfast.hosts.this import (
+from xfast.hosts.this import guest_supported
+from xfast.kernels.uapi import (
     KVM_CAP_XSAVE2,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_VCPU,
     KVM_CREATE_VM,
+    KVM_FPU,
+    KVM_GET_CPUID2,
+    KVM_GET_FPU,
+    KVM_GET_MSRS,
+    KVM_GET_SREGS,
+    KVM_GET_VCPU_MMAP_SIZE,
+    KVM_GET_XCRS,
     KVM_GET_XSAVE,
     KVM_GET_XSAVE2,
     KVM_MAX_CPUID_ENTRIES,
+    KVM_MAX_XCRS,
+    KVM_RUN,
     KVM_SET_CPUID2,
+    KVM_SET_FPU,
+    KVM_SET_MSRS,
+    KVM_SET_REGS,
+    KVM_SET_SREGS,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_XCRS,
     KVM_SET_XSAVE,
-    guest_supported,
 )
+from xfast.kvm.arguments import bytes_of, cpuid_of, unsigned, xcrs_of
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM, ARCH_REQ_XCOMP_PERM
-from xfast.kvm.uapi import KVM_FPU, KVM_MAX_XCRS, bytes_of, cpuid_of, unsigned, xcrs_of
-from xfast.layout import Layout
-
-KVM_GET_VCPU_MMAP_SIZE = 0xAE04
-KVM_SET_USER_MEMORY_REGION = 0x4020AE46
-KVM_RUN = 0xAE80
-KVM_GET_SREGS, KVM_SET_SREGS = 0x8138AE83, 0x4138AE84
-KVM_SET_REGS = 0x4090AE82
-KVM_GET_MSRS, KVM_SET_MSRS = 0xC008AE88, 0x4008AE89
-KVM_GET_FPU, KVM_SET_FPU = 0x81A0AE8C, 0x41A0AE8D
-KVM_GET_CPUID2 = 0xC008AE91
-KVM_GET_XCRS, KVM_SET_XCRS = 0x8188AEA6, 0x4188AEA7
+from xfast.xsave import area
+from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
+from xfast.xsave.features import KVM_XSAVE_SIZE, XFEATURE_MASK_USER_DYNAMIC
+from xfast.xsave.layout import Layout
 
 ARCH_PRCTL = 158
 """The system call's number."""

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xfast import area
-from xfast.behaviour import Behaviours
-from xfast.features import (
+from xfast.hosts.model import Host
+from xfast.kernels.behaviour import Behaviours
+from xfast.kernels.uapi import MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
+from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
+from xfast.kvm.kernel import Kernel
+from xfast.kvm.vcpu import Vcpu
+from xfast.xsave import area
+from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
     PKRU,
     SSE,
@@ -18,12 +23,7 @@ from xfast.features import (
     XFEATURE_MASK_USER_DYNAMIC,
     names_of,
 )
-from xfast.hosts.model import Host
-from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
-from xfast.kvm.kernel import Kernel
-from xfast.kvm.msrs import MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS
-from xfast.kvm.vcpu import Vcpu
-from xfast.layout import Layout
+from xfast.xsave.layout import Layout
 
 MSRS = {"IA32_XSS": MSR_IA32_XSS, "IA32_XFD": MSR_IA32_XFD, "IA32_XFD_ERR": MSR_IA32_XFD_ERR}
 """What belongs to the FPU, besides CET's, of the MSRs that KVM tells VMMs to save.

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from xfast.instructions import CET_RESERVED, CET_SUPPRESS, CET_TRACKER
-from xfast.processor import Processor, sign_extend
+from xfast.kernels.uapi import MSR_IA32_U_CET
+from xfast.kvm.instructions import CET_RESERVED, CET_SUPPRESS, CET_TRACKER
+from xfast.kvm.processor import Processor, sign_extend
 
-MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS = 0x1C4, 0x1C5, 0xDA0
-MSR_IA32_U_CET = 0x6A0
 CET_MSRS = {
     MSR_IA32_U_CET: (11, 0),
     0x6A7: (11, 8),

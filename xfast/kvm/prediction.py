@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from xfast.area import headers
-from xfast.behaviour import (
+from xfast.hosts.model import Host
+from xfast.kernels.behaviour import (
     Behaviours,
     Refusal,
     enabled_for_guest,
@@ -18,10 +18,10 @@ from xfast.behaviour import (
     user_supported,
     user_xfeatures,
 )
-from xfast.features import XFEATURE_MASK_FPSSE
-from xfast.hosts.model import Host
+from xfast.kvm.arguments import check_host, one_area, unsigned
 from xfast.kvm.kernel import supported_xcr0
-from xfast.kvm.uapi import check_host, one_area, unsigned
+from xfast.xsave.area import headers
+from xfast.xsave.features import XFEATURE_MASK_FPSSE
 
 
 class Outcome(NamedTuple):

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xfast.area import Areas, headers
-from xfast.behaviour import (
+from xfast.kernels.behaviour import (
     CET_S,
     CET_U,
     loaded,
@@ -26,8 +25,26 @@ from xfast.behaviour import (
     user_xfeatures,
     xcr0_problem,
 )
-from xfast.cpuid import Cpuid, Entry
-from xfast.features import (
+from xfast.kernels.uapi import (
+    CR4_OSXSAVE,
+    CR4_PKE,
+    KVM_EXIT_HLT,
+    KVM_FPU,
+    KVM_MAX_CPUID_ENTRIES,
+    KVM_MAX_XCRS,
+    MSR_IA32_U_CET,
+    MSR_IA32_XFD,
+    MSR_IA32_XFD_ERR,
+    MSR_IA32_XSS,
+)
+from xfast.kvm.arguments import bytes_of, cpuid_of, one_area, unsigned, xcrs_of
+from xfast.kvm.cpuid import find, with_runtime_fields
+from xfast.kvm.fpu import FpuGuest, refuse
+from xfast.kvm.msrs import CET_MSRS, cet_problem, store, word
+from xfast.kvm.processor import Processor
+from xfast.xsave.area import Areas, headers
+from xfast.xsave.cpuid import Cpuid, Entry
+from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
     MXCSR_INIT,
     PKRU,
@@ -36,30 +53,6 @@ from xfast.features import (
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
 )
-from xfast.kvm.cpuid import CR4_OSXSAVE, CR4_PKE, find, with_runtime_fields
-from xfast.kvm.fpu import FpuGuest, refuse
-from xfast.kvm.msrs import (
-    CET_MSRS,
-    MSR_IA32_U_CET,
-    MSR_IA32_XFD,
-    MSR_IA32_XFD_ERR,
-    MSR_IA32_XSS,
-    cet_problem,
-    store,
-    word,
-)
-from xfast.kvm.uapi import (
-    KVM_EXIT_HLT,
-    KVM_FPU,
-    KVM_MAX_CPUID_ENTRIES,
-    KVM_MAX_XCRS,
-    bytes_of,
-    cpuid_of,
-    one_area,
-    unsigned,
-    xcrs_of,
-)
-from xfast.processor import Processor
 
 if TYPE_CHECKING:
     from xfast.kvm.kernel import Kernel
@@ -210,7 +203,7 @@ class Vcpu:
         ------
         OSError
             EFAULT if the buffer is shorter than the vCPU's area; EINVAL if it breaks a rule,
-            see `xfast.behaviour.refusal`.
+            see `xfast.kernels.behaviour.refusal`.
 
         *Source*: Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave().
         """
@@ -443,7 +436,7 @@ class Vcpu:
         ----------
         guest : callable, optional
             What the guest does to the processor: move its registers, execute instructions of
-            `xfast.instructions`. Default: HLT at once.
+            `xfast.kvm.instructions`. Default: HLT at once.
         immediate_exit : bool
             kvm_run.immediate_exit: swap the FPU and return without an entry.
 

@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, XfastError
-from xfast.layout import Layout
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import EXPAND_LIMIT, Source
+from xfast.xsave.layout import Layout
 
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
-    "qemu": "xfast.snapshots.qemu",
+    "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
     "raw": "xfast.snapshots.raw",

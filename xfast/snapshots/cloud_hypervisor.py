@@ -22,20 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.cpuid import Cpuid, Entry
 from xfast.errors import FormatError, LayoutError
-from xfast.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
-from xfast.layout import Layout
-from xfast.snapshots import edit, infer, raw
+from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
+from xfast.snapshots import infer, raw
+from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import Source
+from xfast.xsave.cpuid import Cpuid, Entry
+from xfast.xsave.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
+from xfast.xsave.layout import Layout
 
 SIZE_LIMIT = 64 << 20
 """A vCPU takes some 15 KB, four times that in arrays of bytes; parsed, JSON is much larger."""
-MSR_IA32_XFD = 0x1C4
-MSR_IA32_XSS = 0xDA0
-CR4_OFFSET = 248
-CR4_PKE = 1 << 22
 
 FPU = {
     "fcw": (X87, 0, "<u2", 1, FCW_INIT),
@@ -340,7 +338,7 @@ def _cr4(value: Any) -> int | None:
     """Return CR4 from kvm_sregs: its bytes, or (old) its fields."""
     if isinstance(value, dict):
         return value["cr4"] if _is_u64(value.get("cr4")) else None
-    return None if value is None else int(struct.unpack_from("<Q", _bytes(value), CR4_OFFSET)[0])
+    return None if value is None else int(struct.unpack_from("<Q", _bytes(value), SREGS_CR4)[0])
 
 
 def _bytes(value: Any) -> bytes:

@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.cpuid import Cpuid
 from xfast.errors import FormatError, PolicyError
-from xfast.features import SSE, X87, XFEATURE_MASK_FPSSE
-from xfast.layout import PRESETS, Layout
-from xfast.snapshots import edit, infer, tar
+from xfast.snapshots import infer
+from xfast.snapshots.bytes import edit, tar
+from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.bytes.tar import Member
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import Source
-from xfast.snapshots.tar import Member
+from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.features import SSE, X87, XFEATURE_MASK_FPSSE
+from xfast.xsave.layout import PRESETS, Layout
 
 IMG_COMMON_MAGIC = 0x54564319
 CORE_MAGIC = 0x55053847

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, LayoutError
-from xfast.features import EXTENDED_OFFSET
-from xfast.layout import PRESETS, Layout, candidates, from_note
-from xfast.snapshots import edit, infer
+from xfast.snapshots import infer
+from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import Source
+from xfast.xsave.features import EXTENDED_OFFSET
+from xfast.xsave.layout import PRESETS, Layout, candidates, from_note
 
 MAGIC = b"\x7fELF"
 ET_CORE = 4

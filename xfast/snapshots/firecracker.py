@@ -20,13 +20,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.cpuid import ENTRY, Cpuid, Entry
 from xfast.errors import FormatError, LayoutError
-from xfast.features import KVM_XSAVE_SIZE
-from xfast.layout import Layout
-from xfast.snapshots import edit, infer, raw
+from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
+from xfast.snapshots import infer, raw
+from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import Source
+from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
+from xfast.xsave.features import KVM_XSAVE_SIZE
+from xfast.xsave.layout import Layout
 
 MAGIC = 0x0710_1984_8664_0000
 """Its low 16 bits are the version of the format before 1.7 (versionize), 0 since."""
@@ -56,13 +58,9 @@ TABLE_START = struct.pack("<Q", 8)
 TABLE_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the kernel takes no longer list."""
 MSR = struct.Struct("<IIQ")
-MSR_IA32_XFD = 0x1C4
-MSR_IA32_XSS = 0xDA0
 
 SREGS_BEFORE_XCRS = 8 + 64 + 8 + 312
 """vcpu_events and sregs precede xcrs, each behind its length."""
-CR4_OFFSET = 8 + 248
-CR4_PKE = 1 << 22
 
 WAY_OUT = (
     "this can't be judged; print it with that release's snapshot-editor (info-vmstate "
@@ -243,7 +241,7 @@ def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) ->
     except LayoutError as problem:
         raise FormatError(path, hit.start, f"CPUID of vCPU {index}: {problem}") from None
     sregs = hit.xcrs - SREGS_BEFORE_XCRS
-    cr4 = _u64(data, sregs + CR4_OFFSET) if _u64(data, sregs) == 312 else None
+    cr4 = _u64(data, sregs + 8 + SREGS_CR4) if _u64(data, sregs) == 312 else None
     return Vcpu(
         index=index,
         area=area,

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.cpuid import Cpuid
-from xfast.features import (
+from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.features import (
     COMPONENTS,
     EXTENDED_OFFSET,
     MXCSR_MASK_AMD,
@@ -25,7 +25,7 @@ from xfast.features import (
     XCOMP_BV_COMPACTED,
     names_of,
 )
-from xfast.layout import PRESETS, Layout, Slot, candidates
+from xfast.xsave.layout import PRESETS, Layout, Slot, candidates
 
 KNOWN_MASK = sum(c.bit for c in COMPONENTS)
 MXCSR_MASK_OFFSET = 28

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.cpuid import Cpuid
-from xfast.layout import Layout
+from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.layout import Layout
 
 Stamp = tuple[int, int, int, int]
 """What tells that a file is the same one, unchanged: device, inode, size, mtime (ns)."""

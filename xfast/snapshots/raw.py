@@ -22,13 +22,14 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from xfast.cpuid import ENTRY, Cpuid, Entry
 from xfast.errors import FormatError, LayoutError, PolicyError
-from xfast.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
-from xfast.layout import Layout
-from xfast.snapshots import edit, infer
+from xfast.snapshots import infer
+from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.snapshots.source import Source
+from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
+from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
+from xfast.xsave.layout import Layout
 
 T = TypeVar("T")
 

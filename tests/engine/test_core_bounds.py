@@ -1,0 +1,281 @@
+"""Not one byte outside the rows: guard pages, an address-sanitizer build, and bad arguments."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_areas import LAYOUTS, ODD, available, random_areas
+
+from xfast.errors import LayoutError
+from xfast.xsave import area
+from xfast.xsave.layout import PRESETS, Layout
+
+ROOT = Path(__file__).parents[2]
+INTEL = PRESETS["intel"]
+PAGE = mmap.PAGESIZE
+SIZES = (576, 577, 832, 840, 1001, 2440, 2696, 2752, 4096)
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def between_guards(n, size, at_end):
+    """`n` packed rows that end, or begin, at a page that may not be touched."""
+    pages = -(-n * size // PAGE)
+    block = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    for guard in (start, start + (pages + 1) * PAGE):
+        assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
+    first = PAGE + (pages * PAGE - n * size if at_end else 0)
+    return np.frombuffer(block, np.uint8)[first : first + n * size].reshape(n, size)
+
+
+def on_the_heap(n, size, _):
+    """`n` packed rows in a block of their own, which a sanitizer watches."""
+    return np.empty(n * size, np.uint8).reshape(n, size)
+
+
+def one_after_another(layout, areas, out):
+    """Convert and merge the first and the last area, and again with the plan that is there."""
+    convert = area.converter(layout, layout).convert
+    merge = area.merger(layout, layout, user_xfeatures=0x2E7, mxcsr_mask=0xFFFF).merge
+    for i in (0, 0, -1, -1):
+        convert(areas[i], out[i])
+        merge(areas[i], out[i])
+
+
+def every_operation(allocate):
+    """Run each operation on rows of every size, at both ends of what they may touch."""
+    rng = np.random.default_rng(7)
+    for layout in LAYOUTS:
+        for size in SIZES:
+            for at_end in (False, True):
+                areas, other = allocate(7, size, at_end), allocate(7, size, at_end)
+                areas[:] = random_areas(rng, layout, 7, size, True)
+                other[:] = areas
+                area.headers(areas)
+                area.classify(areas, layout)
+                area.audit(areas, 7, 0xFFFF)
+                area.xinuse(areas, layout)
+                area.xinuse(areas, layout, early=True)
+                area.diff(areas, other, layout)
+                for out_size in (576, 840, 2696):
+                    out = allocate(7, out_size, at_end)
+                    area.relayout(areas, layout, layout, out=out, lossy=True)
+                    area.relayout(areas, layout, layout, xcomp_bv=0, out=out, lossy=True)
+                    area.relayout(
+                        areas, layout, layout, xcomp_bv=7 & layout.mask, out=out, lossy=True
+                    )
+                    area.set_uabi(areas, layout, out, user_xfeatures=0x2E7, mxcsr_mask=0xFFFF)
+                    one_after_another(layout, areas, out)
+                area.keep(areas, layout, 3)
+
+
+@pytest.mark.parametrize("stream_above", [0, 16 << 20])
+def test_guard_pages(stream_above):
+    area.tune(stream_above=stream_above)
+    try:
+        every_operation(between_guards)
+    finally:
+        area.tune(stream_above=16 << 20)
+
+
+@pytest.mark.skipif("XFAST_ISA" in os.environ, reason="this is the run for one instruction set")
+@pytest.mark.parametrize("isa", available())
+def test_guard_pages_with_other_instruction_sets(isa):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "guard"],
+        env={**os.environ, "XFAST_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+SANITIZED = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import xfast
+from xfast import _core
+from xfast.xsave import area
+assert _core.__file__.startswith(sys.argv[1]), _core.__file__
+from test_core_bounds import every_operation, on_the_heap
+for stream_above in (0, 16 << 20):
+    area.tune(stream_above=stream_above)
+    every_operation(on_the_heap)
+"""
+
+
+@pytest.mark.skipif("XFAST_ISA" in os.environ, reason="this is the run for one instruction set")
+def test_address_sanitizer_finds_nothing(tmp_path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the sources are not here")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("this interpreter does not allocate with malloc()")
+    compiler = os.environ.get("CC", "cc")
+    asked = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    libasan = asked.stdout.strip()
+    if not os.path.isabs(libasan):
+        pytest.skip(f"{compiler} has no libasan")
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "xfast"):
+        (copy / name).symlink_to(ROOT / name)
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-f", "-j2", "--build-lib",
+         str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")],
+        cwd=copy,
+        env={**os.environ, "CFLAGS": "-O1 -g0 -fsanitize=address", "LDFLAGS": "-fsanitize=address"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-2000:]
+    library = tmp_path / "lib/xfast"
+    for source in (ROOT / "xfast").rglob("*.py"):
+        target = library / source.relative_to(ROOT / "xfast")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+    for isa in ("plain", *available()[-1:], ""):
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                SANITIZED,
+                str(tmp_path / "lib"),
+                str(ROOT / "tests" / "helpers"),
+                str(ROOT / "tests" / "engine"),
+            ],
+            env={
+                **os.environ,
+                "LD_PRELOAD": libasan,
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "PYTHONMALLOC": "malloc",
+                **({"XFAST_ISA": isa} if isa else {}),
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr[:3000]
+
+
+# --- bad arguments --------------------------------------------------------------------------
+
+
+GOOD = np.zeros((4, 2752), np.uint8)
+
+
+def read_only():
+    out = GOOD.copy()
+    out.flags.writeable = False
+    return out
+
+
+BAD = [
+    (np.zeros((4, 2752), np.int8), "areas: got dtype int8, needed uint8"),
+    (np.zeros((4, 2752), np.uint16), "areas: got dtype uint16, needed uint8"),
+    (np.zeros((2, 2, 2752), np.uint8), "areas: got 3 dimensions"),
+    (np.zeros((4, 575), np.uint8), "areas: got rows of 575 bytes, needed 576 or more"),
+    (np.zeros((4, 5504), np.uint8)[:, ::2], "areas: got a byte stride of 2, needed 1"),
+    (np.zeros((2752, 4), np.uint8).T, "areas: got a byte stride of 4, needed 1"),
+    ("text", "areas: got str, needed areas"),
+    (None, "areas: got NoneType, needed areas"),
+    (b"", "areas: got rows of 0 bytes"),
+]
+
+
+@pytest.mark.parametrize(("areas", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_areas(areas, words):
+    for call in (
+        area.headers,
+        lambda a: area.classify(a, INTEL),
+        lambda a: area.audit(a, 7, 0xFFFF),
+        lambda a: area.xinuse(a, INTEL),
+        lambda a: area.keep(a, INTEL, 7),
+        lambda a: area.diff(a, a, INTEL).sum(),
+        lambda a: area.relayout(a, INTEL, INTEL),
+        lambda a: area.get_uabi(a, INTEL, mask=7),
+    ):
+        with pytest.raises(ValueError, match="got ") as caught:
+            call(areas)
+        message = str(caught.value)
+        assert words in message or words.partition(":")[2] in message
+
+
+def test_bad_targets():
+    short = np.zeros((4, 500), np.uint8)
+    for out, words in (
+        (read_only(), "out: got a read-only array"),
+        (np.zeros((3, 2752), np.uint8), "out: got 3 areas, needed 4"),
+        (short, "out: got rows of 500 bytes"),
+        (np.lib.stride_tricks.as_strided(GOOD.copy(), (4, 2752), (64, 1)), "rows may not overlap"),
+        (GOOD, "out: got memory that src uses too"),
+        (GOOD[::-1], "out: got memory that src uses too"),
+        (np.zeros((4, 2752), np.uint16), "out: got dtype uint16"),
+    ):
+        before = out.tobytes()
+        with pytest.raises(ValueError, match=words):
+            area.relayout(GOOD, INTEL, INTEL, out=out)
+        assert out.tobytes() == before
+    with pytest.raises(ValueError, match="into: got 3 areas, needed 4"):
+        area.set_uabi(GOOD, INTEL, GOOD[:3].copy(), user_xfeatures=7, mxcsr_mask=0)
+    with pytest.raises(ValueError, match="into: got memory that src uses too"):
+        area.set_uabi(GOOD, INTEL, GOOD, user_xfeatures=7, mxcsr_mask=0)
+    with pytest.raises(ValueError, match="two: got 2 areas, needed 4"):
+        area.diff(GOOD, GOOD[:2], INTEL)
+    with pytest.raises(ValueError, match="areas: got a read-only array"):
+        area.keep(bytes(2752), INTEL, 7)
+    with pytest.raises(ValueError, match="foreign_pkru: got compacted results"):
+        area.converter(INTEL, INTEL, xcomp_bv=0x207, foreign_pkru=True)
+
+
+def test_areas_that_plans_do_not_reach():
+    huge = np.empty((1, 1 << 30), np.uint8)  # of which only the header is touched
+    huge[0, 512:576] = 0
+    with pytest.raises(ValueError, match="out: got areas of 1073741824 bytes, needed less than"):
+        area.relayout(GOOD[:1], INTEL, INTEL, out=huge)
+    with pytest.raises(ValueError, match="into: got areas of 1073741824 bytes, needed less than"):
+        area.set_uabi(huge, INTEL, GOOD[:1].copy(), user_xfeatures=7, mxcsr_mask=0)
+
+
+def test_no_areas_touch_nothing():
+    """An empty slice still points at its array; the plan for what lies there may be at hand."""
+    src = GOOD.copy()
+    src[:, 512] = 7
+    for call in (area.converter(INTEL, INTEL).convert, area.merger(INTEL, INTEL).merge):
+        out = GOOD.copy()
+        call(src[0], out[0])
+        out[:, :512] = 0xEE
+        before = out.tobytes()
+        call(src[:0], out[:0])
+        assert out.tobytes() == before
+
+
+def test_bad_numbers():
+    for mask in (-1, 1 << 63, 1 << 70):
+        with pytest.raises(ValueError, match=r"mask: got .*, needed bits 0 to 62 only"):
+            area.relayout(GOOD, INTEL, INTEL, mask=mask)
+    with pytest.raises(LayoutError, match=r"xcomp_bv: got 0x.*, needed components of layout intel"):
+        area.relayout(GOOD, INTEL, INTEL, xcomp_bv=1 << 40)
+    with pytest.raises(ValueError, match="needed n >= 0 and size >= 576"):
+        area.empty(1, 64)
+    with pytest.raises((ValueError, MemoryError, OverflowError)):
+        area.empty(1 << 60, 4096)
+    unaligned = np.zeros(2752, np.uint8)
+    moved = Layout((*ODD.slots[:3], ODD.slots[3]._replace(offset=1100)))
+    with pytest.raises(ValueError, match="target: got PKRU at 1100, needed a multiple of 8"):
+        area.get_uabi(unaligned, moved, mask=0x200, pkru=1)
+
+
+def test_lost_components_are_named():
+    areas = GOOD.copy()
+    areas[2, 512:514] = (0x07, 0x02)
+    with pytest.raises(LayoutError, match=r"areas\[2\]: components 9 can't be brought"):
+        area.relayout(areas, INTEL, INTEL, size=1000)

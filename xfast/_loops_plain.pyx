@@ -1,5 +1,0 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: freethreading_compatible=True
-"""The loops of `_loops.pxi`, compiled for: plain."""
-
-include "_loops.pxi"

@@ -1,0 +1,74 @@
+"""``xfast convert``: areas in another layout, format or wrapping."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import numpy as np
+
+from xfast.cli.arguments import complain, layout_named, reading_options
+from xfast.errors import XfastError
+from xfast.repair.convert import as_core, as_npy, as_qemu, as_raw, relaid, rewritten
+from xfast.snapshots import read
+from xfast.snapshots.model import Snapshot
+from xfast.store.rewrite import Staged
+
+WRAPPINGS = ("same", "raw", "npy", "qemu", "elfcore")
+SUFFIXES = {".npy": "npy", ".xsave": "raw", ".raw": "raw"}
+"""What the output's name says of its wrapping, where --as does not."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="file or directory")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file")
+    parser.add_argument("--to", metavar="LAYOUT", help="a preset, or a host's name")
+    parser.add_argument(
+        "--as",
+        dest="wrapping",
+        choices=WRAPPINGS,
+        help="same: the file with other areas; raw, npy: the areas; qemu: the fields of QEMU's "
+        "cpu sections as JSON; elfcore: a core with a thread a vCPU; default: npy for OUT.npy, "
+        "raw for OUT.xsave and OUT.raw, else same",
+    )
+    parser.add_argument("--compacted", action="store_true", help="compacted format (raw, npy)")
+    reading_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; return the exit code 0."""
+    layout = layout_named(args.layout)
+    found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
+    if len(found) != 1:
+        raise XfastError(f"{args.snapshot}: found {len(found)} snapshots, needed one")
+    (snapshot,) = found
+    wrapping = args.wrapping or _by_name(snapshot, args.output)
+    if args.compacted and wrapping not in ("raw", "npy"):
+        raise XfastError(f"convert: got --compacted, needed --as raw or npy, not {wrapping}")
+    to = layout_named(args.to)
+    with Staged(args.output) as staged:
+        if wrapping == "same":
+            if rewritten(snapshot, to, staged.file):
+                complain(
+                    f"{args.output}: the guest's CPUID in it tells the old layout; read it with "
+                    f"--layout {args.to}"
+                )
+        elif wrapping == "qemu":
+            staged.file.write(as_qemu(snapshot))
+        elif wrapping == "elfcore":
+            staged.file.write(as_core(snapshot, to))
+        else:
+            areas = np.ascontiguousarray(relaid(snapshot, to, compacted=args.compacted))
+            staged.file.write(as_npy(areas) if wrapping == "npy" else as_raw(areas))
+        staged.publish()
+    return 0
+
+
+def _by_name(snapshot: Snapshot, output: str) -> str:
+    """Return the wrapping that the output's suffix asks for; "same" where the input is in it."""
+    wanted = SUFFIXES.get(os.path.splitext(output)[1], "same")
+    if snapshot.format != "raw" or snapshot.container:
+        return wanted
+    stacked = snapshot.vcpus[0].where["area"][0] > 0
+    return "same" if wanted == ("npy" if stacked else "raw") else wanted

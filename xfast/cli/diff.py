@@ -1,0 +1,38 @@
+"""``xfast diff``: which components and registers differ between two snapshots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from xfast.cli.arguments import layout_named, reading_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("one", metavar="A", help="file or directory")
+    parser.add_argument("two", metavar="B", help="file or directory")
+    reading_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb; return the exit code: 0 the same, 1 different."""
+    from xfast.snapshots import read
+    from xfast.snapshots.difference import compare
+
+    layout = layout_named(args.layout)
+    how = {"layout": layout, "size": args.size, "expand_limit": args.expand_limit}
+    sides = [read(path, **how) for path in (args.one, args.two)]
+    found = compare(*sides)
+    if args.json:
+        rows = [one.as_json() for one in found]
+        answer = {"schema": "xfast/1", "one": args.one, "two": args.two, "differences": rows}
+        json.dump(answer, sys.stdout, indent=1)
+        print()
+    else:
+        for row in found:
+            name = " ".join(filter(None, (row.component, row.register)))
+            print(f"vCPU {row.vcpu}: {name}: {row.one} -> {row.two}")
+    return 1 if found else 0

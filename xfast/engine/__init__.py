@@ -1,0 +1,1 @@
+"""The engine's Cython floor: loops over areas that follow plans, one plan a header."""

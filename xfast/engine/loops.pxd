@@ -1,0 +1,40 @@
+"""The loops over rows that `loops.pxi` compiles for each instruction set."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from xfast.engine.area cimport Place, Slots
+from xfast.engine.plan cimport Cache, Job
+
+cdef struct Scan:
+    # One call that reads rows, or trims them in place, and fills one value a row.
+    uint8_t *rows
+    Py_ssize_t stride
+    Py_ssize_t size
+    Py_ssize_t n
+    const Slots *slots
+    uint8_t *other  # diff: the rows to compare with
+    Py_ssize_t other_stride
+    Py_ssize_t other_size
+    const Slots *other_slots
+    uint64_t mask
+    uint32_t mxcsr_mask
+    bint flag  # xinuse: stop early; keep: scrub
+    bint stream
+    int ahead
+    void *out
+
+cdef struct Loops:
+    void (*convert)(Job *job) noexcept nogil
+    bint (*convert_one)(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil
+    void (*merge)(Job *job) noexcept nogil
+    bint (*merge_one)(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil
+    void (*swap)(Job *save, Job *load) noexcept nogil
+    void (*audit)(const Scan *scan) noexcept nogil
+    void (*classify)(const Scan *scan) noexcept nogil
+    void (*xinuse)(const Scan *scan) noexcept nogil
+    void (*diff)(const Scan *scan) noexcept nogil
+    void (*keep)(const Scan *scan) noexcept nogil
+    # The limits of the machine, to measure the others against
+    void (*copy)(uint8_t *dst, const uint8_t *src, Py_ssize_t n, bint stream) noexcept nogil
+    bint (*read)(const uint8_t *src, Py_ssize_t n) noexcept nogil
+    uint64_t (*touch)(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcept nogil

@@ -1,0 +1,153 @@
+# Runs of lines and bytes: copied, zeroed, looked at. Part of `loops.pxi`.
+
+
+cdef inline void put(uint8_t *dst, line_t line, bint stream) noexcept nogil:
+    if stream:
+        line_stream(dst, line)
+    else:
+        line_store(dst, line)
+
+
+cdef inline void copy_few(
+    uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
+) noexcept nogil:
+    """Copy 1, 2 or 4 lines: `lines` is a constant."""
+    cdef line_t line[4]
+    cdef uint32_t i
+    for i in range(lines):
+        line[i] = line_load(src + i * LINE)
+    for i in range(lines):
+        put(dst + i * LINE, line[i], stream)
+
+
+cdef inline void copy_lines(
+    uint8_t *dst, const uint8_t *src, uint32_t lines, bint stream
+) noexcept nogil:
+    """Copy a run, the odd lines last: few branches, and none that depends on another."""
+    while lines >= 8:
+        copy_few(dst, src, 4, stream)
+        copy_few(dst + 4 * LINE, src + 4 * LINE, 4, stream)
+        src += 8 * LINE
+        dst += 8 * LINE
+        lines -= 8
+    if lines & 4:
+        copy_few(dst, src, 4, stream)
+        src += 4 * LINE
+        dst += 4 * LINE
+    if lines & 2:
+        copy_few(dst, src, 2, stream)
+        src += 2 * LINE
+        dst += 2 * LINE
+    if lines & 1:
+        copy_few(dst, src, 1, stream)
+
+
+cdef inline void zero_few(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
+    cdef uint32_t i
+    for i in range(lines):
+        put(dst + i * LINE, line_zero(), stream)
+
+
+cdef inline void zero_lines(uint8_t *dst, uint32_t lines, bint stream) noexcept nogil:
+    while lines >= 8:
+        zero_few(dst, 8, stream)
+        dst += 8 * LINE
+        lines -= 8
+    if lines & 4:
+        zero_few(dst, 4, stream)
+        dst += 4 * LINE
+    if lines & 2:
+        zero_few(dst, 2, stream)
+        dst += 2 * LINE
+    if lines & 1:
+        zero_few(dst, 1, stream)
+
+
+cdef inline void wipe(uint8_t *dst, uint32_t n, bint stream) noexcept nogil:
+    """Zero `n` bytes."""
+    cdef uint32_t lines = n // LINE
+    if lines:
+        zero_lines(dst, lines, stream and <size_t>dst & (LINE - 1) == 0)
+    dst += lines * LINE
+    n -= lines * LINE
+    while n >= 8:
+        store64(dst, 0)
+        dst += 8
+        n -= 8
+    while n:
+        dst[0] = 0
+        dst += 1
+        n -= 1
+
+
+cdef inline bint nonzero(
+    const uint8_t *p, uint32_t n, bint early, Py_ssize_t ahead
+) noexcept nogil:
+    """Whether one of `n` bytes is not 0; `early`: read no further than needed.
+
+    Each line asks for the one `ahead` bytes on, unless that is 0.
+    """
+    cdef line_t any = line_zero()
+    cdef uint64_t rest = 0
+    while not early and n >= 4 * LINE:
+        if ahead:
+            prefetch_far(p + ahead)
+            prefetch_far(p + ahead + LINE)
+            prefetch_far(p + ahead + 2 * LINE)
+            prefetch_far(p + ahead + 3 * LINE)
+        any = line_or(any, line_or(line_load(p), line_load(p + LINE)))
+        any = line_or(any, line_or(line_load(p + 2 * LINE), line_load(p + 3 * LINE)))
+        p += 4 * LINE
+        n -= 4 * LINE
+    while n >= LINE:
+        if ahead:
+            prefetch_far(p + ahead)
+        any = line_or(any, line_load(p))
+        if early and line_any(any):
+            return True
+        p += LINE
+        n -= LINE
+    while n >= 8:
+        rest |= load64(p)
+        p += 8
+        n -= 8
+    while n:
+        rest |= p[0]
+        p += 1
+        n -= 1
+    return (rest != 0) | line_any(any)
+
+
+cdef inline bint differ(
+    const uint8_t *a, const uint8_t *b, uint32_t n, bint stream
+) noexcept nogil:
+    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it.
+
+    `stream`: each asks for the one a page on, where another row is.
+    """
+    cdef line_t any = line_zero()
+    cdef line_t more = line_zero()
+    while n >= 2 * LINE:
+        if stream:
+            prefetch_far(a + PAGE)
+            prefetch_far(b + PAGE)
+            prefetch_far(a + PAGE + LINE)
+            prefetch_far(b + PAGE + LINE)
+        any = line_or(any, line_xor(line_load(a), line_load(b)))
+        more = line_or(more, line_xor(line_load(a + LINE), line_load(b + LINE)))
+        a += 2 * LINE
+        b += 2 * LINE
+        n -= 2 * LINE
+    if n >= LINE:
+        any = line_or(any, line_xor(line_load(a), line_load(b)))
+        a += LINE
+        b += LINE
+        n -= LINE
+    return line_any(line_or(any, more)) | (n != 0 and memcmp(a, b, n) != 0)
+
+
+cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noexcept nogil:
+    cdef uint32_t i, j
+    for i in range(n):
+        for j in range(ranges[i].lines):
+            prefetch_far(row + ranges[i].start + j * LINE)

@@ -1,0 +1,317 @@
+# Reading areas: headers checked, contents classified and compared. Part of `loops.pxi`.
+
+
+cdef void audit(const Scan *scan) noexcept nogil:
+    """Branch-free, both lines fetched far ahead: this loop is as fast as memory answers."""
+    cdef const uint8_t *row = scan.rows
+    cdef uint8_t *flags = <uint8_t *>scan.out
+    cdef uint64_t mask = scan.mask, bv, reserved
+    cdef uint32_t mxcsr_mask = scan.mxcsr_mask
+    cdef Py_ssize_t i, n = scan.n, stride = scan.stride
+    for i in range(n):
+        prefetch_far(row + AUDIT_AHEAD * stride)
+        prefetch_far(row + AUDIT_AHEAD * stride + LEGACY)
+        bv = load64(row + LEGACY)
+        reserved = (
+            load64(row + LEGACY + 16) | load64(row + LEGACY + 24) | load64(row + LEGACY + 32)
+            | load64(row + LEGACY + 40) | load64(row + LEGACY + 48) | load64(row + LEGACY + 56)
+        )
+        flags[i] = (
+            (bv & ~mask != 0) | (load64(row + LEGACY + 8) != 0) << 1 | (reserved != 0) << 2
+            | ((bv & (FP | SSE | AVX) != 0) & (load32(row + 24) & ~mxcsr_mask != 0)) << 3
+        )
+        row += stride
+
+
+# Bytes of the first three lines that belong to the x87 registers, FCW left out: it has an
+# init value other than 0, byte 5 is reserved, and six bytes of each ST slot are.
+cdef uint8_t X87[3 * 64]
+cdef uint8_t HALF[64]  # the upper one of a line
+
+
+cdef void mark_legacy() noexcept:
+    cdef int i
+    memset(X87, 0, sizeof(X87))
+    memset(X87 + 2, 0xFF, 3)
+    memset(X87 + 6, 0xFF, 18)
+    for i in range(8):
+        memset(X87 + 32 + 16 * i, 0xFF, 10)
+    memset(HALF, 0, 32)
+    memset(HALF + 32, 0xFF, 32)
+
+
+mark_legacy()
+
+
+cdef inline bint x87_in_use(const uint8_t *row, bint early) noexcept nogil:
+    """Whether an x87 byte other than FCW is not 0; `early`: read no further than needed."""
+    cdef line_t any = line_and(line_load(row), line_load(X87))
+    if early and line_any(any):
+        return True
+    any = line_or(any, line_and(line_load(row + LINE), line_load(X87 + LINE)))
+    any = line_or(any, line_and(line_load(row + 2 * LINE), line_load(X87 + 2 * LINE)))
+    return line_any(any)
+
+
+cdef inline bint sse_in_use(const uint8_t *row, bint early) noexcept nogil:
+    """Whether a byte of the XMM registers is not 0: half a line, three lines, half a line."""
+    cdef line_t any = line_and(line_load(row + 2 * LINE), line_load(HALF))
+    if early and line_any(any):
+        return True
+    any = line_or(any, line_or(line_load(row + 3 * LINE), line_load(row + 4 * LINE)))
+    any = line_or(any, line_or(line_load(row + 5 * LINE), line_load(row + 6 * LINE - 32)))
+    return line_any(any)
+
+
+cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
+    """Whether FCW differs from its init value; where x87 is `clear`, from 0 as well."""
+    cdef uint32_t fcw = load16(row)
+    return (fcw != FCW_INIT) & ((fcw != 0) | (not clear))
+
+
+cdef struct Dense:
+    # Rows that follow each other with few lines between their components: these are read line by
+    # line, holes and all, as prefetchers like it, and components asked afterwards.
+    uint32_t lines  # of each row, up to 64; 0: go from component to component
+    uint64_t xcomp  # of the rows that the rest holds for
+    uint64_t whole  # components that own whole lines among them
+    uint64_t own[COMPONENTS]  # those lines, one bit each
+
+
+cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept nogil:
+    cdef const Slots *slots = scan.slots
+    cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
+    cdef uint32_t end = EXTENDED
+    cdef int c
+    dense.lines = 0
+    dense.xcomp = at.xcomp
+    dense.whole = 0
+    if not scan.stream:
+        return
+    while rest:
+        c = take_lowest(&rest)
+        end = max(end, at.offset[c] + slots.size[c])
+        if (
+            slots.size[c] and (at.offset[c] | slots.size[c]) % LINE == 0 and end <= LINE * LINE
+        ):
+            dense.whole |= bit(c)
+            dense.own[c] = (
+                ~<uint64_t>0 >> (LINE - slots.size[c] // LINE) << at.offset[c] // LINE
+            )
+    if end <= LINE * LINE and scan.stride < end + HOLE:
+        dense.lines = min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
+
+
+cdef inline uint64_t lines_in_use(
+    const uint8_t *row, uint32_t lines, Py_ssize_t ahead
+) noexcept nogil:
+    """One bit for each line that is not all 0."""
+    cdef uint64_t bits = 0
+    cdef uint32_t i
+    for i in range(lines):
+        prefetch_far(row + ahead)
+        bits |= <uint64_t>line_any(line_load(row)) << i
+        row += LINE
+    return bits
+
+
+cdef inline uint64_t lines_that_differ(
+    const uint8_t *a, const uint8_t *b, uint32_t lines, Py_ssize_t ahead
+) noexcept nogil:
+    """One bit for each line in which two rows differ."""
+    cdef uint64_t bits = 0
+    cdef uint32_t i
+    for i in range(lines):
+        prefetch_far(a + ahead)
+        prefetch_far(b + ahead)
+        bits |= <uint64_t>line_any(line_xor(line_load(a), line_load(b))) << i
+        a += LINE
+        b += LINE
+    return bits
+
+
+cdef inline uint64_t in_lines(
+    const Dense *dense, const Place *at, uint64_t bits, uint64_t *rest
+) noexcept nogil:
+    """Take the components that own whole lines from `rest`; return those with a bit set."""
+    cdef uint64_t whole = rest[0] & dense.whole if at.xcomp == dense.xcomp else 0
+    cdef uint64_t out = 0
+    cdef int c
+    rest[0] ^= whole
+    while whole:
+        c = take_lowest(&whole)
+        out |= <uint64_t>(bits & dense.own[c] != 0) << c
+    return out
+
+
+cdef inline uint64_t xinuse_one(
+    const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead,
+    const Dense *dense,
+) noexcept nogil:
+    """Find the components that are not init; `ahead`: fetch the same lines so many bytes on."""
+    cdef uint64_t rest = at.found & at.bv if early else at.found
+    cdef uint64_t used = 0, bits = 0
+    cdef int c
+    if dense != NULL:
+        bits = lines_in_use(row, dense.lines, ahead)
+        used = in_lines(dense, at, bits, &rest)
+        if bits & SSE_LINES:
+            rest &= ~<uint64_t>SSE
+            used |= SSE & at.found
+        ahead = 0
+    elif ahead:
+        for c in range(EXTENDED // LINE):
+            prefetch_far(row + ahead + c * LINE)
+    if rest & FP:
+        used |= x87_in_use(row, early) | fcw_in_use(row, not at.bv & FP)
+    if rest & SSE:
+        used |= <uint64_t>sse_in_use(row, early) << 1
+    rest &= ~<uint64_t>(FP | SSE)
+    while rest:
+        c = take_lowest(&rest)
+        if c == 9:
+            if ahead:
+                prefetch_far(row + ahead + at.offset[c])
+            used |= <uint64_t>(load32(row + at.offset[c]) != 0) << c
+        elif slots.size[c] == LINE:
+            if ahead:
+                prefetch_far(row + ahead + at.offset[c])
+            used |= <uint64_t>line_any(line_load(row + at.offset[c])) << c
+        else:
+            used |= <uint64_t>nonzero(row + at.offset[c], slots.size[c], early, ahead) << c
+    rest = used & ~at.bv & slots.shared
+    while rest and not compacted(at.xcomp):  # bytes that are another component's
+        c = take_lowest(&rest)
+        if slots.overlap[c] & at.bv:
+            used &= ~bit(c)
+    return used
+
+
+cdef void classify(const Scan *scan) noexcept nogil:
+    """Fill four masks a row: in use, default, stale, unreadable."""
+    cdef const uint8_t *row = scan.rows
+    cdef uint64_t *used = <uint64_t *>scan.out
+    cdef uint64_t *usual = used + scan.n
+    cdef uint64_t *stale = usual + scan.n
+    cdef uint64_t *unreadable = stale + scan.n
+    cdef uint64_t data
+    cdef uint32_t csr
+    cdef Py_ssize_t i
+    cdef Place at
+    at.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, row, scan.size, &at)
+        data = xinuse_one(row, &at, scan.slots, False, 0, NULL)
+        csr = load32(row + 24)
+        if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
+            data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
+        used[i] = data & at.bv
+        stale[i] = data & ~at.bv
+        unreadable[i] = at.bv & ~at.found
+        usual[i] = 0
+        if used[i] & PKRU and load32(row + at.offset[9]) == PKRU_DEFAULT:
+            usual[i] = PKRU
+        row += scan.stride
+
+
+cdef inline void fetch_starts(
+    const uint8_t *row, const Place *at, Py_ssize_t ahead
+) noexcept nogil:
+    """Fetch the first line of each component of a row; its header came when `ahead` was two."""
+    cdef uint64_t rest = load64(row + LEGACY) & at.found & ~<uint64_t>(FP | SSE)
+    prefetch_far(row + ahead + LEGACY)
+    prefetch_far(row)
+    prefetch_far(row + 2 * LINE)
+    while rest:
+        prefetch_far(row + at.offset[take_lowest(&rest)])
+
+
+cdef void xinuse(const Scan *scan) noexcept nogil:
+    cdef const uint8_t *row = scan.rows
+    cdef uint64_t *used = <uint64_t *>scan.out
+    cdef Py_ssize_t i, ahead
+    cdef Dense dense
+    cdef Place at
+    at.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, row, scan.size, &at)
+        if i == 0:
+            plan_dense(&at, scan, &dense)
+        ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
+        if not scan.flag and dense.lines:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, &dense)
+        elif not scan.flag:
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, NULL)
+        else:
+            if ahead:
+                fetch_starts(row + ahead, &at, ahead)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0, NULL)
+        row += scan.stride
+
+
+cdef inline uint64_t diff_one(
+    const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
+    const Slots *qslots, bint stream, uint64_t bits, const Dense *dense,
+) noexcept nogil:
+    """Compare by value: a clear bit is the init value, whatever bytes lie there.
+
+    `dense`: `bits` tells which lines differ.
+    """
+    cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
+    cdef uint64_t both = p.bv & q.bv & ~unread
+    cdef uint64_t out = unread, legacy = both
+    cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
+    cdef uint32_t n
+    cdef int c
+    if dense != NULL and bits & LEGACY_LINES == 0:
+        legacy = 0
+    if legacy & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
+        out |= FP
+    if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
+        load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
+    ):
+        out |= SSE
+    if legacy & SSE and differ(a + 160, b + 160, 256, stream):
+        out |= SSE
+    if dense != NULL and p.xcomp == q.xcomp:
+        out |= in_lines(dense, p, bits, &rest)
+    while rest:
+        c = take_lowest(&rest)
+        n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
+        if differ(a + p.offset[c], b + q.offset[c], n, stream):
+            out |= bit(c)
+    if p.bv & ~both:
+        out |= xinuse_one(a, p, pslots, True, 0, NULL) & ~both
+    if q.bv & ~both:
+        out |= xinuse_one(b, q, qslots, True, 0, NULL) & ~both
+    return out
+
+
+cdef void diff(const Scan *scan) noexcept nogil:
+    cdef const uint8_t *a = scan.rows
+    cdef const uint8_t *b = scan.other
+    cdef uint64_t *out = <uint64_t *>scan.out
+    cdef Place p, q
+    cdef Py_ssize_t i
+    cdef uint64_t bits
+    cdef Dense dense
+    p.found = q.found = 0
+    for i in range(scan.n):
+        locate(scan.slots, a, scan.size, &p)
+        locate(scan.other_slots, b, scan.other_size, &q)
+        if i == 0:
+            plan_dense(&p, scan, &dense)
+            if not (
+                scan.other_slots == scan.slots and scan.other_size == scan.size
+                and scan.other_stride == scan.stride
+            ):
+                dense.lines = 0
+        if dense.lines:
+            bits = lines_that_differ(a, b, dense.lines, scan.ahead * scan.stride)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, bits, &dense)
+        elif scan.stream:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True, 0, NULL)
+        else:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, 0, NULL)
+        a += scan.stride
+        b += scan.other_stride

@@ -1,0 +1,285 @@
+# Following plans: whole areas, and areas into areas. Part of `loops.pxi`.
+
+
+cdef inline const step_t *steps_of(const Plan *plan) noexcept nogil:
+    return <const step_t *>(plan + 1)
+
+
+cdef inline const blend_t *blends_of(const Plan *plan) noexcept nogil:
+    return <const blend_t *>plan.blend
+
+
+cdef inline void walk(
+    const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint into, bint stream
+) noexcept nogil:
+    """Follow a plan of any kind, in loops; far from the caches they lose nothing to `follow`."""
+    cdef const step_t *step = steps_of(plan)
+    cdef const blend_t *blend = blends_of(plan)
+    cdef uint32_t _i
+    cdef size_t size
+    for _i in range(plan.steps):
+        size = <size_t>step.lines * LINE
+        if step.code <= ZERO:
+            copy_lines(
+                dst + step.dst_end - size, src + step.src_end - size, step.lines, stream
+            )
+        else:
+            zero_lines(dst + step.dst_end - size, step.lines, stream)
+        step += 1
+    if not into and not plan.plain:
+        weave(plan, src, dst, carry, stream)
+        return
+    for _i in range(plan.blends):
+        if into:
+            blend_into(blend, src, dst)
+        else:
+            put(dst + blend.dst, blend_line(blend, src), stream)
+        blend += 1
+
+
+cdef void weave(
+    const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint stream
+) noexcept nogil:
+    """Make blends of which several share a line, or whose line belongs to two rows."""
+    cdef const blend_t *blend = blends_of(plan)
+    cdef line_t line = line_zero()
+    cdef uint32_t _i
+    for _i in range(plan.blends):
+        if blend.opens:
+            line = line_load(blend.value)
+            if blend.carried:
+                line = line_or(line, line_load(carry))
+        line = line_merge(line, src + blend.src, blend.taken, blend.whole)
+        if blend.carries:
+            line_store(carry, line)
+        elif blend.closes and blend.room != LINE:
+            line_store_part(dst + blend.dst, line, blend.room)
+        elif blend.closes:
+            put(dst + blend.dst, line, stream)
+        blend += 1
+
+
+cdef inline void set_pkru(Plan *plan, uint32_t value) noexcept nogil:
+    if plan.pkru:
+        store32((<blend_t *>plan.blend)[plan.pkru - 1].value + plan.pkru_at, value)
+
+
+cdef extern from *:
+    """
+    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
+    """
+    const uint64_t ODD
+
+
+cdef inline bint matches(
+    const Plan *plan, uint64_t bv, uint64_t xcomp, uint64_t third
+) noexcept nogil:
+    return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
+
+
+cdef Plan *search(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
+    cdef uint64_t mixed = (bv ^ xcomp * ODD ^ (third << 32 | third >> 32) * ODD) * ODD >> 54
+    cdef Plan *plan
+    cdef int i
+    for i in range(PROBES):
+        plan = cache.plan[(mixed + i) & (CACHE - 1)]
+        if plan == NULL:
+            break
+        if matches(plan, bv, xcomp, third):
+            break
+    else:
+        plan = NULL
+    if plan == NULL:
+        plan = cache.miss(cache, mixed, bv, xcomp, third)
+    cache.last = plan
+    cache.simple = plan if plan and plan.simple else NULL
+    return plan
+
+
+cdef inline Plan *find(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
+    """Return the plan for a header; NULL only if memory is out."""
+    if cache.last and matches(cache.last, bv, xcomp, third):
+        return cache.last
+    return search(cache, bv, xcomp, third)
+
+
+cdef inline uint32_t phase_of(const Job *job, Py_ssize_t i) noexcept nogil:
+    return (<size_t>job.dst + i * job.dst_stride) & (LINE - 1)
+
+
+cdef inline Plan *plan_of(const Job *job, Py_ssize_t i, bint packed) noexcept nogil:
+    cdef const uint8_t *row = job.src + i * job.src_stride + LEGACY
+    return find(
+        job.cache, load64(row), load64(row + 8), PACKED | phase_of(job, i) if packed and i else 0
+    )
+
+
+cdef inline void convert_row(
+    Job *job, Py_ssize_t i, Plan *plan, uint8_t *carry, bint stream
+) noexcept nogil:
+    cdef const uint8_t *src = job.src + i * job.src_stride
+    cdef uint8_t *dst = job.dst + i * job.dst_stride - (plan.key[2] & (LINE - 1))
+    if job.pkru:
+        set_pkru(plan, job.pkru[i])
+    if job.lost:
+        job.lost[i] = plan.lost
+    if plan.lost:
+        job.failed |= plan.lost
+    walk(plan, src, dst, carry, False, stream)
+
+
+cdef void convert(Job *job) noexcept nogil:
+    """Write whole areas: every byte of a row, or as far as its compacted form reaches."""
+    cdef uint8_t carry[LINE]
+    cdef Plan *ring[RING]
+    cdef Plan *plan
+    cdef Py_ssize_t i, j, n = job.n
+    cdef bint packed
+    if not job.stream:
+        for i in range(n):
+            plan = plan_of(job, i, False)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            convert_row(job, i, plan, carry, False)
+        return
+    packed = phase_of(job, 1) != 0 or phase_of(job, 0) != 0
+    for j in range(n + job.ahead):
+        i = j - job.ahead
+        if j + HEADERS_AHEAD < n:
+            prefetch_far(job.src + (j + HEADERS_AHEAD) * job.src_stride + LEGACY)
+        if j < n:
+            plan = plan_of(job, j, packed)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            ring[j & (RING - 1)] = plan
+            if job.ahead:
+                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+        if i < 0:
+            continue
+        if packed and i == 0:
+            convert_row(job, i, ring[0], carry, False)
+            open_carry(job, carry)
+        else:
+            convert_row(job, i, ring[i & (RING - 1)], carry, True)
+    if packed and n > 1:
+        close_carry(job, carry)
+    stream_fence()
+
+
+cdef bint convert_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
+    """Write one area, not past the caches, if the last plan is for it and simple."""
+    cdef const Plan *plan = cache.simple
+    if plan and plan.key[0] == load64(src + LEGACY) and plan.key[1] == load64(src + LEGACY + 8):
+        follow(steps_of(plan), blends_of(plan), src, dst, False)
+        return True
+    return False
+
+
+cdef void open_carry(const Job *job, uint8_t *carry) noexcept nogil:
+    """Take back the end of row 0, which the first line of row 1 goes on from."""
+    cdef uint32_t n = phase_of(job, 1)
+    memset(carry, 0, LINE)
+    memcpy(carry, job.dst + job.dst_stride - n, n)
+
+
+cdef void close_carry(const Job *job, const uint8_t *carry) noexcept nogil:
+    """Write the end of the last row."""
+    cdef uint32_t n = phase_of(job, job.n)
+    memcpy(job.dst + job.n * job.dst_stride - n, carry, n)
+
+
+cdef inline uint32_t fault_of(const Plan *plan, const uint8_t *row) noexcept nogil:
+    """What KVM_SET_XSAVE would object to; codes of `xfast.xsave.area.UabiFault`."""
+    if plan.fault:
+        return plan.fault
+    if plan.validate and line_any(
+        line_merge(line_zero(), row + LEGACY, ~<uint64_t>0xFFFF, True)
+    ):
+        return 3
+    if load32(row + 24) & ~plan.mxcsr_mask:
+        return 4
+    return 5 if plan.lost else 0
+
+
+cdef inline Plan *merge_plan(const Job *job, Py_ssize_t i) noexcept nogil:
+    cdef const uint8_t *src = job.src + i * job.src_stride + LEGACY
+    cdef const uint8_t *dst = job.dst + i * job.dst_stride + LEGACY
+    return find(job.cache, load64(src), load64(src + 8), load64(dst + 8))
+
+
+cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream) noexcept nogil:
+    cdef const uint8_t *src = job.src + i * job.src_stride
+    cdef uint8_t *dst = job.dst + i * job.dst_stride
+    cdef uint32_t fault = fault_of(plan, src)
+    if job.status:
+        job.status[i] = fault
+    if job.lost:
+        job.lost[i] = plan.lost
+    if fault:
+        job.failed |= fault
+        return
+    walk(plan, src, dst, NULL, True, stream)
+    store64(dst + LEGACY, (load64(dst + LEGACY) & plan.kept) | plan.stored)
+
+
+cdef void merge(Job *job) noexcept nogil:
+    """Copy present components into areas; all other bytes of a row stay."""
+    cdef Plan *ring[RING]
+    cdef Plan *plan
+    cdef Py_ssize_t i, j, n = job.n
+    for j in range(n + job.ahead):
+        i = j - job.ahead
+        if job.ahead and j + HEADERS_AHEAD < n:
+            prefetch_far(job.src + (j + HEADERS_AHEAD) * job.src_stride + LEGACY)
+            prefetch_far(job.dst + (j + HEADERS_AHEAD) * job.dst_stride + LEGACY)
+        if j < n:
+            plan = merge_plan(job, j)
+            if plan == NULL:
+                job.no_memory = True
+                return
+            ring[j & (RING - 1)] = plan
+            if job.ahead:
+                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+                fetch(job.dst + j * job.dst_stride, plan.hold, plan.holds)
+        if i < 0:
+            continue
+        if job.stream:
+            merge_row(job, i, ring[i & (RING - 1)], True)
+        else:
+            merge_row(job, i, ring[i & (RING - 1)], False)
+    if job.stream:
+        stream_fence()
+
+
+cdef bint merge_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
+    """Merge into one area, not past the caches, if the last plan is for it, simple, and valid."""
+    cdef const Plan *plan = cache.simple
+    if (
+        plan
+        and matches(plan, load64(src + LEGACY), load64(src + LEGACY + 8), load64(dst + LEGACY + 8))
+        and not fault_of(plan, src)
+    ):
+        follow(steps_of(plan), blends_of(plan), src, dst, True)
+        store64(dst + LEGACY, (load64(dst + LEGACY) & plan.kept) | plan.stored)
+        return True
+    return False
+
+
+cdef void swap(Job *save, Job *load) noexcept nogil:
+    """Merge `load.dst`, the registers, into `save.dst`, and `load.src` into the registers."""
+    cdef const Plan *leave
+    cdef const Plan *enter
+    cdef Py_ssize_t i
+    for i in range(save.n):
+        leave = merge_plan(save, i)
+        enter = merge_plan(load, i)
+        if leave == NULL or enter == NULL:
+            save.no_memory = True
+            return
+        save.lost[i] = leave.lost | enter.lost
+        save.failed |= save.lost[i]
+        if not save.lost[i]:
+            merge_row(save, i, leave, False)
+            merge_row(load, i, enter, False)

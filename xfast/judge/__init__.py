@@ -1,0 +1,1 @@
+"""The rules, and a verdict for each pair of snapshot and host."""

@@ -1,0 +1,44 @@
+"""Numbers and structs of the kernel's interface, and of the CPU's control registers and MSRs.
+
+*Source*: Linux include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h and prctl.h; Intel SDM
+vol. 3 section 2.5 (CR4) and vol. 4 chapter 2 (MSRs).
+"""
+
+import struct
+
+KVM_CREATE_VM = 0xAE01
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_GET_VCPU_MMAP_SIZE = 0xAE04
+KVM_GET_SUPPORTED_CPUID = 0xC008AE05
+KVM_CREATE_VCPU = 0xAE41
+KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+KVM_RUN = 0xAE80
+KVM_SET_REGS = 0x4090AE82
+KVM_GET_SREGS, KVM_SET_SREGS = 0x8138AE83, 0x4138AE84
+KVM_GET_MSRS, KVM_SET_MSRS = 0xC008AE88, 0x4008AE89
+KVM_GET_FPU, KVM_SET_FPU = 0x81A0AE8C, 0x41A0AE8D
+KVM_SET_CPUID2, KVM_GET_CPUID2 = 0x4008AE90, 0xC008AE91
+KVM_GET_XSAVE, KVM_SET_XSAVE = 0x9000AEA4, 0x5000AEA5
+KVM_GET_XCRS, KVM_SET_XCRS = 0x8188AEA6, 0x4188AEA7
+KVM_GET_XSAVE2 = 0x9000AECF
+KVM_GET_DEVICE_ATTR = 0x4018AEE2
+"""Ioctls."""
+
+KVM_CAP_XSAVE = 55
+KVM_CAP_XSAVE2 = 208
+KVM_CAP_SYS_ATTRIBUTES = 209
+"""What KVM_CHECK_EXTENSION is asked for."""
+
+KVM_MAX_CPUID_ENTRIES = 256
+KVM_MAX_XCRS = 16
+KVM_EXIT_HLT = 5
+
+KVM_FPU = struct.Struct("<128sHHBxHQQ256sI4x")
+"""struct kvm_fpu: fpr, fcw, fsw, ftwx, last_opcode, last_ip, last_dp, xmm, mxcsr."""
+
+CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
+SREGS_CR4 = 248
+"""Where CR4 lies in a struct kvm_sregs (bytes)."""
+
+MSR_IA32_XFD, MSR_IA32_XFD_ERR, MSR_IA32_XSS = 0x1C4, 0x1C5, 0xDA0
+MSR_IA32_U_CET = 0x6A0

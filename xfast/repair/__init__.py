@@ -1,0 +1,1 @@
+"""What to change in a snapshot so that a host takes it."""

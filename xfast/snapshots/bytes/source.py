@@ -1,0 +1,435 @@
+"""Bytes of a file, each offset and length checked before use; compressed files read through.
+
+A Source is read where it is needed and never as a whole. What is compressed (the whole file, or
+the body of a libvirt save image) is first expanded into an anonymous temporary file; the Source
+is then that file, and remembers what was around it, so that `Source.rewrite` can put it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from xfast.errors import FormatError, XfastError
+from xfast.snapshots.bytes import libvirt
+from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
+
+if TYPE_CHECKING:
+    from xfast.snapshots.model import Splice
+
+CHUNK = 1 << 20
+NESTING_LIMIT = 4
+EXPAND_LIMIT = 4 << 30
+"""What one compressed file may expand to (bytes), unless the caller says otherwise."""
+
+JOURNAL = ".xfast-journal"
+"""What the journal of an edit in place is called, behind the file's name."""
+
+Locate = Callable[[int], tuple[int | None, int]]
+"""Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
+
+
+class Source:
+    """Read-only random access to the bytes of one input, after decompression.
+
+    Parameters
+    ----------
+    path : str
+        The name as the user gave it; ``-`` is standard input.
+    fd : int
+        A regular file, which the Source owns from here on.
+    outer, codec, body : Source or None, str, int
+        What was around the bytes: they were found compressed by `codec` at offset `body` of
+        `outer`.
+
+    Attributes
+    ----------
+    size : int
+        Bytes.
+    container : tuple of str
+        What was taken off so far, outermost first.
+    bytes_read : int
+        How much was asked for until now (decompression reads are not counted).
+    """
+
+    def __init__(
+        self, path: str, fd: int, outer: Source | None = None, codec: str = "", body: int = 0
+    ) -> None:
+        self.path = path
+        self.fd = fd
+        self.outer = outer
+        self.codec = codec
+        self.body = body
+        self.size = os.fstat(fd).st_size
+        self.bytes_read = 0
+        self.container: tuple[str, ...] = ()
+        if outer:
+            self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, expand_limit: int = EXPAND_LIMIT) -> Source:
+        """Open a file, or standard input for ``-``, and take compression off.
+
+        Parameters
+        ----------
+        expand_limit : int
+            What a compressed file, or standard input, may expand to (bytes).
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        XfastError
+            If it can't be opened, is no regular file, or needs a module that is missing.
+        """
+        name = os.fspath(path)
+        source = cls(name, _stdin(expand_limit) if name == "-" else _regular(name))
+        try:
+            for _ in range(NESTING_LIMIT):
+                codec, body = _compression(source)
+                if not codec:
+                    return source
+                source = cls(name, _expand(source, codec, body, expand_limit), source, codec, body)
+            raise FormatError(name, 0, f"found {source.container}, needed fewer layers")
+        except BaseException:
+            source.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; temporary ones vanish."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self.outer:
+            self.outer.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def base(self) -> Source:
+        """The file itself, as it lies on the disk."""
+        return self.outer.base if self.outer else self
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`.
+
+        Raises
+        ------
+        FormatError
+            If they are not all inside.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise FormatError(
+                self.path,
+                offset,
+                f"found {max(0, self.size - max(0, offset))} bytes, needed {length} "
+                f"(of {self.size} in all)",
+            )
+        return self._fetch(offset, length)
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        self.bytes_read += length
+        pieces = []
+        while length:
+            piece = os.pread(self.fd, length, offset)
+            if not piece:
+                raise FormatError(self.path, offset, f"found the end, needed {length} bytes more")
+            pieces.append(piece)
+            offset += len(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
+        """Return the values that lie at `offset` in the struct format `fmt`."""
+        return struct.unpack(fmt, self.read(offset, struct.calcsize(fmt)))
+
+    def chunks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `end` in pieces of bounded size."""
+        end = self.size if end is None else end
+        for offset in range(start, end, CHUNK):
+            yield self.read(offset, min(CHUNK, end - offset))
+
+    def view(self, offset: int, length: int | None = None) -> View:
+        """Return a part as a Source of its own: `length` bytes (or all the rest) at `offset`."""
+        length = self.size - offset if length is None else length
+        return View(self, length, lambda at: (offset + at, length - at))
+
+    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return where bytes lie in the file, after decompression: (offset, length) of each run."""
+        self.read(offset, 0)
+        return [(offset, length)]
+
+    def rewrite(self, splices: Iterable[Splice], out: IO[bytes]) -> None:
+        """Write the whole file anew, with edits, packed as it was.
+
+        Parameters
+        ----------
+        splices : iterable of Splice
+            Edits, of the bytes after decompression. None of them: the file as it is.
+        out : binary file
+            Empty, opened for writing; a real file.
+
+        Raises
+        ------
+        FormatError
+            If a splice's old bytes are not what the file holds.
+        """
+        edits = self._checked(splices)
+        if not edits or (self.outer is None and not _moving(edits)):
+            base = self.base
+            copy_bytes(base.fd, out.fileno(), base.size)
+            for edit in edits:
+                os.pwrite(out.fileno(), edit.new, edit.offset)
+            return
+        size = self.size + sum(len(edit.new) - len(edit.old) for edit in edits)
+        with self._packer(out, size) as file:
+            position = 0
+            for edit in edits:
+                for piece in self.chunks(position, edit.offset):
+                    file.write(piece)
+                file.write(edit.new)
+                position = edit.offset + len(edit.old)
+            for piece in self.chunks(position):
+                file.write(piece)
+
+    def patch(self, splices: Iterable[Splice], fd: int) -> None:
+        """Write edits into `fd`, the same file opened for writing: only the pages they touch.
+
+        Raises
+        ------
+        FormatError
+            If the file is compressed, a splice's old bytes are not what it holds, or an edit
+            changes its length.
+        """
+        edits = self._checked(splices)
+        if self.outer or _moving(edits):
+            raise FormatError(
+                self.path,
+                None,
+                f"found {self.codec or 'edits that change its length'}, "
+                "needed a file to edit in place",
+            )
+        for edit in edits:
+            os.pwrite(fd, edit.new, edit.offset)
+
+    def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
+        edits = sorted(splices)
+        end = 0
+        for edit in edits:
+            if edit.offset < end:
+                raise ValueError(f"splices: got {edit}, needed edits apart from each other")
+            if self.read(edit.offset, len(edit.old)) != edit.old:
+                raise FormatError(
+                    self.path, edit.offset, f"found other bytes than {edit.field} had when read"
+                )
+            end = edit.offset + len(edit.old)
+        return edits
+
+    @contextlib.contextmanager
+    def _packer(self, out: IO[bytes], size: int | None) -> Iterator[IO[bytes]]:
+        """Yield where to write this source's `size` bytes, so that `out` is packed as it was."""
+        if self.outer is None:
+            yield out
+            return
+        head = self.outer.read(self.body, min(HEAD_SIZE, self.outer.size - self.body))
+        with self.outer._packer(out, None) as around:
+            for piece in self.outer.chunks(0, self.body):
+                around.write(piece)
+            with CODECS[self.codec](around, "wb", head, size) as file:
+                yield file
+
+
+class View(Source):
+    """A part of a Source, or pieces of it in another order (a disk image's clusters).
+
+    Parameters
+    ----------
+    source : Source
+    size : int
+        Bytes.
+    locate : callable
+        Where each byte of the view lies in `source`.
+    """
+
+    def __init__(self, source: Source, size: int, locate: Locate) -> None:
+        self.path = source.path
+        self.source = source
+        self.size = size
+        self.locate = locate
+        self.container = source.container
+        self.bytes_read = 0
+
+    def close(self) -> None:
+        """Leave the file to its owner."""
+
+    def _runs(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
+        while length:
+            start, left = self.locate(offset)
+            count = min(left, length)
+            yield start, count
+            offset += count
+            length -= count
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        self.bytes_read += length
+        return b"".join(
+            bytes(count) if start is None else self.source.read(start, count)
+            for start, count in self._runs(offset, length)
+        )
+
+    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return where bytes lie in the file, after decompression: (offset, length) of each run.
+
+        Raises
+        ------
+        FormatError
+            If the file does not store them.
+        """
+        self.read(offset, 0)
+        found = []
+        for start, count in self._runs(offset, length):
+            if start is None:
+                raise FormatError(self.path, offset, f"found no bytes stored, needed {length}")
+            found += self.source.to_file(start, count)
+        return found
+
+    def rewrite(self, splices: Iterable[Splice], out: IO[bytes]) -> None:
+        """Write the whole file anew; see `Source.rewrite`. Offsets are the file's."""
+        self.source.rewrite(splices, out)
+
+    def patch(self, splices: Iterable[Splice], fd: int) -> None:
+        """Write edits in place; see `Source.patch`. Offsets are the file's."""
+        self.source.patch(splices, fd)
+
+
+def _regular(name: str) -> int:
+    """Open a regular file; anything else might never end, or act when opened."""
+    try:
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+            raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if os.path.lexists(name + JOURNAL):
+            raise FormatError(
+                name,
+                None,
+                f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
+                "xfast fix --in-place undoes it first",
+            )
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as problem:
+        if isinstance(problem, XfastError):
+            raise
+        reason = getattr(problem, "strerror", None) or problem
+        raise XfastError(f"{name}: can't be opened: {reason}") from None
+
+
+def _stdin(limit: int) -> int:
+    """Return standard input as a regular file."""
+    if stat.S_ISREG(os.fstat(0).st_mode):
+        return os.dup(0)
+    with os.fdopen(os.dup(0), "rb") as file:
+        return _spool("-", file, limit)
+
+
+def _compression(source: Source) -> tuple[str, int]:
+    """Return the codec and the offset of what is compressed in `source`, or ("", 0)."""
+    header = libvirt.header(source)
+    if header:
+        return (header.compression, header.body) if header.compression in CODECS else ("", 0)
+    start = source.read(0, min(6, source.size))
+    return next((name for magic, name in MAGICS.items() if start.startswith(magic)), ""), 0
+
+
+def _expand(source: Source, codec: str, body: int, limit: int) -> int:
+    with os.fdopen(os.dup(source.fd), "rb") as packed:
+        packed.seek(body)
+        try:
+            with CODECS[codec](packed, "rb") as file:
+                return _spool(source.path, file, limit)
+        except FormatError:
+            raise
+        except XfastError as problem:
+            raise XfastError(f"{source.path}: {problem}") from None
+
+
+def _spool(path: str, file: IO[bytes], limit: int) -> int:
+    """Copy `file` into an anonymous temporary file and return its descriptor."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as spool:
+        total = 0
+        while True:
+            try:
+                chunk = file.read(CHUNK)
+            except Exception as problem:  # each codec has errors of its own
+                raise FormatError(
+                    path, total, f"found damage in what is compressed: {problem}"
+                ) from None
+            if not chunk:
+                break
+            total += len(chunk)
+            if total > limit:
+                raise FormatError(
+                    path,
+                    limit,
+                    f"expands to more than {limit} bytes, the limit; needed a smaller file, "
+                    "or a higher limit (--expand-limit)",
+                )
+            try:
+                spool.write(chunk)
+            except OSError as problem:
+                raise XfastError(
+                    f"no room to expand it in {tempfile.gettempdir()}: {problem.strerror}"
+                ) from None
+        spool.flush()
+        return os.dup(spool.fileno())
+
+
+def _moving(edits: list[Splice]) -> bool:
+    """Tell whether edits move what lies behind them."""
+    return any(len(edit.old) != len(edit.new) for edit in edits)
+
+
+def copy_bytes(source: int, target: int, size: int) -> None:
+    """Copy a file: holes stay holes, and where the file system shares blocks no data moves."""
+    os.truncate(target, size)
+    done = 0
+    while done < size:
+        try:
+            done = os.lseek(source, done, os.SEEK_DATA)
+        except OSError as problem:
+            if problem.errno == errno.ENXIO:  # only a hole is left
+                break
+            raise
+        end = min(size, os.lseek(source, done, os.SEEK_HOLE))
+        while done < end:
+            done += _copy_part(source, target, done, end - done)
+
+
+def _copy_part(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        count = os.copy_file_range(source, target, length, offset, offset)
+    except OSError:  # two file systems, or one that can't
+        count = os.pwrite(target, os.pread(source, min(length, CHUNK), offset), offset)
+    if not count:
+        raise XfastError(f"the file shrank to {offset} bytes while it was copied")
+    return count
+
+
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]

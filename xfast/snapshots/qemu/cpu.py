@@ -1,0 +1,259 @@
+"""QEMU's `cpu` section as an XSAVE area, and an edited area as the section's bytes.
+
+The stream stores registers, big-endian, and no area: QEMU builds one in the target's layout. So
+does this module, in Intel's. One table says which bytes of the section are which bytes of the
+area; it is read in both directions.
+
+*Source*: QEMU target/i386/machine.c vmstate_x86_cpu, target/i386/xsave_helper.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.errors import PolicyError
+from xfast.snapshots.qemu.stream import CpuSection
+from xfast.xsave import area as engine
+from xfast.xsave.features import HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
+from xfast.xsave.layout import preset
+
+INTEL = preset("intel")
+
+
+class Form(NamedTuple):
+    """Where the fixed part of a section has its fields (bytes); `registers` of XMM and YMM."""
+
+    registers: int
+    fcw: int
+    cr4: int
+    cr4_format: str
+    mxcsr: int
+    xcr0: int
+
+    @property
+    def zones(self) -> dict[str, tuple[int, int]]:
+        """The fields that an edit may change: {name: (offset, bytes)}."""
+        vectors = 16 * self.registers
+        return {
+            "fcw": (self.fcw, 2),
+            "fsw": (self.fcw + 2, 2),
+            "ftw": (self.fcw + 4, 2),
+            "st": (self.fcw + 8, 80),
+            "mxcsr": (self.mxcsr, 4),
+            "xmm": (self.mxcsr + 4, vectors),
+            "xcr0": (self.xcr0, 8),
+            "xstate_bv": (self.xcr0 + 8, 8),
+            "ymm_hi128": (self.xcr0 + 16, vectors),
+        }
+
+
+FORMS = {
+    1817: Form(16, 148, 480, ">Q", 556, 1545),
+    1313: Form(8, 44, 316, ">I", 356, 1169),
+}
+"""By the fixed part's size: x86_64 and i386."""
+
+
+class Run(NamedTuple):
+    """Bytes of one component: `length` at `zone` + `start`, words of `unit` bytes, big-endian."""
+
+    nr: int
+    zone: str
+    start: int
+    unit: int
+    length: int
+    target: int
+
+
+def _runs(registers: int, top: int) -> Iterator[Run]:
+    """Yield which bytes of which zone or subsection are which bytes of an Intel area."""
+    yield Run(0, "fcw", 0, 2, 2, 0)
+    yield Run(0, "fsw", 0, 2, 2, 2)
+    yield Run(0, "ftw", 1, 1, 1, 4)
+    for slot in range(8):
+        target = 32 + 16 * ((slot - top) & 7)
+        yield Run(0, "st", 10 * slot, 8, 8, target)
+        yield Run(0, "st", 10 * slot + 8, 2, 2, target + 8)
+    yield Run(0, "cpu/fpop_ip_dp", 0, 2, 2, 6)
+    yield Run(0, "cpu/fpop_ip_dp", 2, 8, 16, 8)
+    yield Run(1, "mxcsr", 0, 4, 4, 24)
+    yield Run(1, "xmm", 0, 8, 16 * registers, 160)
+    yield Run(2, "ymm_hi128", 0, 8, 16 * registers, 576)
+    yield Run(3, "cpu/mpx", 0, 8, 64, 960)
+    yield Run(4, "cpu/mpx", 64, 8, 16, 1024)
+    yield Run(5, "cpu/avx512", 0, 8, 64, 1088)
+    yield Run(6, "cpu/avx512", 64, 8, 32 * registers, 1152)
+    if registers == 16:
+        yield Run(7, "cpu/avx512", 576, 8, 1024, 1664)
+    yield Run(9, "cpu/pkru", 0, 4, 4, 2688)
+    yield Run(17, "cpu/intel_amx_xtile", 0, 1, 64, 2752)
+    yield Run(18, "cpu/intel_amx_xtile", 64, 1, 8192, 2816)
+    yield Run(19, "cpu/apx", 0, 8, 128, 960)
+
+
+class Section:
+    """The bytes of one vCPU's section, in memory.
+
+    Parameters
+    ----------
+    data : bytes
+        All of it, subsections included.
+    place : CpuSection
+        Where it was found.
+    kvm : bool
+        Who wrote it: KVM's slots are ST(i) and its XSTATE_BV is real; TCG's are physical
+        registers, and its XSTATE_BV is always 0.
+
+    *Source*: QEMU target/i386/xsave_helper.c x86_cpu_xrstor_all_areas(); target/i386/machine.c
+    cpu_pre_save().
+    """
+
+    def __init__(self, data: bytes, place: CpuSection, kvm: bool) -> None:
+        self.data = data
+        self.place = place
+        self.kvm = kvm
+        self.form = FORMS[place.fixed]
+        self.zones = self.form.zones | {
+            name: (offset - place.offset, size)
+            for name, (offset, size) in place.subsections.items()
+        }
+
+    def runs(self, fsw: int) -> list[Run]:
+        """Return what this section has of the table, with the x87 slots in `fsw`'s order."""
+        top = 0 if self.kvm else fsw >> 11 & 7
+        return [
+            run
+            for run in _runs(self.form.registers, top)
+            if run.start + run.length <= self.zones.get(run.zone, (0, 0))[1]
+        ]
+
+    def place_of(self, run: Run) -> slice:
+        """Return where in `data` a run lies."""
+        start = self.zones[run.zone][0] + run.start
+        return slice(start, start + run.length)
+
+    def unpack(self, fmt: str, zone: str) -> int:
+        """Return the number that a zone begins with."""
+        value: int = struct.unpack_from(fmt, self.data, self.zones[zone][0])[0]
+        return value
+
+    def number(self, zone: str, absent: int | None) -> int | None:
+        """Return the u64 that a zone begins with, or `absent` where there is none."""
+        return self.unpack(">Q", zone) if self.zones.get(zone, (0, 0))[1] >= 8 else absent
+
+    @property
+    def cr4(self) -> int:
+        """The guest's CR4."""
+        value: int = struct.unpack_from(self.form.cr4_format, self.data, self.form.cr4)[0]
+        return value
+
+    @property
+    def xcr0(self) -> int:
+        """The guest's XCR0."""
+        return self.unpack(">Q", "xcr0")
+
+    @property
+    def stream_xstate_bv(self) -> int:
+        """XSTATE_BV as the section has it."""
+        return self.unpack(">Q", "xstate_bv")
+
+    @property
+    def xstate_bv(self) -> int:
+        """XSTATE_BV of the area: KVM's own, or for TCG what XCR0 enables and the section holds.
+
+        QEMU leaves subsections out where they are all zeros, the init value; such as are here
+        and all zeros count as left out.
+        """
+        if self.kvm:
+            return self.stream_xstate_bv
+        held = 0
+        for run in self.runs(0):
+            if not run.zone.startswith("cpu/") or any(self.data[self.place_of(run)]):
+                held |= 1 << run.nr
+        return (self.xcr0 | XFEATURE_MASK_FPSSE) & held
+
+    def area(self) -> NDArray[np.uint8]:
+        """Return the vCPU's area: standard format, Intel's layout, as long as what is in it."""
+        xstate_bv = self.xstate_bv
+        runs = self.runs(self.unpack(">H", "fsw"))
+        held = sum({1 << run.nr for run in runs})
+        image = np.zeros(INTEL.standard_size(xstate_bv | held), np.uint8)
+        image[HEADER_OFFSET : HEADER_OFFSET + 8] = np.frombuffer(struct.pack("<Q", xstate_bv), "u1")
+        section = np.frombuffer(self.data, np.uint8)
+        for run in runs:
+            words = section[self.place_of(run)].reshape(-1, run.unit)
+            image[run.target : run.target + run.length] = words[:, ::-1].reshape(-1)
+        return image
+
+    def edited(self, image: NDArray[np.uint8]) -> Section:
+        """Return the section with another area's values; lengths and everything else stay.
+
+        What the new area drops (a bit clear in XSTATE_BV that was set) becomes the init value.
+
+        Raises
+        ------
+        PolicyError
+            If the area holds something that this section has no place for.
+        """
+        before = self.area()
+        if image.shape != before.shape:
+            raise ValueError(f"area: got shape {image.shape}, needed {before.shape}")
+        image = image.copy()
+        header = image[HEADER_OFFSET : HEADER_OFFSET + 8].view("<u8")
+        xstate_bv = int(header[0])
+        dropped = self.xstate_bv & ~xstate_bv
+        header[0] |= dropped
+        engine.keep(image, INTEL, engine.ALL & ~dropped)
+        data = bytearray(self.data)
+        for run in self.runs(int(image[2:4].view("<u2")[0])):
+            words = image[run.target : run.target + run.length].reshape(-1, run.unit)
+            data[self.place_of(run)] = words[:, ::-1].tobytes()
+        if self.kvm:
+            start, _ = self.zones["xstate_bv"]
+            data[start : start + 8] = struct.pack(">Q", xstate_bv)
+        result = Section(bytes(data), self.place, self.kvm)
+        lost = engine.diff(result.area(), image, INTEL) & INTEL.user_mask
+        if lost:
+            raise PolicyError(
+                f"the stream has no place for {names_of(lost)}; needed an area that has "
+                "only what the stream already holds"
+            )
+        return result
+
+
+def fields(image: NDArray[np.uint8], xcr0: int) -> dict[str, bytes]:
+    """Return what a section of QEMU for x86_64 under KVM holds of an area's registers.
+
+    Parameters
+    ----------
+    image : (size,) uint8
+        Standard format, Intel's layout; every component that is clear has its init bytes.
+    xcr0 : int
+
+    Returns
+    -------
+    dict of str to bytes
+        By zone or subsection, as in `Section.zones`; subsections that are all zeros, which QEMU
+        leaves out, are left out.
+    """
+    whole = np.zeros(INTEL.standard_size(), np.uint8)
+    whole[: image.size] = image
+    form = FORMS[1817]
+    zones = {name: bytearray(length) for name, (_, length) in form.zones.items()}
+    for run in _runs(form.registers, 0):
+        zone = zones.setdefault(run.zone, bytearray())
+        zone.extend(bytes(max(0, run.start + run.length - len(zone))))
+        words = whole[run.target : run.target + run.length].reshape(-1, run.unit)
+        zone[run.start : run.start + run.length] = words[:, ::-1].tobytes()
+    zones["xcr0"][:] = struct.pack(">Q", xcr0)
+    zones["xstate_bv"][:] = whole[HEADER_OFFSET : HEADER_OFFSET + 8].tobytes()[::-1]
+    return {
+        name: bytes(zone)
+        for name, zone in zones.items()
+        if any(zone) or not name.startswith("cpu/")
+    }

@@ -1,0 +1,241 @@
+"""XSAVE areas in numpy arrays: what is in them, trimming, comparing; with `rows` and `transfer`.
+
+Every function takes ``areas``, an (n, size) uint8 array with one area a row and any row
+stride, or a (size,) array or buffer with one area, and the Layout that says where the
+components lie. Results of a batch are arrays with one element a row; of a single area, scalars.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xfast import _core
+from xfast.xsave.layout import Layout
+from xfast.xsave.rows import ALL, Areas, Masks, check_mask, empty, rows_of, spread, table_of, tune
+from xfast.xsave.transfer import (
+    UabiFault,
+    compact,
+    converter,
+    expand,
+    get_uabi,
+    merger,
+    relayout,
+    set_uabi,
+    swap,
+)
+
+
+class Audit(IntFlag):
+    """What `audit` finds wrong with an area."""
+
+    XSTATE_BV = 1
+    XCOMP_BV = 2
+    RESERVED = 4
+    MXCSR = 8
+
+
+class Headers(NamedTuple):
+    """What `headers` reads, an element a row: u64, u64, u32 and bool."""
+
+    xstate_bv: Any
+    xcomp_bv: Any
+    mxcsr: Any
+    reserved: Any
+
+
+class Classes(NamedTuple):
+    """What `classify` finds, each a mask (uint64) a row.
+
+    A component is ``absent`` if its bit is not in `xstate_bv`, ``live`` if it is in `inuse`
+    but not in `default`, ``default`` if it is in `default` (PKRU 0x55555554), ``unknown`` if
+    in `unreadable`, else ``init``. `stale`: absent, and yet other than init bytes lie there.
+    """
+
+    xstate_bv: Any
+    inuse: Any
+    default: Any
+    stale: Any
+    unreadable: Any
+
+    @property
+    def live(self) -> Any:
+        """Components that hold something other than their init or default value."""
+        return self.inuse & ~self.default
+
+    def state(self, nr: int) -> str:
+        """Return the state of component `nr` of a single area, in a word."""
+        for word, mask in (
+            ("unknown", self.unreadable),
+            ("default", self.default),
+            ("live", self.inuse),
+            ("init", self.xstate_bv),
+        ):
+            if mask >> nr & 1:
+                return word
+        return "absent"
+
+
+def headers(areas: Any) -> Headers:
+    """Read the header of every area.
+
+    Returns
+    -------
+    Headers
+        `reserved` is True where one of the header's 48 reserved bytes is not zero.
+
+    Raises
+    ------
+    ValueError
+        If `areas` is no array of areas, or rows are shorter than 576 bytes.
+
+    *Source*: Intel SDM vol. 1 section 13.4.2.
+    """
+    rows, single = rows_of(areas)
+    n = len(rows)
+    out = Headers(np.empty(n, "u8"), np.empty(n, "u8"), np.empty(n, "u4"), np.empty(n, bool))
+    _core.headers(rows, *out)
+    return Headers(*(column[0].item() for column in out)) if single else out
+
+
+def classify(areas: Any, layout: Layout) -> Classes:
+    """Find which components are absent, init, default and live.
+
+    Returns
+    -------
+    Classes
+        ints for a single area, uint64 arrays for a batch.
+
+    *Source*: Intel SDM vol. 1 section 13.6 (init values); MXCSR counts for SSE, or for AVX
+    where only AVX's bit is set.
+    """
+    rows, single = rows_of(areas)
+    masks = np.empty((4, len(rows)), "u8")
+    _core.classify(rows, table_of(layout), masks.reshape(-1))
+    out = Classes(headers(rows).xstate_bv, *masks)
+    return Classes(*(column[0].item() for column in out)) if single else out
+
+
+def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
+    """Intersect XSTATE_BV with `mask`, in place.
+
+    Parameters
+    ----------
+    scrub : bool
+        Give the dropped components' bytes their init value too.
+
+    Returns
+    -------
+    uint64 array, or int
+        The bits that were dropped from each area.
+    """
+    rows, single = rows_of(areas)
+    dropped = np.empty(len(rows), "u8")
+    table, mask = table_of(layout), check_mask(mask)
+    spread(
+        rows.size if scrub else 64 * len(rows),
+        lambda rows, dropped: _core.keep(rows, table, mask, scrub, dropped),
+        rows,
+        dropped,
+    )
+    return dropped[0].item() if single else dropped
+
+
+def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -> Any:
+    """Find the components whose values differ; a clear bit stands for the init value.
+
+    Returns
+    -------
+    uint64 array, or int
+        MXCSR counts for SSE; a component that can't be read differs.
+    """
+    a, single = rows_of(one, "one")
+    b, _ = rows_of(two, "two")
+    differing = np.empty(len(a), "u8")
+    if len(a) != len(b):
+        raise ValueError(f"two: got {len(b)} areas, needed {len(a)}, as many as one")
+    tables = table_of(layout), table_of(two_layout or layout)
+    spread(
+        2 * a.size,
+        lambda a, b, differing: _core.diff(a, tables[0], b, tables[1], differing),
+        a,
+        b,
+        differing,
+    )
+    return differing[0].item() if single else differing
+
+
+def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
+    """Check the header and MXCSR of every area, as a kernel that supports `mask` would.
+
+    Returns
+    -------
+    uint8 array, or int
+        `Audit` flags: XSTATE_BV outside `mask`, XCOMP_BV not 0 (no standard format), reserved
+        header bytes not 0, MXCSR outside `mxcsr_mask` while x87, SSE or AVX is present.
+    """
+    rows, single = rows_of(areas)
+    status = np.empty(len(rows), np.uint8)
+    mask = check_mask(mask)
+    two_lines = 128 * len(rows)
+    spread(
+        two_lines,
+        lambda rows, status: _core.audit(rows, mask, mxcsr_mask, status),
+        rows,
+        status,
+    )
+    return status[0].item() if single else status
+
+
+def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
+    """Find the components whose bytes differ from their init value; MXCSR takes no part.
+
+    Parameters
+    ----------
+    early : bool
+        Look only at components in XSTATE_BV, and at each no further than needed. Otherwise all
+        are read, and stale data show as well.
+
+    Returns
+    -------
+    uint64 array, or int
+
+    *Source*: Intel SDM vol. 1 section 13.6.
+    """
+    rows, single = rows_of(areas)
+    inuse = np.empty(len(rows), "u8")
+    table = table_of(layout)
+    spread(rows.size, lambda rows, inuse: _core.xinuse(rows, table, early, inuse), rows, inuse)
+    return inuse[0].item() if single else inuse
+
+
+__all__ = [
+    "ALL",
+    "Areas",
+    "Audit",
+    "Classes",
+    "Headers",
+    "Masks",
+    "UabiFault",
+    "audit",
+    "check_mask",
+    "classify",
+    "compact",
+    "converter",
+    "diff",
+    "empty",
+    "expand",
+    "get_uabi",
+    "headers",
+    "keep",
+    "merger",
+    "relayout",
+    "rows_of",
+    "set_uabi",
+    "swap",
+    "table_of",
+    "tune",
+    "xinuse",
+]
