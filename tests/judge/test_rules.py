@@ -82,4 +82,4 @@ def test_a_new_rule_is_a_row_and_a_function(no_new_rules):
     assert (verdict.verdict, verdict.fixable, verdict.settable) == ("incompatible", "safe", False)
     plan = plan_fix(snapshot, host)
     assert [(change.component, change.rule) for change in plan.changes] == [("avx", "ODD")]
-    assert plan.after.verdict == "superset"
+    assert plan.after.verdict == "identical"
