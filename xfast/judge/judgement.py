@@ -27,10 +27,10 @@ def findings_of(state: State, host: Host, policy: Policy) -> Iterator[Finding]:
     """Yield what every rule has to say of one vCPU on one host."""
     target = target_of(state, host)
     for rule in FUNCTIONS.values():
-        yield from _heeding(policy, rule(state, host, target, policy))
+        yield from heed(policy, rule(state, host, target, policy))
 
 
-def _heeding(policy: Policy, findings: Iterable[Finding]) -> Iterator[Finding]:
+def heed(policy: Policy, findings: Iterable[Finding]) -> Iterator[Finding]:
     """Yield the findings, those of ignored rules as notes."""
     for finding in findings:
         if finding.code in policy.ignore:
@@ -50,8 +50,12 @@ def verdict_of(
 ) -> Verdict:
     """Return the verdict for one host, from the states of all vCPUs and what `more` there is."""
     findings = [f for state in states for f in findings_of(state, host, policy)]
-    findings += _heeding(policy, more)
-    findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
+    return sum_up(path, host, states, [*findings, *heed(policy, more)])
+
+
+def sum_up(path: str, host: Host, states: list[State], findings: list[Finding]) -> Verdict:
+    """Return the verdict that findings amount to."""
+    findings = sorted(findings, key=lambda f: -SEVERITIES.index(f.severity))
     blocking = [f for f in findings if f.severity == "blocks"]
     if blocking:
         word = "incompatible"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -42,8 +41,6 @@ COMPRESSION = (".gz", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
-MAP_FROM = 64 << 20
-"""Files from this size on (bytes) are mapped, not read: a map costs a file descriptor."""
 
 
 class Beside(NamedTuple):
@@ -91,6 +88,10 @@ def cpuid_of(data: bytes) -> Cpuid:
         )
     rows = ENTRY.iter_unpack(data[8 : 8 + ENTRY.size * count])
     return Cpuid(tuple(Entry(*row) for row in rows))
+
+
+COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
+"""What may lie beside a file, by suffix, and what parses it."""
 
 
 def sniff(source: Source) -> bool:
@@ -240,11 +241,8 @@ def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
 
 
 def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
-    """Return part of a file: a copy, or where it is large a read-only map."""
-    if length <= MAP_FROM:
-        return np.frombuffer(source.read(offset, length), np.uint8)
-    whole = mmap.mmap(source.fd, offset + length, access=mmap.ACCESS_READ)
-    return np.frombuffer(whole, np.uint8, length, offset)
+    """Return part of a file: a copy, since a map of a file that shrinks ends the process."""
+    return np.frombuffer(source.read(offset, length), np.uint8)
 
 
 def _beside(source: Source) -> Beside:
@@ -253,10 +251,7 @@ def _beside(source: Source) -> Beside:
 
 
 def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
-    folder = os.path.dirname(source.path)
-    stem = os.path.splitext(_name(source))[0]
-    for base in (stem, stem.rpartition("-")[0]):
-        path = os.path.join(folder, base + suffix)
+    for path in companion_paths(source.path, suffix):
         if source.path == "-" or not os.path.isfile(path):
             continue
         with Source.open(path) as file:
@@ -266,6 +261,15 @@ def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | 
         except ValueError as problem:
             raise FormatError(path, 0, str(problem)) from None
     return None
+
+
+def companion_paths(path: str, suffix: str) -> tuple[str, str]:
+    """Return where a companion of a file is looked for: under its own name, and its variant's."""
+    folder, name = os.path.split(path)
+    stem, end = os.path.splitext(name)
+    stem = os.path.splitext(stem if end in COMPRESSION else name)[0]
+    bases = stem, stem.rpartition("-")[0]
+    return os.path.join(folder, bases[0] + suffix), os.path.join(folder, bases[1] + suffix)
 
 
 def splices(
