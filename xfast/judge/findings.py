@@ -339,7 +339,7 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
             "whoever restores the area gives it the init value, and these bytes are lost",
             component=nr,
         )
-    differs = state.vcpu.facts.get("fpu_differs", [])
+    differs = state.vcpu.fpu_differs
     if differs:
         yield _finding(
             state,
@@ -415,7 +415,7 @@ def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
             component=names_of(missing),
         )
     cpuid = state.vcpu.cpuid
-    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.facts.get("msrs") is not None:
+    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.msrs is not None:
         yield _finding(
             state,
             "XSS",
