@@ -1,4 +1,4 @@
-"""`xfast explain`: every text that people paste gets the right answer or none, never a wrong one."""
+"""`xfast explain`: each text that people paste gets the right answer or none, never a wrong one."""
 
 import csv
 import io
