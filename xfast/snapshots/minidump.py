@@ -236,7 +236,9 @@ def _threads(source: Source, streams: list[Stream]) -> Iterator[tuple[int, int, 
     threads = list(struct.iter_unpack("<I36x2I", table))
     if sum(length for _, length, _ in threads) > source.size:
         raise FormatError(
-            source.path, stream.offset, "expected a CONTEXT of its own for each thread, got overlaps"
+            source.path,
+            stream.offset,
+            "expected a CONTEXT of its own for each thread, got overlaps",
         )
     for tid, length, start in threads:
         yield tid, start, length

@@ -87,9 +87,7 @@ def found_in(source: Source) -> str:
         what = "it is a text"
     else:
         what = "it is binary data"
-    return (
-        f"not a snapshot format that xfast knows ({what}); for a bare XSAVE area give --layout"
-    )
+    return f"not a snapshot format that xfast knows ({what}); for a bare XSAVE area give --layout"
 
 
 def _is_text(head: bytes) -> bool:

@@ -136,7 +136,7 @@ CODECS: dict[str, Callable[..., Any]] = {
 
 MAGICS = {
     b"\x1f\x8b\x08": "gzip",
-    b"BZh": "bzip2",
+    **{b"BZh%d1A" % level: "bzip2" for level in range(1, 10)},
     b"\xfd7zXZ\0": "xz",
     b"\x04\x22\x4d\x18": "lz4",
     b"\x28\xb5\x2f\xfd": "zstd",
