@@ -25,7 +25,14 @@ from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
-from xfast.xsave.features import BY_NR, EXTENDED_OFFSET, LEGACY_SIZE, SUPERVISOR_MASK, bits
+from xfast.xsave.features import (
+    BY_NR,
+    EXTENDED_OFFSET,
+    LEGACY_SIZE,
+    SUPERVISOR_MASK,
+    XFEATURE_MASK_FPSSE,
+    bits,
+)
 from xfast.xsave.layout import Layout, Slot
 
 MAGIC = b"MDMP"
@@ -279,7 +286,7 @@ def _area(
     # The flags of the CONTEXT say that the FXSAVE area is filled, whatever the header says.
     area = area.copy()
     area[fxsave.RESERVED_OFFSET : LEGACY_SIZE] = 0
-    area[fxsave.HEADER_OFFSET] |= fxsave.XFEATURE_MASK_FPSSE
+    area[fxsave.HEADER_OFFSET] |= XFEATURE_MASK_FPSSE
     if layout is None:
         return area, infer.place(area)
     return area, infer.Place(layout, "given" if given else "note")
