@@ -42,7 +42,7 @@ CPUID_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
 COMPANIONS = (".xcrs", ".cpuid2")
 """The ends of the names of files that only go with raw areas."""
-COMPRESSION = (".gz", ".xz", ".zst")
+COMPRESSION = (".bz2", ".gz", ".lz4", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
@@ -191,11 +191,11 @@ def _place(
 ) -> infer.Place:
     """Find the layout of the area at `offset`, if it is one."""
     if not infer.headed(area) and not infer.controlled(area):
-        bits = infer.header(area)
         raise FormatError(
             source.path,
-            offset + 512,
-            f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
+            offset,
+            "found no FCW, MXCSR and header as a CPU writes them, needed known components in an "
+            "XSAVE area; see --size",
         )
     if infer.blank(area):
         raise FormatError(

@@ -24,6 +24,7 @@ from xfast.xsave.layout import Layout
 
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
+    "minidump": "xfast.snapshots.minidump",
     "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu.reader",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
@@ -97,9 +98,9 @@ def recognise(source: Source | Folder, default: str = "") -> str:
             return name
     if default:
         return default
-    start = source.read(0, min(16, source.size))
-    found = f"the bytes {start.hex(' ')}" if start else "an empty file"
-    raise FormatError(source.path, 0, f"found {found}, needed one of: {', '.join(_names())}")
+    from xfast.snapshots import signatures
+
+    raise FormatError(source.path, None, signatures.found_in(source))
 
 
 def _claimed(folder: Folder) -> tuple[str, str]:
