@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from xfast.errors import PolicyError, XfastError
 from xfast.hosts import description
 from xfast.hosts.model import Host
 from xfast.snapshots import raw
+from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Snapshot, Splice
-from xfast.store.names import BACKUP, NOFOLLOW, SUFFIX, Folder, require_one_name, same
+from xfast.store.names import BACKUP, NOFOLLOW, SUFFIX, Directory, require_one_name, same
 from xfast.store.put import Check, Fill, Original, Put, open_in
 from xfast.store.record import Note, record_of, row_of, sha256
 from xfast.store.staged import Staged, sweep
@@ -93,9 +94,9 @@ def apply(
     target = path if output is None else output.rstrip("/")
     try:
         with ExitStack() as stack:
-            folder, name = Folder.around(target)
+            folder, name = Directory.around(target)
             stack.enter_context(folder)
-            note_folder, note_name = Folder.around(record or target + SUFFIX)
+            note_folder, note_name = Directory.around(record or target + SUFFIX)
             stack.enter_context(note_folder)
             sweep(note_folder, note_name)
             sweep(folder, name, name + JOURNAL, name + BACKUP)
@@ -114,19 +115,19 @@ class _Job:
 
     plans: Sequence[Repaired]
     path: str
-    folder: Folder
+    directory: Directory
     name: str
-    note_folder: Folder
+    note_folder: Directory
     note_name: str
     in_place: bool
     backup: bool
 
     def file(self, expand_limit: int) -> dict[str, Any] | None:
         """Rewrite a file."""
-        fd = open_in(self.folder, self.name) if self.in_place else None
+        fd = open_in(self.directory, self.name) if self.in_place else None
         with Source.open(self.path, fd=fd, expand_limit=expand_limit) as source:
             fd = source.base.fd
-            where = (self.folder, self.name) if self.in_place else (None, "")
+            where = (self.directory, self.name) if self.in_place else (None, "")
             original = Original(self.path, fd, *where, stamp=self.plans[0].snapshot.stamp)
             edits = self._edits(source)
             if not edits:
@@ -136,9 +137,9 @@ class _Job:
             row = row_of(os.path.basename(self.path), source)
             note.record["files"] = [row]
             names = [self.name + end for end in ("", BACKUP, JOURNAL)]
-            note.require_apart(self.folder, names)
+            note.require_apart(self.directory, names)
             put = Put(
-                self.folder, self.name, original, self.in_place, self.backup, note, row,
+                self.directory, self.name, original, self.in_place, self.backup, note, row,
                 expand_limit,
             )  # fmt: skip
             if put.patches(source, edits):
@@ -159,7 +160,7 @@ class _Job:
             yield
         except BaseException:
             for name in made:
-                self.folder.remove(name)
+                self.directory.remove(name)
             raise
 
     def _copy_companion(self, suffix: str, parse: Callable[[bytes], object]) -> Iterator[str]:
@@ -172,39 +173,37 @@ class _Job:
             data = source.read(0, min(source.size, raw.COMPANION_LIMIT))
             parse(data)
             name = raw.companion_paths(self.name, suffix)[0]
-            if self.folder.status(name) is not None:
-                with Source.open(name, fd=open_in(self.folder, name)) as there:
+            if self.directory.status(name) is not None:
+                with Source.open(name, fd=open_in(self.directory, name)) as there:
                     if there.read(0, there.size) == data:
                         return
-                raise XfastError(f"{self.folder.path_of(name)}: exists; expected a new name")
-            put = Put(self.folder, name, Original(found[0], source.base.fd))
+                raise XfastError(f"{self.directory.path_of(name)}: exists; expected a new name")
+            put = Put(self.directory, name, Original(found[0], source.base.fd))
             put.write(_writing(data), _comparing(data))
         yield name
 
     def tree(self) -> dict[str, Any] | None:
-        """Rewrite the images in a directory."""
-        with Folder.open(self.path) as source:
-            members = [vcpu.facts["member"] for vcpu in self.plans[0].snapshot.vcpus]
-            with Source.open(self.path, fd=source.open_file(members[0])) as first:
-                self._require_as_planned(self._read_tree(source))
-                edits = self._edits(first)
+        """Rewrite the files of a directory that change."""
+        with Directory.open(self.path) as source:
+            edits = self._edits(_Listed(source))
             if not edits:
+                self._require_nothing_to_do(_Listed(source))
                 return None
             note = self._note(edits, os.fstat(source.fd))
             if self.in_place:
                 sweep(source, *(edit.member for edit in edits))
-                self._change_members(source, edits, note, in_place=True)
+                self._change_members(source, edits, note)
                 return note.record
-            with StagedTree(self.folder, self.name, source) as staged:
-                self._change_members(staged.tree, edits, None, in_place=False)
-                self._require_planned(self._read_tree(staged.tree))
-                note.record["files"] = _rows(source, edits)
+            with StagedTree(self.directory, self.name, source) as staged:
+                note.record["files"] = _rows(staged.tree, edits)
+                self._change_members(staged.tree, edits, None)
+                self._check(_Listed(staged.tree))
                 with note.standing(lambda: False):
                     staged.publish()
             return note.record
 
     def _change_members(
-        self, folder: Folder, edits: list[Splice], note: Note | None, *, in_place: bool
+        self, folder: Directory, edits: list[Splice], note: Note | None
     ) -> None:
         """Replace the images in a directory that change, one by one, each as a whole."""
         if note:
@@ -212,9 +211,9 @@ class _Job:
             members = [row["name"] for row in note.record["files"]]
             ends = ("", BACKUP, JOURNAL)
             note.require_apart(folder, [member + end for member in members for end in ends])
-            note.require_apart(self.folder, [self.name])
+            note.require_apart(self.directory, [self.name])
             with note.standing(lambda: _any_done(folder, note.record["files"])):
-                self._change_members(folder, edits, None, in_place=in_place)
+                self._change_members(folder, edits, None)
             return
         for member, own in _by_member(edits).items():
             path = folder.path_of(member)
@@ -223,25 +222,25 @@ class _Job:
                 put = Put(folder, member, original, True, self.backup)
                 put.write(_filling(source, own), lambda again: None)
 
-    def _edits(self, source: Source) -> list[Splice]:
+    def _edits(self, source: Source | Folder) -> list[Splice]:
         """Return the edits of all plans; old bytes that a file no longer holds stop them later."""
         edits: list[Splice] = []
         for plan in self.plans:
             edits += snapshots.splices(source, plan.snapshot, plan.areas)
         return sorted(edits, key=lambda edit: (edit.member, edit.offset))
 
-    def _require_nothing_to_do(self, source: Source) -> None:
+    def _require_nothing_to_do(self, source: Source | Folder) -> None:
         """Raise PolicyError if the areas change and the format's edits don't tell of it."""
         if any(plan.areas for plan in self.plans):
             self._check(source)
 
-    def _check(self, source: Source) -> None:
+    def _check(self, source: Source | Folder) -> None:
         """Raise PolicyError unless a file, read back, holds what was planned."""
         plan = self.plans[0]
         first = plan.snapshot.vcpus[0]
         size = len(plan.areas.get(0, first.area))
         reader = snapshots.format_named(plan.snapshot.format)
-        self._require_planned(reader.read(source, layout=first.layout, size=size))
+        self._require_planned(reader.read(cast(Source, source), layout=first.layout, size=size))
 
     def _require_planned(self, found: list[Snapshot]) -> None:
         if len(found) != len(self.plans):
@@ -251,35 +250,26 @@ class _Job:
             if difference:
                 raise PolicyError(f"{self.path}: the format can't hold the plan: {difference}")
 
-    def _require_as_planned(self, found: list[Snapshot]) -> None:
-        """Raise XfastError if a directory no longer holds what was planned for."""
-        for plan, now in zip(self.plans, found, strict=True):
-            if _differs(now, plan.snapshot, {}):
-                raise XfastError(f"{self.path}: changed since it was read; nothing was written")
-
-    def _read_tree(self, folder: Folder) -> list[Snapshot]:
-        """Read a directory that is held open, wherever its path leads by now."""
-        with _path_of(folder) as path:
-            try:
-                return snapshots.read(path)
-            except XfastError as problem:
-                raise XfastError(str(problem).replace(path, self.path)) from None
-
     def _note(self, edits: list[Splice], like: os.stat_result) -> Note:
         changes = [change.as_json() for plan in self.plans for change in plan.changes]
         notes = [note for plan in self.plans for note in plan.notes]
         host = self.plans[0].host
         told = {"name": host.name, "source": host.source, "description": description.to_dict(host)}
-        target = self.folder.path_of(self.name)
+        target = self.directory.path_of(self.name)
         record = record_of(self.path, target, told, changes, notes, edits)
         return Note(self.note_folder, self.note_name, record, like)
 
 
-@contextmanager
-def _path_of(folder: Folder) -> Iterator[str]:
-    """Yield a path that leads to a folder through its descriptor, where the system has those."""
-    path = f"/proc/self/fd/{folder.fd}"
-    yield path if same(os.stat(path), os.fstat(folder.fd)) else folder.path
+class _Listed(Folder):
+    """A directory that is held open, as an input: wherever its path leads by now."""
+
+    def __init__(self, held: Directory) -> None:
+        super().__init__(held.path, tuple(sorted(os.listdir(held.fd))))
+        self.held = held
+
+    def file(self, name: str) -> Source:
+        """Open one of the files; the caller closes it."""
+        return Source.open(self.held.path_of(name), fd=self.held.open_file(name))
 
 
 def _writing(data: bytes) -> Fill:
@@ -301,7 +291,7 @@ def _filling(source: Source, edits: list[Splice]) -> Any:
     return lambda out: source.rewrite(edits, out)
 
 
-def _rows(folder: Folder, edits: list[Splice]) -> list[dict[str, str]]:
+def _rows(folder: Directory, edits: list[Splice]) -> list[dict[str, str]]:
     """Return the record's ``files`` of a directory: each image as it is, and as it will be."""
     rows = []
     for name, own in _by_member(edits).items():
@@ -316,7 +306,7 @@ def _rows(folder: Folder, edits: list[Splice]) -> list[dict[str, str]]:
     return rows
 
 
-def _any_done(folder: Folder, rows: Iterable[dict[str, str]]) -> bool:
+def _any_done(folder: Directory, rows: Iterable[dict[str, str]]) -> bool:
     """Tell whether any file of a record is already what it is to be."""
     for row in rows:
         with open(folder.open_file(row["name"]), "rb") as file:

@@ -18,7 +18,7 @@ from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu import cpu as qemu_cpu
 from xfast.snapshots.raw import stacked
-from xfast.store.names import Folder
+from xfast.store.names import Directory
 from xfast.store.put import Check, Fill, Original, Put
 from xfast.store.staged import sweep
 from xfast.xsave import area as engine
@@ -252,7 +252,7 @@ def convert(
     """
     stale = wrapping == "same" and _changes_layout(snapshot, to)
     try:
-        folder, name = Folder.around(output)
+        folder, name = Directory.around(output)
         with folder, _source(snapshot, expand_limit) as source:
             if folder.status(name) is not None:
                 raise XfastError(f"{output}: exists; expected a new name")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import JOURNAL, Source, read_at, write_all
 from xfast.snapshots.model import Splice
-from xfast.store.names import Folder, doubt, require_one_name, same
+from xfast.store.names import Directory, doubt, require_one_name, same
 from xfast.store.record import read_record
 from xfast.store.staged import Staged
 
@@ -34,7 +34,7 @@ class Warrant(NamedTuple):
 
 
 def patch(
-    folder: Folder,
+    folder: Directory,
     name: str,
     source: Source,
     edits: Sequence[Splice],
@@ -105,12 +105,12 @@ def recover(path: str) -> bool:
     """
     if not os.path.lexists(path + JOURNAL):
         return False
-    folder, name = Folder.around(path)
+    folder, name = Directory.around(path)
     with folder:
         return recover_in(folder, name)
 
 
-def recover_in(folder: Folder, name: str) -> bool:
+def recover_in(folder: Directory, name: str) -> bool:
     """Undo a patch of a file in a folder; see `recover`."""
     if folder.status(name + JOURNAL) is None:
         return False
@@ -123,7 +123,7 @@ def recover_in(folder: Folder, name: str) -> bool:
     return True
 
 
-def _read(folder: Folder, name: str) -> tuple[int, list[Splice]]:
+def _read(folder: Directory, name: str) -> tuple[int, list[Splice]]:
     """Return the size and the edits that a file's journal tells."""
     path = folder.path_of(name + JOURNAL)
     try:
@@ -146,7 +146,7 @@ def _unwarranted(journal: dict[str, Any], name: str) -> str:
     """Say why a journal is not the one of this file's change, or ""."""
     if journal["schema"] != JOURNAL_SCHEMA or journal["name"] != name:
         return "it is another file's"
-    folder, record = Folder.around(journal["record"])
+    folder, record = Directory.around(journal["record"])
     with folder:
         named = read_record(folder, record)["nonce"]
     return "" if named == journal["nonce"] else "the change record names another one"
@@ -167,7 +167,7 @@ def _parsed(journal: dict[str, Any]) -> tuple[int, list[Splice]]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Folder, name: str) -> Iterator[int]:
+def _locked(folder: Directory, name: str) -> Iterator[int]:
     """Yield a file opened for writing, which no other process of ours writes; its times stay."""
     path = folder.path_of(name)
     fd = folder.open_file(name, os.O_RDWR)
@@ -185,7 +185,7 @@ def _locked(folder: Folder, name: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _put_back(folder: Folder, name: str, fd: int, size: int, edits: Sequence[Splice]) -> None:
+def _put_back(folder: Directory, name: str, fd: int, size: int, edits: Sequence[Splice]) -> None:
     """Put old bytes back, after a look that every byte is still an old or a new one."""
     fits = os.fstat(fd).st_size == size
     for edit in edits:
@@ -200,7 +200,7 @@ def _put_back(folder: Folder, name: str, fd: int, size: int, edits: Sequence[Spl
         write_all(fd, edit.old, edit.offset)
 
 
-def _finish(folder: Folder, name: str, fd: int) -> None:
+def _finish(folder: Directory, name: str, fd: int) -> None:
     """Bring a file to the disk, and then remove its journal."""
     os.fsync(fd)
     if not same(folder.status(name), os.fstat(fd)):

@@ -124,13 +124,13 @@ def open_folder(path: str, at: int = AT_FDCWD) -> int:
         raise
 
 
-class Folder:
+class Directory:
     """A folder held open. A context manager, which closes it.
 
     Parameters
     ----------
     fd : int
-        Its descriptor, which the Folder owns from here on.
+        Its descriptor, which the Directory owns from here on.
     path : str
         What it is called in messages.
     """
@@ -140,12 +140,12 @@ class Folder:
         self.path = path
 
     @classmethod
-    def open(cls, path: str) -> Folder:
+    def open(cls, path: str) -> Directory:
         """Open a folder; see `open_folder` for what is raised."""
         return cls(open_folder(path), path)
 
     @classmethod
-    def around(cls, path: str) -> tuple[Folder, str]:
+    def around(cls, path: str) -> tuple[Directory, str]:
         """Open the folder that a file lies in; return it and the file's name.
 
         Raises
@@ -160,7 +160,7 @@ class Folder:
             raise XfastError(f"{path or '(nothing)'}: expected the name of a file")
         return cls.open(head), name
 
-    def __enter__(self) -> Folder:
+    def __enter__(self) -> Directory:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -190,9 +190,9 @@ class Folder:
         with self._naming(name):
             return os.open(name, flags | NOFOLLOW, mode, dir_fd=self.fd)
 
-    def below(self, path: str) -> Folder:
+    def below(self, path: str) -> Directory:
         """Open a folder in this one."""
-        return Folder(open_folder(path, self.fd), self.path_of(path) if path else self.path)
+        return Directory(open_folder(path, self.fd), self.path_of(path) if path else self.path)
 
     def make_folder(self, name: str, mode: int) -> None:
         """Make a folder in this one."""

@@ -19,7 +19,7 @@ from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source, copy_bytes
 from xfast.snapshots.model import Splice, Stamp
 from xfast.store.journal import Warrant, patch
-from xfast.store.names import BACKUP, SAFE_MODE, Folder, require_one_name, same
+from xfast.store.names import BACKUP, SAFE_MODE, Directory, require_one_name, same
 from xfast.store.record import Note, complete, sha256
 from xfast.store.staged import Staged
 
@@ -51,7 +51,7 @@ class Original:
         What it is called in messages.
     fd : int
         It, open for reading.
-    folder, name : Folder, str, optional
+    folder, name : Directory, str, optional
         Where it lies, if it is to be changed there. Then its name must go on to be this file's.
     stamp : Stamp, optional
         What it was when it was read; default: what it is now.
@@ -66,7 +66,7 @@ class Original:
         self,
         path: str,
         fd: int,
-        folder: Folder | None = None,
+        folder: Directory | None = None,
         name: str = "",
         stamp: Stamp | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class Original:
         fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def open_in(folder: Folder, name: str) -> int:
+def open_in(folder: Directory, name: str) -> int:
     """Open a file that is to be changed in place.
 
     Raises
@@ -136,7 +136,7 @@ class Put:
 
     Parameters
     ----------
-    folder, name : Folder, str
+    folder, name : Directory, str
         Where it is to be.
     original : Original or None
         What it was made from; in place: what it replaces.
@@ -151,7 +151,7 @@ class Put:
         What compressed data may expand to (bytes), when the result is read back.
     """
 
-    folder: Folder
+    folder: Directory
     name: str
     original: Original | None = None
     in_place: bool = False

@@ -21,7 +21,7 @@ from typing import Any
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
-from xfast.store.names import Folder, doubt
+from xfast.store.names import Directory, doubt
 from xfast.store.staged import Staged, safe_mode
 
 SCHEMA = "xfast/1"
@@ -159,7 +159,7 @@ def record_of(
     }
 
 
-def read_record(folder: Folder, name: str) -> dict[str, Any]:
+def read_record(folder: Directory, name: str) -> dict[str, Any]:
     """Return a record that only root or this user can have written.
 
     Raises
@@ -205,7 +205,7 @@ class Note:
         so that it can be trusted.
     """
 
-    folder: Folder
+    folder: Directory
     name: str
     record: dict[str, Any]
     like: os.stat_result
@@ -215,7 +215,7 @@ class Note:
         """Where it is to be, in full."""
         return os.path.abspath(self.folder.path_of(self.name))
 
-    def require_apart(self, folder: Folder, names: Iterable[str]) -> None:
+    def require_apart(self, folder: Directory, names: Iterable[str]) -> None:
         """Raise XfastError if the record would take the place of one of these files."""
         if os.path.samestat(os.fstat(self.folder.fd), os.fstat(folder.fd)) and self.name in names:
             raise XfastError(

@@ -12,7 +12,7 @@ import stat
 from typing import IO
 
 from xfast.errors import XfastError
-from xfast.store.names import PRIVATE, SAFE_MODE, Folder, same, umask
+from xfast.store.names import PRIVATE, SAFE_MODE, Directory, same, umask
 
 TEMPORARY = ".{}.xfast-new"
 """What a file is called until it is published."""
@@ -29,7 +29,7 @@ class Staged:
 
     Parameters
     ----------
-    folder : Folder
+    folder : Directory
     name : str
         What it is to be called there.
 
@@ -41,7 +41,7 @@ class Staged:
         If the folder can't be written.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: Directory, name: str) -> None:
         self.folder = folder
         self.name = name
         self.path = folder.path_of(name)
@@ -138,7 +138,7 @@ def safe_mode(original: os.stat_result | None) -> int:
     return have & SAFE_MODE & ~umask()
 
 
-def _remove_left_over(folder: Folder, name: str) -> bool:
+def _remove_left_over(folder: Directory, name: str) -> bool:
     """Remove a temporary file, unless a process that lives has it locked; return whether."""
     fd = folder.open_file(name, os.O_RDWR)
     try:
@@ -151,7 +151,7 @@ def _remove_left_over(folder: Folder, name: str) -> bool:
     return True
 
 
-def sweep(folder: Folder, *names: str) -> None:
+def sweep(folder: Directory, *names: str) -> None:
     """Remove what a killed process left of files with these names, where nobody writes them."""
     for name in names:
         temporary = TEMPORARY.format(name)

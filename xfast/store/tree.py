@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import copy_bytes
-from xfast.store.names import SAFE_FOLDER_MODE, Folder, same, umask
+from xfast.store.names import SAFE_FOLDER_MODE, Directory, same, umask
 from xfast.store.staged import TEMPORARY, Staged
 
 
@@ -24,14 +24,14 @@ class StagedTree:
 
     Parameters
     ----------
-    folder, name : Folder, str
+    folder, name : Directory, str
         Where it is to be.
-    source : Folder
+    source : Directory
         What is copied into it.
 
     Attributes
     ----------
-    tree : Folder
+    tree : Directory
         The copy.
 
     Raises
@@ -42,7 +42,7 @@ class StagedTree:
         If it can't be read or written.
     """
 
-    def __init__(self, folder: Folder, name: str, source: Folder) -> None:
+    def __init__(self, folder: Directory, name: str, source: Directory) -> None:
         self.folder = folder
         self.name = name
         self.temporary = TEMPORARY.format(name)
@@ -85,7 +85,7 @@ class StagedTree:
             remove_tree(self.folder, self.temporary)
 
 
-def folders(top: Folder) -> Iterator[tuple[str, Folder, list[str]]]:
+def folders(top: Directory) -> Iterator[tuple[str, Directory, list[str]]]:
     """Yield a folder and all below it, parents first: its path, it held open, its names."""
     waiting = [""]
     while waiting:
@@ -99,7 +99,7 @@ def folders(top: Folder) -> Iterator[tuple[str, Folder, list[str]]]:
                     waiting.append(os.path.join(path, name))
 
 
-def _copy(source: Folder, target: Folder) -> None:
+def _copy(source: Directory, target: Directory) -> None:
     """Copy what is in a folder to the disk, permissions as far as they are safe."""
     done = []
     for path, old, names in folders(source):
@@ -113,7 +113,7 @@ def _copy(source: Folder, target: Folder) -> None:
             _take_over(old.fd, new.fd)
 
 
-def _copy_entry(old: Folder, new: Folder, name: str) -> None:
+def _copy_entry(old: Directory, new: Directory, name: str) -> None:
     status = old.status(name)
     if status is None:
         raise XfastError(f"{old.path_of(name)}: vanished while it was copied")
@@ -141,7 +141,7 @@ def _take_over(old: int, new: int) -> None:
     os.fchmod(new, stat.S_IMODE(status.st_mode) & SAFE_FOLDER_MODE & ~umask())
 
 
-def remove_tree(folder: Folder, name: str) -> None:
+def remove_tree(folder: Directory, name: str) -> None:
     """Remove a directory with all that is in it, if there is one.
 
     Raises

@@ -19,7 +19,7 @@ from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source, copy_bytes
 from xfast.snapshots.model import Splice
 from xfast.store.journal import Warrant, recover_in
-from xfast.store.names import BACKUP, DIRECTORY, Folder
+from xfast.store.names import BACKUP, DIRECTORY, Directory
 from xfast.store.put import Original, Put, open_in
 from xfast.store.record import HASHED, read_record, sha256, unpack
 from xfast.store.staged import sweep
@@ -72,7 +72,7 @@ def undo(
     """
     try:
         with ExitStack() as stack:
-            note, note_name = Folder.around(record)
+            note, note_name = Directory.around(record)
             stack.enter_context(note)
             told = read_record(note, note_name)
             folder, name = _target(note, told, file)
@@ -89,15 +89,15 @@ def undo(
         raise XfastError(f"{where}: can't be undone: {problem.strerror or problem}") from None
 
 
-def _target(note: Folder, record: dict[str, Any], file: str | None) -> tuple[Folder, str]:
+def _target(note: Directory, record: dict[str, Any], file: str | None) -> tuple[Directory, str]:
     """Return where the file lies that a record tells of."""
     if file is not None:
-        return Folder.around(file.rstrip("/"))
+        return Directory.around(file.rstrip("/"))
     name = os.path.basename(record["output"])
     if _is_name(name) and note.status(name) is not None:
         return note.below(""), name
     if os.path.isabs(record["output"]) and _is_ours(note):
-        return Folder.around(record["output"])
+        return Directory.around(record["output"])
     raise XfastError(
         f"{note.path_of(name)}: expected the file of the record beside it; --file names another"
     )
@@ -108,7 +108,7 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
-def _is_ours(folder: Folder) -> bool:
+def _is_ours(folder: Directory) -> bool:
     """Tell whether only root and this user can exchange what lies in a folder, or the folder."""
     fd = os.dup(folder.fd)
     try:
@@ -129,7 +129,7 @@ def _is_ours(folder: Folder) -> bool:
 def _changes(
     stack: ExitStack,
     record: dict[str, Any],
-    folder: Folder,
+    folder: Directory,
     name: str,
     warrant: Warrant,
     expand_limit: int,
@@ -158,7 +158,7 @@ def _changes(
 class _Change:
     """The change of one file, as its record tells it."""
 
-    folder: Folder
+    folder: Directory
     name: str
     row: dict[str, str]
     edits: list[dict[str, Any]]
