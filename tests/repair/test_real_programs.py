@@ -18,11 +18,11 @@ from qemu_machine import GUESTS, PROGRAM, Machine, guest, restored
 import xfast
 from xfast.cli.main import main
 from xfast.errors import PolicyError
-from xfast.store import put
 from xfast.repair.plan import plan_fix
 from xfast.snapshots import splices
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.store import put
 from xfast.xsave import area as engine
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import BY_NAME, PKRU, XFEATURE_MASK_AVX512

@@ -542,7 +542,7 @@ def test_the_verb(data, tmp_path, capsys):
     path.write_bytes(lzma.decompress(packed.read_bytes()))
     words = ["fix", str(path), "--host", "intel-haswell@6.1"]
     assert main(words) == 2
-    assert "needed -o OUT" in capsys.readouterr().err
+    assert "expected -o OUT" in capsys.readouterr().err
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "pkru xstate_bv 0x207 -> 0x7 (init)" in said
@@ -572,7 +572,7 @@ def test_the_verb_on_what_stays_blocked(data, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["-o", "x", "--backup"], "needed --in-place"),
+        (["-o", "x", "--backup"], "expected --in-place"),
         (["-o", "x", "--drop", "nonsense"], "got 'nonsense'"),
     ],
 )

@@ -31,16 +31,27 @@ class Repaired(Protocol):
     """What is asked of a plan here; see `xfast.repair.plan.Plan`."""
 
     @property
-    def snapshot(self) -> Snapshot: ...
+    def snapshot(self) -> Snapshot:
+        """What was planned for."""
+
     @property
-    def host(self) -> Host: ...
+    def host(self) -> Host:
+        """Who is to take it."""
+
     @property
-    def areas(self) -> Mapping[int, NDArray[np.uint8]]: ...
+    def areas(self) -> Mapping[int, NDArray[np.uint8]]:
+        """The new areas by position in ``snapshot.vcpus``."""
+
     @property
-    def changes(self) -> Sequence[Any]: ...
+    def changes(self) -> Sequence[Any]:
+        """What changes, for the record."""
+
     @property
-    def notes(self) -> Sequence[str]: ...
-    def require_restorable(self) -> None: ...
+    def notes(self) -> Sequence[str]:
+        """What whoever restores the result should know."""
+
+    def require_restorable(self) -> None:
+        """Raise PolicyError if the host would refuse the result."""
 
 
 def apply(
@@ -127,8 +138,9 @@ class _Job:
         fd = open_in(self.directory, self.name) if self.in_place else None
         with Source.open(self.path, fd=fd, expand_limit=expand_limit) as source:
             fd = source.base.fd
-            where = (self.directory, self.name) if self.in_place else (None, "")
-            original = Original(self.path, fd, *where, stamp=self.plans[0].snapshot.stamp)
+            place = self.directory if self.in_place else None
+            stamp = self.plans[0].snapshot.stamp
+            original = Original(self.path, fd, place, self.name, stamp)
             edits = self._edits(source)
             if not edits:
                 self._require_nothing_to_do(source)
@@ -202,9 +214,7 @@ class _Job:
                     staged.publish()
             return note.record
 
-    def _change_members(
-        self, folder: Directory, edits: list[Splice], note: Note | None
-    ) -> None:
+    def _change_members(self, folder: Directory, edits: list[Splice], note: Note | None) -> None:
         """Replace the images in a directory that change, one by one, each as a whole."""
         if note:
             note.record["files"] = _rows(folder, edits)

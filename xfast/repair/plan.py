@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,7 @@ def _plan(snapshot: Snapshot, host: Host, asked: int, even_if_live: bool, rules:
     states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
     found = [list(findings_of(state, host, rules)) for state in states]
     more = criu_findings(states, host, rules)
-    before = sum_up(snapshot.name, host, states, [*sum(found, []), *heed(rules, more)])
+    before = sum_up(snapshot.name, host, states, [*chain(*found, heed(rules, more))])
     repairs = []
     for state, findings in zip(states, found, strict=True):
         _require_droppable(snapshot.path, state, asked, even_if_live)

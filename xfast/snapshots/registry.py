@@ -214,9 +214,7 @@ def walk(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         yield from (str(problem.filename) for problem in unreadable)
 
 
-def _folders(
-    top: str, unreadable: list[OSError]
-) -> Iterator[tuple[str, list[str], list[str]]]:
+def _folders(top: str, unreadable: list[OSError]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield a directory and all below it, as os.walk does, however deep they lie.
 
     Before Python 3.12 that one calls itself for every level.

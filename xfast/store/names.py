@@ -241,6 +241,23 @@ class Directory:
         os.fsync(self.fd)
 
 
+def make_folder(path: str) -> None:
+    """Make a directory, unless it is there.
+
+    Raises
+    ------
+    XfastError
+        If a symbolic link lies on the way, or something else has the name.
+    """
+    folder, name = Directory.around(path.rstrip("/"))
+    with folder:
+        status = folder.status(name)
+        if status is None:
+            folder.make_folder(name, SAFE_FOLDER_MODE & ~umask())
+        elif not stat.S_ISDIR(status.st_mode):
+            raise XfastError(f"{path}: expected a directory, or a name that is free")
+
+
 def same(one: os.stat_result | None, two: os.stat_result | None) -> bool:
     """Tell whether two statuses are of one file."""
     return one is not None and two is not None and os.path.samestat(one, two)

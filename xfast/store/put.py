@@ -96,9 +96,7 @@ class Original:
             fcntl.fcntl(self.fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO, the default, would end us
             fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except BlockingIOError:
-            raise XfastError(
-                f"{self.path}: is open for writing; expected a file at rest"
-            ) from None
+            raise XfastError(f"{self.path}: is open for writing; expected a file at rest") from None
         except OSError:
             return
         fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -209,7 +207,9 @@ class Put:
         XfastError, FormatError, OSError
             As `xfast.store.journal.patch` and `write` do.
         """
-        assert self.original and self.note and self.row is not None
+        assert self.original
+        assert self.note
+        assert self.row is not None
         require_one_name(self.path, self.original.status)
         self.row["after"] = sha256(self.original.fd, edits)
         with self.note.standing(self._is_done) as nonce:
@@ -247,9 +247,11 @@ class Put:
         require_one_name(self.path, os.fstat(self.original.fd), 1 + kept)
 
     def _is_done(self) -> bool:
-        """Tell whether the file is already what it is to be."""
+        """Tell whether the file is already what it is to be, or a journal waits for its record."""
         if not self.in_place or self.row is None:
             return False
+        if self.folder.status(self.name + JOURNAL) is not None:
+            return True
         with open(self.folder.open_file(self.name), "rb") as file:
             return sha256(file.fileno()) == self.row["after"]
 

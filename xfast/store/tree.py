@@ -165,5 +165,3 @@ def remove_tree(folder: Directory, name: str) -> None:
             with top.below(head) as parent:
                 os.rmdir(tail, dir_fd=parent.fd)
     os.rmdir(name, dir_fd=folder.fd)
-
-
