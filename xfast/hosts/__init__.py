@@ -51,9 +51,9 @@ def parse(data: bytes, path: str = "host") -> list[Host]:
     FormatError
         If `data` is none of these, or damaged.
     """
-    from xfast.hosts import dumps
+    from xfast.hosts import readers
 
-    return dumps.parse(data, path)
+    return readers.parse(data, path)
 
 
 def resolve_all(spec: str) -> list[Host]:
@@ -79,12 +79,45 @@ def resolve_all(spec: str) -> list[Host]:
     base, at, kernel = spec.rpartition("@")
     hosts = _find(base) if at else []
     if not hosts:
-        from xfast.hosts.catalogue import catalogue
-
-        known = ", ".join(catalogue())
-        raise XfastError(f"host: got {spec!r}, needed a file, 'this', or one of: {known}")
+        raise _no_such_host(spec, base if at else spec)
     behaviours = parse_kernel(kernel)
     return [host.with_kernel(behaviours).replace(name=f"{host.name}@{kernel}") for host in hosts]
+
+
+def expand(spec: str) -> list[str]:
+    """Return the specifications that one stands for: the files of a directory, else itself.
+
+    ``DIRECTORY@KERNEL`` gives each of its descriptions that kernel. Hidden files and what is no
+    regular file are passed over.
+
+    Raises
+    ------
+    OSError
+        If the directory can't be read.
+    """
+    base, at, kernel = spec, "", ""
+    if not Path(spec).is_dir():
+        base, at, kernel = spec.rpartition("@")
+    if not base or not Path(base).is_dir() or is_snapshot_folder(base):
+        return [spec]
+    files = sorted(entry for entry in Path(base).iterdir() if entry.is_file())
+    return [f"{file}{at}{kernel}" for file in files if not file.name.startswith(".")]
+
+
+def _no_such_host(spec: str, base: str) -> XfastError:
+    """Return the error that says what a host may be, and what may have been meant."""
+    from xfast.hosts.catalogue import catalogue
+    from xfast.hosts.names import suggestions
+
+    close = suggestions(base)
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    else:
+        hint = f"the catalogue has: {', '.join(catalogue())}"
+    return XfastError(
+        f"host: expected a file, a directory, 'this', or the name of a host, a CPU model, a CPU or "
+        f"a cloud instance, got {spec!r:.80}; {hint}"
+    )
 
 
 def resolve(spec: str) -> Host:
@@ -141,14 +174,23 @@ def _find(spec: str) -> list[Host]:
 
 
 def _find_base(spec: str) -> list[Host]:
-    """Return this machine, a catalogue entry, or the hosts of a file, if `spec` names one."""
-    from xfast.hosts.catalogue import catalogue
-
+    """Return this machine, what a name stands for, or the hosts of a file."""
     if spec == "this":
         from xfast.hosts.this import this_host
 
         return [this_host()]
+    from xfast.hosts.catalogue import catalogue
+
     if spec in catalogue():
         return [catalogue()[spec]]
     path = Path(spec)
-    return load(path) if path.exists() and not path.is_dir() else []
+    try:
+        found = path.exists() and (not path.is_dir() or is_snapshot_folder(spec))
+    except (OSError, ValueError):  # no file can have this name
+        found = False
+    if found:
+        return load(path)
+    from xfast.hosts.names import named
+
+    host = named(spec)
+    return [] if host is None else [host]
