@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from xfast.errors import FormatError, XfastError
+from xfast.errors import XfastError, printable
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, of_release
 
 __all__ = ["Host", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
 
-SIZE_LIMIT = 64 << 20
-"""No host description is larger than this (bytes)."""
-
 
 def load(path: str | Path) -> list[Host]:
     """Return the hosts that a file describes; its kind is recognised by its content.
+
+    A snapshot, a file or a directory, stands for the machine that wrote it.
 
     Raises
     ------
@@ -26,13 +26,19 @@ def load(path: str | Path) -> list[Host]:
     OSError
         If it can't be read.
     """
-    if not Path(path).is_file():
-        raise XfastError(f"{path}: not a regular file, needed a host description")
-    with open(path, "rb") as file:
-        data = file.read(SIZE_LIMIT + 1)
-    if len(data) > SIZE_LIMIT:
-        raise FormatError(str(path), SIZE_LIMIT, f"found more than {SIZE_LIMIT} bytes of a host")
-    return parse(data, str(path))
+    name = os.fspath(path)
+    if not Path(name).is_file() and not is_snapshot_folder(name):
+        raise XfastError(f"{name}: not a regular file, needed a host description")
+    from xfast.hosts import readers
+
+    return readers.load(name)
+
+
+def is_snapshot_folder(path: str) -> bool:
+    """Return whether a directory is one snapshot, and so tells of the machine that wrote it."""
+    from xfast.hosts import snapshot
+
+    return os.path.isdir(path) and snapshot.is_folder(path)
 
 
 def parse(data: bytes, path: str = "host") -> list[Host]:
@@ -41,8 +47,7 @@ def parse(data: bytes, path: str = "host") -> list[Host]:
     Parameters
     ----------
     data : bytes
-        Our JSON or TOML, the output of `cpuid -r`, an InstLatx64 dump, libvirt's ``<cpudata>``,
-        a struct kvm_cpuid2, a Firecracker fingerprint, or a boot log with its ``x86/fpu:`` lines.
+        Of any kind in `xfast.hosts.readers.READERS`; docs/hosts.md says what each tells.
     path : str
         For messages; the file's name without suffix is the host's name, unless the data has one.
 
@@ -153,7 +158,7 @@ def parse_kernel(text: str) -> Behaviours:
     releases = [word for word in words if word.removeprefix("v")[:1].isdigit()]
     try:
         if words == releases[:1]:
-            return of_release(text)
+            return of_release(printable(text))
         names = frozenset(words) - frozenset(releases)
         return Behaviours(names.union(*(of_release(word).names for word in releases)))
     except ValueError as error:

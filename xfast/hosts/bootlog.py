@@ -59,7 +59,7 @@ def is_boot_log(text: str) -> bool:
 
 def boots_in(text: str) -> list[str]:
     """Split a log at the boots in it: at each ``Linux version``, else where features start anew."""
-    starts = [match.start() for match in _BOOT.finditer(text)]
+    starts = [text.rfind("\n", 0, match.start()) + 1 for match in _BOOT.finditer(text)]
     if not starts:
         last_end = -1
         for match in re.finditer(f"{_ENABLED.pattern}|{_FIRST.pattern}", text):
@@ -69,7 +69,7 @@ def boots_in(text: str) -> list[str]:
                 last_end = -1
             else:
                 last_end = match.end()
-    starts = [0, *(start for start in starts if text[:start].strip())] if starts else [0]
+    starts = [0, *(start for start in starts if not text[:start].isspace() and start)]
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
@@ -105,7 +105,9 @@ def _of_boot(boot: str, name: str, path: str) -> Host:
     """Return the host that one boot's lines describe, its kernel left open."""
     vendor, family = _processor(boot)
     enabled = _ENABLED.search(boot)
-    leaves = {int(m[1], 16): tuple(int(m[i], 16) for i in (2, 3, 4, 5)) for m in _LEAF.finditer(boot)}
+    leaves = {
+        int(m[1], 16): tuple(int(m[i], 16) for i in (2, 3, 4, 5)) for m in _LEAF.finditer(boot)
+    }
     if leaves:
         return _of_leaves(leaves, vendor, name, path)
     if enabled is None:

@@ -234,7 +234,9 @@ class _Cpu:
         text = self.vendor.encode("ascii", "replace")[:12].ljust(12, b"\0")
         ebx, edx, ecx = (int.from_bytes(text[i : i + 4], "little") for i in (0, 4, 8))
         yield 0, 0, 0xD if self.leaves or self.state else 0, ebx, ecx, edx
-        registers = {(*leaf, name): 0 for leaf in self.leaves for name in ("eax", "ebx", "ecx", "edx")}
+        registers = {
+            (*leaf, name): 0 for leaf in self.leaves for name in ("eax", "ebx", "ecx", "edx")
+        }
         for name in self.features:
             feature = FEATURES[name]
             registers[feature.leaf, feature.subleaf, feature.register] |= 1 << feature.bit
@@ -258,7 +260,7 @@ def _cpus(text: str) -> Iterator[_Cpu]:
     """Yield the CPUs of the output; ``CPU:`` or ``CPU 3:`` begins each."""
     cpu: _Cpu | None = None
     for line in text.splitlines():
-        if line.startswith("CPU") and line.rstrip().endswith(":") or cpu is None:
+        if (line.startswith("CPU") and line.rstrip().endswith(":")) or cpu is None:
             if cpu is not None and cpu.vendor:
                 yield cpu
             cpu = _Cpu()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xfast.errors import FormatError, LayoutError
+from xfast.errors import FormatError, LayoutError, printable
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import (
     BEHAVIOURS,
@@ -163,9 +163,7 @@ def likely_layout(
     names = [preset for _, known, preset in rows if known in (None, family)]
     possible = names or [preset for *_, preset in rows] or list(PRESETS)
     fitting = [
-        PRESETS[name].restricted(mask)
-        for name in candidates(mask, size)
-        if name in possible
+        PRESETS[name].restricted(mask) for name in candidates(mask, size) if name in possible
     ]
     if not fitting and size is not None:
         return likely_layout(mask, vendor, family)
@@ -232,6 +230,6 @@ def common_layout(layouts: Iterable[Layout]) -> Layout:
 def kernel_of(release: object, path: str) -> Behaviours | None:
     """Return the behaviours of the release that a file names, None where it names none."""
     try:
-        return of_release(release) if isinstance(release, str) else None
+        return of_release(printable(release)) if isinstance(release, str) else None
     except ValueError as error:
         raise FormatError(path, None, str(error)) from None

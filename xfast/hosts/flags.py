@@ -29,8 +29,12 @@ FIELDS = {
 }  # fmt: skip
 """{a tool's name of a field, in lower case: ours}."""
 
-_LINE = re.compile(r"^[ \t]{0,40}([A-Za-z][A-Za-z_ ]{0,30}?)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?: ?(.*)$", re.M)
-_IS_FLAGS = re.compile(r"^[ \t]{0,40}(?:flags|features_hvm)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?:", re.M | re.I)
+_LINE = re.compile(
+    r"^[ \t]{0,40}([A-Za-z][A-Za-z_ ]{0,30}?)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?: ?(.*)$", re.M
+)
+_IS_FLAGS = re.compile(
+    r"^[ \t]{0,40}(?:flags|features_hvm)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?:", re.M | re.I
+)
 _FOREIGN = re.compile(r"^(?:Architecture:[ \t]*(?!x86|i[3-6]86)\S+|Features[ \t]*: )", re.M)
 
 KIND_LIMIT = 64
@@ -127,6 +131,9 @@ def of_fields(fields: Mapping[str, Any], name: str, path: str) -> Host:
     vendor, words = fields.get("vendor"), fields.get("flags", "")
     if vendor is not None and not isinstance(vendor, str):
         raise FormatError(path, None, f"vendor: expected text, got {vendor!r:.40}")
+    machine = str(fields.get("architecture", "x86"))
+    if not machine.startswith(("x86", "i386", "i486", "i586", "i686")):
+        raise FormatError(path, None, f"expected an x86 machine, got {machine!r:.40}")
     xen = fields.get("features_hvm")
     if xen is not None:
         features = xen_features(xen, path)

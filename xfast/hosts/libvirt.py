@@ -17,6 +17,7 @@ from xfast.hosts.model import Host
 from xfast.hosts.models import kernel_name, model_named, vendor_text
 from xfast.hosts.xml import Element, elements
 from xfast.xsave.cpuid import Cpuid
+from xfast.xsave.layout import PRESETS
 
 
 class Place(NamedTuple):
@@ -63,11 +64,22 @@ def read(text: str, name: str, path: str) -> Host:
     root = found[0][0][0]
     if root == "cpudata":
         return _of_cpudata(found, name, path)
+    emulated = any(
+        tags == ("domainCapabilities", "domain") and text == "qemu"
+        for (tags, _), text in zip(found, texts, strict=True)
+    )
     for place in PLACES:
         for i, (tags, attributes) in enumerate(found):
-            if tags == place.path and place.mode in ("", attributes.get("mode", attributes.get("name"))):
-                return _of_cpu(found[i:], texts[i:], place, name, path)
+            if tags == place.path and place.mode in ("", attributes.get("name")):
+                host = _of_cpu(found[i:], texts[i:], place, name, path)
+                return _emulated(host) if emulated else host
     raise FormatError(path, None, f"found <{root:.40}>, needed {ROOTS} with a CPU in it")
+
+
+def _emulated(host: Host) -> Host:
+    """Return a host whose guests run in QEMU's own emulation, which has Intel's layout always."""
+    layout = None if host.xcr0 is None else PRESETS["intel"].restricted(host.xcr0)
+    return host.replace(layout=layout, notes=(*host.notes, "guests run in QEMU's own emulation"))
 
 
 def _of_cpudata(found: list[Element], name: str, path: str) -> Host:
@@ -93,9 +105,7 @@ def _of_cpudata(found: list[Element], name: str, path: str) -> Host:
     return from_cpuid(Cpuid.from_rows(rows), name, path)
 
 
-def _of_cpu(
-    found: list[Element], texts: list[str], place: Place, name: str, path: str
-) -> Host:
+def _of_cpu(found: list[Element], texts: list[str], place: Place, name: str, path: str) -> Host:
     """Read the element that `found` starts with: a model, and features more or less."""
     base = found[0][0]
     model_name, vendor, arch = "", None, ""

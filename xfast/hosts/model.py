@@ -20,7 +20,7 @@ from xfast.xsave.layout import Layout
 
 
 class Doubt(NamedTuple):
-    """A fact of a host that is not certain: ``assumed`` or ``unknown``, and what would settle it."""
+    """A fact that is not certain: ``assumed`` or ``unknown``, and what would settle it."""
 
     fact: str
     how: str

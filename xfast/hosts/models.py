@@ -69,6 +69,15 @@ class Model(NamedTuple):
     features: frozenset[str]
     source: str
 
+    @property
+    def given(self) -> frozenset[str]:
+        """What QEMU gives a guest with this model: libvirt's definitions still have MPX.
+
+        *Source*: QEMU commit ecb85fe48cac ("target/i386: Remove MPX support from the named CPU
+        models") (in v4.0).
+        """
+        return self.features - {"mpx"}
+
 
 def kernel_name(feature: str) -> str | None:
     """Return /proc/cpuinfo's name of a feature of QEMU or libvirt; None for one not in FEATURES."""
@@ -86,7 +95,7 @@ def vendor_text(name: str | None) -> str | None:
 
 
 def read_map(folder: Path, source: str) -> dict[str, Model]:
-    """Return the x86 models of a libvirt CPU map, {name: Model}; files that don't read are left out.
+    """Return the x86 models of a libvirt CPU map, {name: Model}, of the files that read.
 
     A ``<model>`` in a ``<model>`` hands its features down.
     """
@@ -115,9 +124,7 @@ def _models_in(
     return models
 
 
-def _extended(
-    model: Model, tag: str, attributes: dict[str, str], known: dict[str, Model]
-) -> Model:
+def _extended(model: Model, tag: str, attributes: dict[str, str], known: dict[str, Model]) -> Model:
     """Return a model with what one element of its definition says."""
     name = attributes.get("name", "")
     if tag == "vendor":
@@ -180,6 +187,6 @@ def largest(features: frozenset[str], vendor: str | None) -> Model | None:
     fitting = [
         model
         for model in models().values()
-        if model.features <= features and model.vendor in (None, vendor) and "lm" in model.features
+        if model.given <= features and model.vendor in (None, vendor) and "lm" in model.features
     ]
-    return max(fitting, key=lambda m: (len(m.features), -len(m.name), m.name), default=None)
+    return max(fitting, key=lambda m: (len(m.given), -len(m.name), m.name), default=None)

@@ -122,13 +122,11 @@ def _of_model(name: str) -> Host | None:
         return None
     family, number = model.signatures[0] if model.signatures else (None, None)
     host = from_features(
-        model.features, name, model.source,
+        model.given, name, model.source,
         vendor=model.vendor, family=family, model=number, how="assumed",
     )  # fmt: skip
     note = f"a machine that gives its guests what the CPU model {name} promises, and no more"
-    return host.replace(
-        notes=(note,), provenance=dict.fromkeys(host.provenance, "assumed")
-    )
+    return host.replace(notes=(note,), provenance=dict.fromkeys(host.provenance, "assumed"))
 
 
 def _of_cpu(name: str) -> Host | None:

@@ -8,6 +8,7 @@ machine that wrote one is a host as well.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xfast.errors import FormatError, printable
-from xfast.hosts import bootlog, cpuid_words, dumps, flags, libvirt, qmp, vbox
+from xfast.hosts import bootlog, cpuid_words, dumps, flags, libvirt, qmp, snapshot, vbox
 from xfast.hosts.bounds import SIZE_LIMIT, check_json
 from xfast.hosts.derive import from_cpuid
 from xfast.hosts.description import hosts_of, parse_json, read_toml
@@ -133,6 +134,11 @@ READERS: tuple[Reader, ...] = (
         ],
     ),
     Reader(
+        "CRIU's cpuinfo.img",
+        lambda document: snapshot.is_cpuinfo(document.data),
+        lambda document: [snapshot.read_cpuinfo(document.data, document.name, document.path)],
+    ),
+    Reader(
         "a host description in JSON",
         lambda document: document.holds("schema"),
         lambda document: hosts_of(document.one(), document.path),
@@ -151,8 +157,9 @@ READERS: tuple[Reader, ...] = (
     ),
     Reader(
         "QMP query-cpu-model-expansion",
-        lambda document: qmp.find_model(document.documents) is not None
-        or document.holds("QMP", "return"),
+        lambda document: (
+            qmp.find_model(document.documents) is not None or document.holds("QMP", "return")
+        ),
         lambda document: [qmp.read(document.documents, document.name, document.path)],
     ),
     Reader(
@@ -160,15 +167,45 @@ READERS: tuple[Reader, ...] = (
         lambda document: bool(_TOML.search(document.text)),
         lambda document: read_toml(document.text, document.path),
     ),
+    _text_reader("cpuid", cpuid_words.is_words, cpuid_words.read),
     _text_reader("cpuid -r", dumps.CPUID_R.search, dumps.read_cpuid_r),
     _text_reader("an InstLatx64 dump", dumps.INSTLAT.search, dumps.read_instlat),
     _text_reader("libvirt's XML", re.compile(r"\A\s*<").match, libvirt.read),
     _text_reader("VBox.log", vbox.is_log, vbox.read),
     _text_reader("a kernel's boot log", bootlog.is_boot_log, bootlog.read),
-    _text_reader("cpuid", cpuid_words.is_words, cpuid_words.read),
     _text_reader("/proc/cpuinfo or lscpu", flags.is_flags, flags.read),
 )
 """The kinds, in the order in which they are tried."""
+
+
+def find(document: Document) -> Reader | None:
+    """Return the reader of a document's kind, or None."""
+    return next((reader for reader in READERS if reader.recognise(document)), None)
+
+
+def load(path: str) -> list[Host]:
+    """Return the hosts that a file describes, or the machine that wrote a snapshot.
+
+    Raises
+    ------
+    FormatError
+        If it is of no kind in READERS and no snapshot, or damaged.
+    OSError
+        If it can't be read.
+    """
+    if os.path.isdir(path):
+        return snapshot.read(path)
+    with open(path, "rb") as file:
+        data = file.read(SIZE_LIMIT + 1)
+    if len(data) <= SIZE_LIMIT:
+        document = Document(data, path)
+        reader = find(document)
+        if reader is not None:
+            return reader.read(document)
+    try:
+        return snapshot.read(path)
+    except FormatError:
+        return parse(data, path)  # which says what was expected of a description
 
 
 def parse(data: bytes, path: str) -> list[Host]:
@@ -182,7 +219,7 @@ def parse(data: bytes, path: str) -> list[Host]:
     if len(data) > SIZE_LIMIT:
         raise FormatError(path, SIZE_LIMIT, f"found more than {SIZE_LIMIT} bytes of a host")
     document = Document(data, path)
-    reader = next((reader for reader in READERS if reader.recognise(document)), None)
+    reader = find(document)
     if reader is not None:
         return reader.read(document)
     if document.documents:

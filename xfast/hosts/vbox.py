@@ -20,8 +20,12 @@ _ROW = re.compile(
 _MASK = re.compile(
     r"Valid (XCR0|IA32_XSS) bits, {1,4}Host: 0x([0-9a-f]{8})`([0-9a-f]{8})", re.IGNORECASE
 )
-_SIZE = re.compile(r"XSAVE area cur/max size by XCR0, {1,4}Host: 0x([0-9a-f]{1,6})/0x([0-9a-f]{1,6})")
-_STATE = re.compile(r"State #(\d{1,2}), {1,4}Host: {1,4}off=0x([0-9a-f]{1,6}), cb=0x([0-9a-f]{1,6})")
+_SIZE = re.compile(
+    r"XSAVE area cur/max size by XCR0, {1,4}Host: 0x([0-9a-f]{1,6})/0x([0-9a-f]{1,6})"
+)
+_STATE = re.compile(
+    r"State #(\d{1,2}), {1,4}Host: {1,4}off=0x([0-9a-f]{1,6}), cb=0x([0-9a-f]{1,6})"
+)
 _VENDOR = re.compile(r"\b(GenuineIntel|AuthenticAMD|HygonGenuine|CentaurHauls)\b")
 
 
@@ -44,9 +48,7 @@ def read(text: str, name: str, path: str) -> Host:
     host = from_cpuid(Cpuid.from_rows(rows), name, path)
     vendor = _VENDOR.search(text)
     if host.vendor is None and vendor:
-        host = host.replace(
-            vendor=vendor[1], provenance={**host.provenance, "vendor": "dump"}
-        )
+        host = host.replace(vendor=vendor[1], provenance={**host.provenance, "vendor": "dump"})
     if host.layout is not None and not host.layout.slots and host.xcr0:
         layout = likely_layout(host.xcr0, host.vendor, None, rows[0xD, 0][2] or None)
         how = {} if layout is None else {"layout": "assumed"}
