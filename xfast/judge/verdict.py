@@ -13,10 +13,6 @@ LEVELS = ("xstate", "fpu", "isa", "strict")
 also its instructions; also state that is present but not live."""
 
 
-SET_RULES = frozenset({"LEAK", "HOST-MISSING", "KERNEL", "FORMAT", "MXCSR", "XSS"})
-"""The rules that stand for an EINVAL of KVM_SET_XSAVE."""
-
-
 @dataclass(frozen=True)
 class Policy:
     """What to ask of a host.
@@ -96,7 +92,7 @@ class Verdict:
     @property
     def settable(self) -> bool:
         """Whether no finding says that KVM_SET_XSAVE itself would refuse the area."""
-        return not any(f.severity == "blocks" and f.code in SET_RULES for f in self.findings)
+        return not any(f.severity == "blocks" and RULES[f.code].refuses_set for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as the JSON answer has it."""
