@@ -97,6 +97,8 @@ MSRS = {
 }
 """Where the supervisor components hold MSRs: component, and byte in it."""
 
+UNMASKING_FCW = 0x340
+
 BNDCSR_UNSPECIFIED = (16, 64)
 """Bytes of BNDCSR that a save writes as 0 or leaves alone."""
 
@@ -238,8 +240,8 @@ class Instruction:
             )
         except Fault as fault:
             vector = fault.rule.vector
-            if not self.emulated and not cpu.cpu.finds_init:
-                cpu.tracked |= XFEATURE_MASK_FPSSE  # Linux's signal frame says so of both
+            if not self.emulated:
+                pass_through_a_signal(cpu)
         trap = record.get("trapno")
         recorded = VECTORS.get(trap, vector) if record["sig"] else None
         if vector != recorded or bool(vector) != bool(record["sig"]):
@@ -250,7 +252,8 @@ class Instruction:
         if f"{after}_xinuse" in self.record:
             self.check_xinuse(f"{after}_xinuse")
         area = blank(0xCC)
-        xsave(self.cpu, area, ALL)
+        wide = self.record.get(f"{after}_op", "XSAVE64").endswith("64")
+        xsave(self.cpu, area, ALL, rex_w=wide)
         self.compare(after, area, ROOM)
         if f"{after}_xsaves" in self.record:
             area = blank(0xCC)
@@ -314,6 +317,16 @@ class Instruction:
             yield offsets[PKRU_NR] + 4, offsets[PKRU_NR] + BY_NR[PKRU_NR].size
 
 
+def pass_through_a_signal(cpu):
+    """Do to the registers what Linux does when a fault becomes a signal.
+
+    The frame is saved and restored by 64-bit forms, and says that x87 and SSE are in use.
+    """
+    cpu.fcs = cpu.fds = 0
+    if not cpu.cpu.finds_init:
+        cpu.tracked |= XFEATURE_MASK_FPSSE
+
+
 def modify(cpu, how):
     """Do what the recorder did between the setup and the instruction."""
     values, at = cpu.values, cpu.offsets
@@ -332,6 +345,11 @@ def modify(cpu, how):
         written = BY_NAME["opmask"].bit
     if how == 4:
         fldz(values)
+        written = BY_NAME["x87"].bit
+    if how == 6:  # FLDCW, which unmasks every exception
+        values[:2].view("<u2")[0] = UNMASKING_FCW
+        fcw, fsw = (int(word) for word in values[:4].view("<u2"))
+        values[2:4].view("<u2")[0] = cpu.status_word(fcw, fsw)
         written = BY_NAME["x87"].bit
     if how == 5:
         values[at[PKRU_NR] : at[PKRU_NR] + 4].view("<u4")[0] = 0x55555550

@@ -307,12 +307,12 @@ class Processor:
         fip = sign_extend(fip, width)
         fdp = sign_extend(fdp, width) if self.cpu.extends_fdp else fdp
         fcw = fcw & 0x1F7F | 0x40
-        head = X87_HEAD_FORM.pack(fcw, self._status(fcw, fsw), ftw, fop & 0x7FF, fip, fdp)
+        head = X87_HEAD_FORM.pack(fcw, self.status_word(fcw, fsw), ftw, fop & 0x7FF, fip, fdp)
         self.values[X87_HEAD] = np.frombuffer(head, np.uint8)
         self.values[X87_STACK] = area[X87_STACK]
         self.values[X87_STACK].reshape(8, 16)[:, 10:] = 0
 
-    def _status(self, fcw: int, fsw: int) -> int:
+    def status_word(self, fcw: int, fsw: int) -> int:
         """Return FSW with its summary bits, ES and B, as they are for these flags and masks."""
         pending = fsw & ~fcw & FSW_EXCEPTIONS if self.cpu.works_out_es else fsw & FSW_ES
         return fsw | FSW_ES | FSW_B if pending else fsw & ~(FSW_ES | FSW_B)
@@ -325,7 +325,7 @@ class Processor:
         that unmasks the exception brings them back to what a save writes.
         """
         fcw, fsw, ftw, fop, fip, fdp = X87_HEAD_FORM.unpack(self.values[X87_HEAD].tobytes())
-        fsw = self._status(fcw, fsw)
+        fsw = self.status_word(fcw, fsw)
         if not (fsw & FSW_ES or self.cpu.saves_x87_pointers):
             fop = fip = fdp = 0
         elif not rex_w:
