@@ -92,7 +92,7 @@ class Cpu:
         Bits of a linear address, 57 with LA57: what XRSTORS takes for canonical in CET's state.
     pkru_bytes : int or None
         Of PKRU's 8 bytes, saves write so many: 4, or 8 of which the upper ones are 0. None: not
-        known; the model writes 4.
+        known; the model writes 8.
     pkru_always_modified : bool or None
         The modified optimisation of XSAVEOPT never leaves PKRU out. None: not known; the model
         treats it as any other component.
@@ -261,8 +261,8 @@ class Processor:
             area[X87_STACK] = source[X87_STACK]
         else:
             own, size = self.offsets[nr], self.size(nr)
-            if nr == PKRU_NR:
-                size = self.cpu.pkru_bytes or PKRU_SIZE
+            if nr == PKRU_NR and self.cpu.pkru_bytes:
+                size = self.cpu.pkru_bytes
             area[at : at + size] = source[own : own + size]
 
     def load(self, area: NDArray[np.uint8], nr: int, at: int, *, rex_w: bool = True) -> None:
