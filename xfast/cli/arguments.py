@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ EXIT_CODES = """\
 exit codes: 0 all can be restored, or nothing to do; 1 something blocks; 2 usage error;
 3 nothing blocks, but something could not be judged; 130 interrupted"""
 """The exit codes of every verb; what blocks counts for more than what could not be judged."""
+
+NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
 
 OURS = (".orig", ".xfast.json", ".xfast-journal")
 """How files end that xfast itself put beside a snapshot."""
@@ -73,8 +76,9 @@ def layout_named(text: str | None) -> Layout | None:
 def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
     """Yield every snapshot named.
 
-    An input that can't be judged costs one line and a problem in `tally`. Of the files in a
-    directory those that are no snapshots are only counted, and so are hidden files and ours.
+    An input that can't be judged costs one line and a problem in `tally`. In a directory, hidden
+    files, those that xfast put there, and texts that are no snapshot (README, .xml) are counted
+    only: a snapshot whose beginning is damaged is none of these.
     """
     from xfast.snapshots import read, walk
 
@@ -86,7 +90,7 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
     for named in args.snapshots:
         walked = os.path.isdir(named)
         before = tally.skipped
-        paths = [path for path in walk([named])] if walked else [named]
+        paths = list(walk([named])) if walked else [named]
         for path in paths:
             if path != named and _is_passed_over(path):
                 tally.skipped += 1
@@ -94,20 +98,33 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
             try:
                 yield from read(path, **how)
             except UnknownFormatError as problem:
-                if path != named:
+                if path != named and _is_text(path):
                     tally.skipped += 1
                 else:
-                    _fail(tally, path, problem)
+                    fail(tally, path, problem)
             except (XfastError, OSError) as problem:
-                _fail(tally, path, problem)
+                fail(tally, path, problem)
         if walked and tally.skipped - before == len(paths):
-            _fail(tally, named, f"{named}: expected snapshots in it, found none")
+            fail(
+                tally, named, f"{named}: expected snapshots in it, found no file that could be one"
+            )
 
 
-def _fail(tally: Tally, path: str, problem: object) -> None:
+def fail(tally: Tally, path: str, problem: object) -> None:
     """Complain of an input that can't be judged, and count it."""
     complain(problem)
     tally.problems.append(Problem(path, str(problem)))
+
+
+def _is_text(path: str) -> bool:
+    """Tell whether a file begins like a text: words in UTF-8, without control characters."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NOFOLLOW)) as file:
+            start = file.read(4096)
+        text = start.decode("utf-8", "strict" if len(start) < 4096 else "ignore")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return len(text.split()) > 1 and not re.search(r"[\x00-\x08\x0e-\x1f]", text)
 
 
 def _is_passed_over(path: str) -> bool:
@@ -132,5 +149,5 @@ def hosts_of(specs: Sequence[str], tally: Tally) -> list[Host]:
             try:
                 hosts += resolve_all(entry.path)
             except (XfastError, OSError) as problem:
-                _fail(tally, entry.path, problem)
+                fail(tally, entry.path, problem)
     return hosts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Policy, Verdict
 from xfast.report import rows as report
-from xfast.report.matrix import WHOLE_WIDTH, Answer, Fleet, cell
+from xfast.report.matrix import UNBROKEN, Answer, Fleet, cell
 from xfast.report.tally import Tally
 
 ONLY = {
@@ -128,7 +129,8 @@ def _print_table(args: argparse.Namespace, answers: Iterator[tuple[Verdict, ...]
     for verdicts in answers:
         fleet.add(verdicts)
     out = report.console(sys.stdout)
-    width = shutil.get_terminal_size((WHOLE_WIDTH, 24)).columns
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = shutil.get_terminal_size().columns if known else UNBROKEN
     Answer(fleet, width, notes=args.verbose).print(out, args.by)
     if args.only and not fleet.groups:
         complain(f"no snapshot has an answer that is {args.only}")

@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Print `message` and end with exit code 2."""
+        if message.endswith("required: SNAPSHOT"):
+            message += " (write snapshots before --host, which takes all names after it)"
         complain(f"{message}; see {self.prog} --help")
         raise SystemExit(USAGE)
 

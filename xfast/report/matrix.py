@@ -33,8 +33,8 @@ CELLS = {
 NAMED = 4
 """How many snapshots of a group are named where not all are asked for."""
 
-WHOLE_WIDTH = 100
-"""How wide the answer is where nobody says how wide the terminal is (columns)."""
+UNBROKEN = 10_000
+"""How wide the answer is where it goes to no terminal: a line is a sentence (columns)."""
 
 
 def cell(verdict: Verdict) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = "xfast/1"
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 
+
 def console(file: TextIO) -> Console:
     """Return a console on `file`: colours on a terminal only, lines never broken elsewhere."""
     from rich.console import Console
@@ -159,13 +160,13 @@ def write_verdicts(verdicts: Iterable[Verdict], form: str, out: TextIO, tally: T
             out.write(",\n" if i else "\n")
             json.dump(verdict.as_json(), out)
         out.write('\n], "errors": ')
-        json.dump([_as_json(problem) for problem in tally.problems], out)
+        json.dump([problem_as_json(problem) for problem in tally.problems], out)
         out.write(f', "skipped": {tally.skipped}}}\n')
     elif form == "ndjson":
         for verdict in verdicts:
             out.write(json.dumps({"schema": SCHEMA, **verdict.as_json()}) + "\n")
         for problem in tally.problems:
-            out.write(json.dumps({"schema": SCHEMA, **_as_json(problem)}) + "\n")
+            out.write(json.dumps({"schema": SCHEMA, **problem_as_json(problem)}) + "\n")
     elif form == "csv":
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
@@ -179,7 +180,8 @@ def write_verdicts(verdicts: Iterable[Verdict], form: str, out: TextIO, tally: T
         _write_parquet(verdicts, out, tally)
 
 
-def _as_json(problem: Problem) -> dict[str, str]:
+def problem_as_json(problem: Problem) -> dict[str, str]:
+    """Return an input that could not be judged as the JSON answers have it."""
     return {"snapshot": escape(problem.path), "error": escape_message(problem.message)}
 
 

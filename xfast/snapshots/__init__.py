@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.errors import FormatError, XfastError
+from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.xsave.layout import Layout
@@ -88,7 +88,7 @@ def recognise(source: Source, default: str = "") -> str:
 
     Raises
     ------
-    FormatError
+    UnknownFormatError
         If they are of none, and there is no default.
     """
     for name in FORMATS:
@@ -101,7 +101,7 @@ def recognise(source: Source, default: str = "") -> str:
         return default
     start = source.read(0, min(16, source.size))
     found = f"the bytes {start.hex(' ')}" if start else "an empty file"
-    raise FormatError(
+    raise UnknownFormatError(
         source.path, 0, f"found {found}, needed one of: {', '.join([*FORMATS, *_others()])}"
     )
 
