@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xfast.cli.arguments import OK, TROUBLE, hosts_of
+from xfast.cli.arguments import OK, UNJUDGED, hosts_of
 from xfast.errors import XfastError
 from xfast.hosts import resolve
 from xfast.hosts.baseline import common, firecracker_template, qemu_cpu
@@ -19,6 +19,7 @@ from xfast.hosts.description import SCHEMA, to_json
 from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
 from xfast.hosts.models import largest, models
+from xfast.report.tally import Tally
 from xfast.xsave.cpuid import psabi_level
 from xfast.xsave.features import (
     AVX,
@@ -63,18 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``xfast host``; return the exit code."""
-    failed: list[str] = []
+    tally = Tally()
     actions = {"show": _show, "dump": _dump, "baseline": _baseline, "layout": _layout_of_mask}
-    answer = actions[args.action](args, failed)
+    answer = actions[args.action](args, tally)
     if args.action == "dump" and args.output:
         args.output.write_text(answer, encoding="utf-8")
     else:
         sys.stdout.write(answer)
-    return TROUBLE if failed else OK
+    return UNJUDGED if tally.problems else OK
 
 
-def _show(args: argparse.Namespace, failed: list[str]) -> str:
-    hosts = hosts_of(args.spec, failed)
+def _show(args: argparse.Namespace, tally: Tally) -> str:
+    hosts = hosts_of(args.spec, tally)
     if args.spec and not hosts:
         raise XfastError(f"host show: expected a description in {args.spec[0]}, got none")
     hosts = hosts or list(catalogue().values())
@@ -85,14 +86,14 @@ def _show(args: argparse.Namespace, failed: list[str]) -> str:
     return _lines([("host", "layout", "guests may have", "kernel"), *map(summary, hosts)])
 
 
-def _dump(_: argparse.Namespace, __: list[str]) -> str:
+def _dump(_: argparse.Namespace, __: Tally) -> str:
     host = resolve("this")
     return to_json([host.replace(name=platform.node() or host.name, source="xfast host dump")])
 
 
-def _baseline(args: argparse.Namespace, failed: list[str]) -> str:
-    hosts = hosts_of(args.spec, failed)
-    if failed or not hosts:  # a pool without one of its hosts would promise too much
+def _baseline(args: argparse.Namespace, tally: Tally) -> str:
+    hosts = hosts_of(args.spec, tally)
+    if tally.problems or not hosts:  # a pool without one of its hosts would promise too much
         raise XfastError("host baseline: expected every host of the pool to read, see above")
     if args.format == "firecracker":
         return json.dumps(firecracker_template(hosts), indent=2) + "\n"
@@ -131,7 +132,7 @@ def _named(facts: dict[str, Any]) -> str:
     return f"-cpu {model}" + (f"  (without {' '.join(sorted(without))})" if without else "")
 
 
-def _layout_of_mask(args: argparse.Namespace, _: list[str]) -> str:
+def _layout_of_mask(args: argparse.Namespace, _: Tally) -> str:
     """Answer ``xfast host layout``."""
     mask = _parse_mask(args.xcr0)
     if args.host is not None:
@@ -238,6 +239,7 @@ def details(host: Host) -> list[tuple[str, ...]]:
         "guest_permission": _mask(host.guest_permission),
         "xsave2_size": host.xsave2_size,
         "mxcsr_mask": None if host.mxcsr_mask is None else hex(host.mxcsr_mask),
+        "x87_pointer_bits": host.x87_pointer_bits,
         "xsave": " ".join(sorted(host.xsave)),
         "kernel": kernel and " ".join((kernel.release, *sorted(kernel.names))).strip(),
         "features": host.features and " ".join(sorted(host.features)),

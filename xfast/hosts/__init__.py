@@ -92,8 +92,8 @@ def resolve_all(spec: str) -> list[Host]:
 def expand(spec: str) -> list[str]:
     """Return the specifications that one stands for: the files of a directory, else itself.
 
-    ``DIRECTORY@KERNEL`` gives each of its descriptions that kernel. Hidden files and what is no
-    regular file are passed over.
+    ``DIRECTORY@KERNEL`` gives each of its descriptions that kernel. Hidden files and
+    directories that are no snapshot are passed over.
 
     Raises
     ------
@@ -105,8 +105,9 @@ def expand(spec: str) -> list[str]:
         base, at, kernel = spec.rpartition("@")
     if not base or not Path(base).is_dir() or is_snapshot_folder(base):
         return [spec]
-    files = sorted(entry for entry in Path(base).iterdir() if entry.is_file())
-    return [f"{file}{at}{kernel}" for file in files if not file.name.startswith(".")]
+    entries = sorted(entry for entry in Path(base).iterdir() if not entry.name.startswith("."))
+    files = (e for e in entries if not e.is_dir() or is_snapshot_folder(str(e)))
+    return [f"{file}{at}{kernel}" for file in files]
 
 
 def _no_such_host(spec: str, base: str) -> XfastError:

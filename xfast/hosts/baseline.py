@@ -42,7 +42,7 @@ def common(hosts: Sequence[Host], name: str = "baseline") -> Host:
     layouts = [host.layout for host in hosts if host.layout is not None]
     facts["layout"] = common_layout(layouts) if len(layouts) == len(hosts) else None
     facts["xsave"] = reduce(and_, (host.xsave for host in hosts))
-    for field in ("vendor", "kernel"):
+    for field in ("vendor", "kernel", "x87_pointer_bits"):
         values = [getattr(host, field) for host in hosts]
         facts[field] = values[0] if all(value == values[0] for value in values) else None
     known = {field: "derived" for field, value in facts.items() if value is not None}

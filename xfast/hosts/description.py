@@ -153,6 +153,7 @@ FIELDS: dict[str, _Codec] = {
     "guest_permission": _MASK,
     "xsave2_size": _Codec(integer, int),
     "mxcsr_mask": _MASK,
+    "x87_pointer_bits": _Codec(lambda value: integer(value, 65), int),
     "kernel": _Codec(_kernel, _write_kernel),
     "xsave": _NAMES,
     "features": _NAMES,
