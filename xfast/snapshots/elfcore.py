@@ -54,14 +54,16 @@ AREAS_LEAST, AREAS_RATIO = 16 << 20, 16
 """Bytes of all areas together: so many, or so many times what the file takes on the disk."""
 WINDOW = 1 << 20
 
-SEGMENT = np.dtype(
-    {"names": ["type", "offset", "size"], "formats": ["<u4"] * 3, "offsets": [0, 4, 16]}
-    | {"itemsize": 32}
-)
-WIDE_SEGMENT = np.dtype(
-    {"names": ["type", "offset", "size"], "formats": ["<u4", "<u8", "<u8"], "offsets": [0, 8, 32]}
-    | {"itemsize": 56}
-)
+
+def _segment(itemsize: int, kind: str, offset: int, size: int) -> np.dtype[np.void]:
+    formats = ["<u4", kind, kind]
+    names = ["type", "offset", "size"]
+    places = [0, offset, size]
+    return np.dtype({"names": names, "formats": formats, "offsets": places, "itemsize": itemsize})
+
+
+SEGMENT = _segment(32, "<u4", 4, 16)
+WIDE_SEGMENT = _segment(56, "<u8", 8, 32)
 """What is needed of a program header, in 32-bit and 64-bit files."""
 
 
@@ -194,6 +196,13 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         )
     if count > SEGMENT_LIMIT:
         raise FormatError(source.path, table, f"found {count} segments, over {SEGMENT_LIMIT}")
+    if table + entry * count > source.size:
+        raise FormatError(
+            source.path,
+            table,
+            f"found {max(0, source.size - table)} bytes, needed {entry * count} for "
+            f"{count} program headers",
+        )
     segments = []
     for begin in range(0, count, SEGMENTS_AT_ONCE):
         at = table + begin * entry

@@ -139,9 +139,11 @@ def _image(source: Source) -> int:
         (LIBVIRT_MAGIC, LIBVIRT_HEADER, LIBVIRT_LENGTH_OFFSET),
     ):
         if start.startswith(magic):
-            position = header + source.unpack("<I", at)[0]
+            length: int = source.unpack("<I", at)[0]
+            position = header + length
     if source.read(position, 8) != LIBXL_MAGIC:
         return position
+    kind: int
     version, options = source.unpack(">2I", position + 8)
     if version != 2 or options & BIG_ENDIAN:
         raise FormatError(
