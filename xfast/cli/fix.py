@@ -12,15 +12,17 @@ from itertools import groupby
 from typing import Any, NamedTuple, TextIO
 
 from xfast.cli.arguments import (
-    FINDING,
+    BLOCKED,
     OK,
-    TROUBLE,
+    UNJUDGED,
     complain,
+    fail,
     reading_arguments,
     snapshots_of,
 )
 from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
+from xfast.report.tally import Tally
 from xfast.snapshots import walk
 from xfast.xsave.features import parse_component
 
@@ -77,7 +79,7 @@ def _component(word: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb; return the exit code: 0 restorable, 1 a finding blocks, 2 trouble."""
+    """Run the verb; return the exit code."""
     _require_consistent(args)
     paths = list(walk(args.snapshots))
     _require_places(args, paths)
@@ -88,25 +90,24 @@ def run(args: argparse.Namespace) -> int:
         for path in args.snapshots:
             if os.path.isfile(path) and recover(path):
                 complain(f"{path}: undid an edit that was interrupted")
-    failed: list[str] = []
+    tally = Tally()
     rows: list[dict[str, Any]] = []
-    tally: Counter[str] = Counter()
-    for path, snapshots in groupby(snapshots_of(args, failed), key=lambda one: one.path):
+    done: Counter[str] = Counter()
+    for path, snapshots in groupby(snapshots_of(args, tally), key=lambda one: one.path):
         try:
-            rows += _fix(path, list(snapshots), host, args, tally)
+            rows += _fix(path, list(snapshots), host, args, done)
         except XfastError as problem:
-            complain(problem)
-            failed.append(path)
-            tally["refused"] += isinstance(problem, PolicyError)
+            fail(tally, path, problem)
+            done["refused"] += isinstance(problem, PolicyError)
     if args.json:
         json.dump({"schema": "xfast/1", "plans": rows}, sys.stdout, indent=1)
         print()
     if len(paths) > 1:
-        print(_summary(tally, len(failed), dry_run=args.dry_run), file=sys.stderr)
+        print(_summary(done, len(tally.problems), dry_run=args.dry_run), file=sys.stderr)
     words = {row["after"] for row in rows}
-    if failed or "unknown" in words:
-        return TROUBLE
-    return FINDING if "incompatible" in words else OK
+    if "incompatible" in words:
+        return BLOCKED
+    return UNJUDGED if tally.problems or "unknown" in words else OK
 
 
 def _require_consistent(args: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def _is_folder(output: str) -> bool:
 
 
 def _fix(
-    path: str, snapshots: list[Any], host: Any, args: argparse.Namespace, tally: Counter[str]
+    path: str, snapshots: list[Any], host: Any, args: argparse.Namespace, done: Counter[str]
 ) -> list[Any]:
     """Plan, show and apply the repair of one file; return its rows of the answer."""
     from xfast.repair.plan import plan_fix
@@ -175,7 +176,7 @@ def _fix(
         if not args.json and (written.output or args.output):
             _print_written(written)
     changed = any(plan.areas for plan in plans)
-    tally["blocked" if blocked else "fixed" if changed else "unchanged"] += 1
+    done["blocked" if blocked else "fixed" if changed else "unchanged"] += 1
     return [
         {
             "snapshot": plan.snapshot.name,
@@ -225,16 +226,16 @@ def _print_written(written: Written) -> None:
         print(printable(f"  backup {backup}"))
 
 
-def _summary(tally: Counter[str], failed: int, *, dry_run: bool) -> str:
+def _summary(done: Counter[str], failed: int, *, dry_run: bool) -> str:
     """Return the closing line of a run over several snapshots."""
-    broken = failed - tally["refused"]
+    broken = failed - done["refused"]
     words = [
-        f"{tally['fixed']} {'to fix' if dry_run else 'fixed'}",
-        f"{tally['unchanged']} unchanged",
-        f"{tally['blocked'] + tally['refused']} can't be fixed",
+        f"{done['fixed']} {'to fix' if dry_run else 'fixed'}",
+        f"{done['unchanged']} unchanged",
+        f"{done['blocked'] + done['refused']} can't be fixed",
     ]
     words += [f"{broken} failed"] * bool(broken)
-    return f"{tally.total() + broken} snapshots: {', '.join(words)}"
+    return f"{done.total() + broken} snapshots: {', '.join(words)}"
 
 
 def _print(plan: Any, out: TextIO) -> None:
