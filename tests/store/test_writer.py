@@ -216,7 +216,7 @@ def test_a_patch_that_goes_on_is_not_undone(leak, monkeypatch):
 
 def test_an_interrupted_patch_is_not_read_and_is_undone(leak, capsys):
     old = interrupted(leak)
-    assert main(["check", str(leak), "--host", HOST]) == 2
+    assert main(["check", str(leak), "--host", HOST]) == 3
     assert "interrupted edit" in capsys.readouterr().err
     assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 0
     assert "undid an edit" in capsys.readouterr().err
@@ -256,11 +256,11 @@ def test_a_hostile_journal(leak, offset, capsys):
     a_record(leak)
     place = a_journal(leak, edits="HERE")
     place.write_text(place.read_text().replace('"HERE"', f"[{row}]"))
-    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 2
+    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 3
     assert "found no journal of ours" in capsys.readouterr().err
     place.unlink()
     place.mkdir()
-    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 2
+    assert main(["fix", str(leak), "--host", HOST, "--in-place"]) == 3
     assert "found no journal of ours" in capsys.readouterr().err
     assert leak.read_bytes() == old
 
@@ -414,7 +414,7 @@ def test_a_full_disk(leak, tmp_path, capsys):
     for where in (["-o", str(tmp_path / "out")], ["--in-place"]):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            assert main([*words, *where]) == 2
+            assert main([*words, *where]) == 3
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         (line,) = capsys.readouterr().err.splitlines()
@@ -476,7 +476,7 @@ def test_a_file_system_without_room(leak, small_disk, capsys, where):
     path = small_disk / "leak"
     path.write_bytes(leak.read_bytes())
     how = ["--in-place"] if where == "in place" else ["-o", str(small_disk / "out")]
-    assert main(["fix", str(path), "--host", HOST, *how]) == 2
+    assert main(["fix", str(path), "--host", HOST, *how]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
     assert path.read_bytes() == leak.read_bytes()
@@ -582,7 +582,7 @@ def test_a_decompression_bomb_stops_at_the_limit(tmp_path, capsys):
     bomb = tmp_path / "bomb.xz"
     bomb.write_bytes(lzma.compress(bytes(64 << 20)))
     words = ["fix", str(bomb), "--host", HOST, "--in-place", "--expand-limit", "1M"]
-    assert main(words) == 2
+    assert main(words) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "expands to more than 1048576 bytes" in line
     assert names(tmp_path) == {"bomb.xz"}
@@ -600,7 +600,7 @@ def test_nothing_to_do_writes_nothing(data, tmp_path, capsys):
 def test_what_stays_unknown_is_not_written(data, tmp_path, capsys):
     core = tmp_path / "core"
     core.write_bytes(lzma.decompress((data / "elf" / "gdb13-regs64-3thr.core.xz").read_bytes()))
-    assert main(["fix", str(core), "--host", "amd-genoa", "-o", str(tmp_path / "out")]) == 2
+    assert main(["fix", str(core), "--host", "amd-genoa", "-o", str(tmp_path / "out")]) == 3
     assert "stays unknown" in capsys.readouterr().err
     assert names(tmp_path) == {"core"}
 

@@ -15,6 +15,7 @@ from xfast.cli.arguments import (
     BLOCKED,
     OK,
     UNJUDGED,
+    candidates,
     complain,
     fail,
     reading_arguments,
@@ -23,7 +24,6 @@ from xfast.cli.arguments import (
 from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
 from xfast.report.tally import Tally
-from xfast.snapshots import walk
 from xfast.xsave.features import parse_component
 
 EPILOG = """\
@@ -81,16 +81,12 @@ def _component(word: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
     _require_consistent(args)
-    paths = list(walk(args.snapshots))
+    paths = candidates(args.snapshots)
     _require_places(args, paths)
     host = resolve(args.host)
-    if args.in_place:
-        from xfast.store.journal import recover
-
-        for path in args.snapshots:
-            if os.path.isfile(path) and recover(path):
-                complain(f"{path}: undid an edit that was interrupted")
     tally = Tally()
+    if args.in_place:
+        args.snapshots = [path for path in args.snapshots if _recover(path, tally)]
     rows: list[dict[str, Any]] = []
     done: Counter[str] = Counter()
     for path, snapshots in groupby(snapshots_of(args, tally), key=lambda one: one.path):
@@ -108,6 +104,19 @@ def run(args: argparse.Namespace) -> int:
     if "incompatible" in words:
         return BLOCKED
     return UNJUDGED if tally.problems or "unknown" in words else OK
+
+
+def _recover(path: str, tally: Tally) -> bool:
+    """Undo an edit that a crash interrupted; tell whether the file can be read now."""
+    from xfast.store.journal import recover
+
+    try:
+        if os.path.isfile(path) and recover(path):
+            complain(f"{path}: undid an edit that was interrupted")
+    except (XfastError, OSError) as problem:
+        fail(tally, path, problem)
+        return False
+    return True
 
 
 def _require_consistent(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
