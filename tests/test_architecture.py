@@ -22,7 +22,7 @@ FLOORS = (
     {"hosts", "snapshots"},
     {"kvm"},
     {"judge", "store"},
-    {"repair", "report"},
+    {"messages", "repair", "report"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},

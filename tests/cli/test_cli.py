@@ -160,7 +160,6 @@ def test_parquet_is_read_back_or_asks_for_its_extra(tmp_path):
         (["check", "/no/such/file", "--host", NO_PKU], "/no/such/file"),
         (["show", BLOB, "--layout", "vax"], "intel"),
         (["show", BLOB, "--size", "many"], "4096"),
-        (["explain", "the flux capacitor"], "LEAK"),
         (["frobnicate"], "show"),
         (["check", LEAK, "--host", NO_PKU, "--live"], "--host this"),
     ],
@@ -182,15 +181,6 @@ def test_truncated_streams_are_one_line(run, tmp_path, size):
     assert status == 2
     assert len(err.splitlines()) == 1
     assert str(cut) in err
-
-
-def test_explain(run):
-    _, out, _ = run("explain", "leak")
-    assert "ad856280ddea" in out
-    _, out, _ = run("explain", "Failed to put registers after init: Invalid argument")
-    assert "QEMU 10" in out
-    _, out, _ = run("explain")
-    assert len(out.splitlines()) == 13
 
 
 def test_standard_input(tmp_path):
