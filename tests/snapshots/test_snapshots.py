@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from xfast import snapshots
 from xfast.errors import FormatError, XfastError
+from xfast.snapshots import registry
 from xfast.snapshots.bytes.source import Source
 from xfast.xsave.area import diff, keep
 from xfast.xsave.features import bits
@@ -297,15 +298,15 @@ class TestRegistry:
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
         (package / "entry_points.txt").write_text("[xfast.formats]\nmine = theirs\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        snapshots._others.cache_clear()
+        registry._others.cache_clear()
         try:
             (tmp_path / "one").write_bytes(b"MINE and more")
             (snapshot,) = snapshots.read(tmp_path / "one")
             assert snapshot.format == "mine"
             assert isinstance(snapshots.format_named("mine"), types.ModuleType)
         finally:
-            snapshots._others.cache_clear()
-            snapshots.format_named.cache_clear()
+            registry._others.cache_clear()
+            registry.format_named.cache_clear()
             sys.modules.pop("theirs", None)
 
     @pytest.mark.parametrize("name", ["vmm/ch-state.json", "raw/kvm618-guestxcr0_e7-bve7.xsave"])

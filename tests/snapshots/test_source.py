@@ -235,9 +235,8 @@ def test_a_view_maps_back_to_the_file(tmp_path):
         whole = PAYLOAD[4096:5120] + zeros + PAYLOAD[:1024] + PAYLOAD[8192:9216]
         assert view.read(0, 4096) == whole
         assert part.read(1000, 2000) == whole[1024:3024]
-        assert part.to_file(3000, 100) == [(976, 48), (8192, 52)]
-        with pytest.raises(FormatError, match="found no bytes stored"):
-            part.to_file(1000, 4)
+        assert part.runs(3000, 100) == [(976, 48), (8192, 52)]
+        assert part.runs(1000, 4) == [(None, 4)]
         with pytest.raises(FormatError):
             part.read(4000, 100)
 

@@ -184,7 +184,7 @@ def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Fin
 
 
 def _fpu_mask(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    mask = process.machine.mask
+    mask = process.machine.cpuinfo.xfeatures_mask
     if mask is None or host.layout is None:
         return
     there = host.layout.user_mask & COMPARED
@@ -205,8 +205,8 @@ def _fpu_sizes(process: _Process, host: Host, policy: Policy) -> Iterator[Findin
     if host.layout is not None and host.xcr0 is not None and not host.xcr0 & ~host.layout.mask:
         there["xsave_size"] = host.layout.standard_size(host.xcr0)
         there["xsave_size_max"] = host.layout.standard_size()
-    for (name, words), size in zip(SIZES.items(), process.machine.sizes, strict=True):
-        size_there = there[name]
+    for name, words in SIZES.items():
+        size, size_there = getattr(process.machine.cpuinfo, name), there[name]
         if size is not None and size_there is None:
             yield process.finding(
                 "SIZE",
@@ -271,14 +271,15 @@ def _has(cpuid: Cpuid | None, feature: Feature) -> bool | None:
 
 
 def _cpu(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    if host.features is None or process.machine.cpuid is None or process.machine.words < WORDS:
+    machine = process.machine
+    if host.features is None or machine.cpuid is None or len(machine.cpuinfo.capability) < WORDS:
         return
     compared = {f.name for f in FEATURES.values() if (f.leaf, f.subleaf) in CPU_LEAVES}
     compared -= RUNTIME_FEATURES
     only = _ins_only(process, host)
-    more = sorted((process.machine.cpuid.features - host.features) & compared)
+    more = sorted((machine.cpuid.features - host.features) & compared)
     more += [name for name in only if only[name] == (True, False)]
-    fewer = sorted((host.features - process.machine.cpuid.features) & compared)
+    fewer = sorted((host.features - machine.cpuid.features) & compared)
     fewer += [name for name in only if only[name] == (False, True)]
     if more or fewer:
         yield process.finding(

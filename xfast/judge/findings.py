@@ -241,7 +241,7 @@ def _xcr0(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
 
 
 HALF_OF_AMX = (
-    'Linux kernel commit 55cd57b596e8 ("KVM: x86: Filter out XTILE_CFG if XTILE_DATA isn\'t '
+    "Linux kernel commit 55cd57b596e8 (\"KVM: x86: Filter out XTILE_CFG if XTILE_DATA isn't "
     'permitted") (in v6.4)'
 )
 
@@ -308,7 +308,7 @@ def _layout(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             "LAYOUT",
             "risky",
             say("layout unknown", whose=whose, note=note),
-            snapshot="unknown" if here is None else here.name,
+            snapshot="unknown" if here is None else state.layout_name,
             host="unknown",
             open=True,
         )
@@ -322,7 +322,7 @@ def _layout(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             say("place unknown", names=names_of(hidden), note=state.layout_note),
             component=names_of(hidden),
             snapshot="unknown",
-            host=there.name,
+            host=target.layout_name,
             open=True,
         )
     if state.kind == "process":
@@ -334,7 +334,7 @@ def _layout(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             "risky",
             say("place unknown on the host", names=names_of(unplaced)),
             component=names_of(unplaced),
-            snapshot=here.name,
+            snapshot=state.layout_name,
             host="unknown",
             open=True,
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
 from xfast.judge.findings import FUNCTIONS, WHOLE
 from xfast.judge.rules import FIXES, SEVERITIES
-from xfast.judge.subject import Part, State, Subject, subject_of
+from xfast.judge.subject import State, Subject, subject_of
 from xfast.judge.target import Facts, Target, target_of
 from xfast.judge.verdict import Finding, Judgement, Policy, Verdict
 from xfast.snapshots.model import Snapshot, Vcpu
@@ -63,8 +63,8 @@ def judge(subject: Subject, facts: Facts, policy: Policy) -> Judgement:
     """Judge one Subject on one host. All that `check` and a fix say comes from here."""
     targets = {part.state: _target_of(part.state, facts) for part in subject.parts}
     findings = [
-        finding.of(vcpu, count)
-        for state, vcpu, count in subject.parts
+        finding.of(vcpu, alike)
+        for state, vcpu, alike in subject.parts
         for finding in _findings_of(state, targets[state], policy)
     ]
     if subject.stacked:
@@ -97,6 +97,9 @@ def _merged(findings: list[Finding]) -> list[Finding]:
     return sorted((key.of(*vcpus) for key, vcpus in found.items()), key=lambda f: f.vcpu)
 
 
+_verdict = partial(tuple.__new__, Verdict)
+"""Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
+
 _findings_of = lru_cache(maxsize=1 << 14)(findings_of)
 _target_of = lru_cache(maxsize=1 << 14)(target_of)
 
@@ -104,10 +107,11 @@ _target_of = lru_cache(maxsize=1 << 14)(target_of)
 class _Case:
     """A Subject that was met, and its judgements."""
 
-    __slots__ = ("answers", "judged", "subject")
+    __slots__ = ("answers", "judged", "states", "subject")
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+        self.states = tuple(dict.fromkeys(part.state for part in subject.parts))
         self.judged: dict[tuple[Any, Policy], Judgement] = {}
         self.answers: dict[tuple[_Pool, Policy], tuple[Judgement, ...]] = {}
 
@@ -124,7 +128,7 @@ class _Case:
         # CRIU compares whole machines: there, every host is a target of its own.
         targets: Any = facts
         if subject.machine is None:
-            targets = tuple([_target_of(part.state, facts) for part in subject.parts])
+            targets = tuple([_target_of(state, facts) for state in self.states])
         found = self.judged.get((targets, policy))
         if found is None:
             found = judge(subject, facts, policy)
@@ -145,7 +149,7 @@ class _Pool:
 
 _CASES: dict[Subject, _Case] = {}
 _POOLS: dict[tuple[int, ...], _Pool] = {}
-_FACTS: dict[Host, Facts] = {}
+_FACTS: dict[tuple[Host, str], Facts] = {}
 
 
 def _remember(table: dict[K, V], key: K, value: V, limit: int) -> V:
@@ -156,10 +160,19 @@ def _remember(table: dict[K, V], key: K, value: V, limit: int) -> V:
     return value
 
 
+def forget() -> None:
+    """Empty the caches: for those who change the rules, or measure."""
+    for table in (_CASES, _POOLS, _FACTS):
+        table.clear()
+    _findings_of.cache_clear()
+    _target_of.cache_clear()
+
+
 def facts_of(host: Host) -> Facts:
     """Return the facts of a host: one object for all hosts that differ in nothing but names."""
     nameless = host.replace(name="", source="")
-    return _FACTS.get(nameless) or _remember(_FACTS, nameless, Facts(nameless), 4096)
+    key = nameless, host.layout.name if host.layout else ""  # which equal layouts need not share
+    return _FACTS.get(key) or _remember(_FACTS, key, Facts(nameless), 4096)
 
 
 def _pool_of(hosts: tuple[Host, ...]) -> _Pool:
@@ -217,7 +230,7 @@ def check(
     pool = _pool_of((hosts,) if isinstance(hosts, Host) else tuple(hosts))
     judgements = _case_of(subject_of(snapshot)).answer(pool, rules)
     rows = zip(repeat(snapshot.name), pool.names, judgements, repeat(None))
-    return list(map(Verdict._make, rows))
+    return list(map(_verdict, rows))
 
 
-__all__ = ["Part", "check", "conclude", "facts_of", "findings_of", "judge"]
+__all__ = ["check", "facts_of", "findings_of", "forget", "judge"]

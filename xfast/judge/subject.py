@@ -3,7 +3,7 @@
 Everything that the rules look at in a vCPU is in its `State`. Equal states get equal answers,
 so each is judged once a host, however many vCPUs, areas of a stack and files have it:
 
-    Snapshot ── subject_of ──> Subject ((State, number, count), ...) ──┐
+    Snapshot ── subject_of ──> Subject (its Parts: a State, vCPUs) ──┐
                                                                        ├──> findings, a verdict
     Host ─────── target_of ──> Target, what it would do with a State ──┘
 
@@ -12,15 +12,15 @@ A State holds no area, no file's name and no vCPU's number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from xfast.snapshots.model import Snapshot, Vcpu
-from xfast.xsave.area import ALL, classify, headers
+from xfast.snapshots.model import CpuInfo, Snapshot, Vcpu
+from xfast.xsave.area import ALL, facts
 from xfast.xsave.cpuid import RUNTIME_FEATURES, Cpuid
 from xfast.xsave.features import (
     PKRU,
-    PKRU_NR,
     SUPERVISOR_MASK,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
@@ -48,7 +48,8 @@ class State(NamedTuple):
     """What one vCPU's area and its file tell, worked out once for all hosts. Masks are ints.
 
     `kind` and `producer` are the snapshot's; `layout` to `pkru_enabled` are as in `Vcpu`, with
-    `guest` in place of its CPUID. `has_msrs`: the file lists the vCPU's MSRs. `fpu_differs`:
+    `guest` in place of its CPUID; `layout_name`, which layouts that are equal need not share, is
+    what findings cite. `has_msrs`: the file lists the vCPU's MSRs. `fpu_differs`:
     fields in which its two copies of the legacy registers differ. `size` is the area's (bytes).
     `live` holds the components with something other than their init or default value, `stale`
     those that are absent although other bytes lie there, `unreadable` those whose data lie
@@ -58,6 +59,7 @@ class State(NamedTuple):
     kind: str
     producer: str
     layout: Layout | None
+    layout_name: str
     layout_source: str
     layout_note: str
     portable: bool
@@ -128,25 +130,21 @@ class State(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The vCPUs of one State: `vcpu` is the number of the first, `count` how many there are."""
+    """The vCPUs of one State: `vcpu` is the number of the first, `alike` how many there are."""
 
     state: State
     vcpu: int
-    count: int = 1
+    alike: int = 1
 
 
 class Machine(NamedTuple):
-    """What CRIU's images tell of the machine that dumped: None where they tell nothing.
+    """What CRIU's images tell of the machine that dumped: its CPUID, and cpuinfo.img.
 
-    `words` counts the words of CPUID in cpuinfo.img, `mask` is its xfeatures_mask, `sizes`
-    holds its xsave_size and xsave_size_max, and `has_area` says whether a thread has an XSAVE
-    area.
+    `has_area` says whether a thread has an XSAVE area.
     """
 
     cpuid: Cpuid | None
-    words: int
-    mask: int | None
-    sizes: tuple[int | None, int | None]
+    cpuinfo: CpuInfo
     has_area: bool
 
 
@@ -172,16 +170,19 @@ def _guest(cpuid: Cpuid) -> Guest:
 
 def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
     """Work out what a vCPU's area holds and what its guest may have."""
-    head = headers(vcpu.area)
+    (found,) = facts(vcpu.area, vcpu.layout or NO_LAYOUT)
+    return _state(vcpu, kind, producer, len(vcpu.area), found.item())
+
+
+def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ...]) -> State:
+    """Return the State of a vCPU whose area of `size` bytes holds what `found` (FACTS) says."""
+    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved = found[:9]
     layout = vcpu.layout or NO_LAYOUT
-    found = classify(vcpu.area, layout)
-    pkru = None
-    if head.xstate_bv & PKRU and layout.mask & PKRU and not found.unreadable & PKRU:
-        pkru = _pkru(vcpu.area, layout, head.xcomp_bv)
     return State(
         kind,
         producer,
         vcpu.layout,
+        layout.name,
         vcpu.layout_source,
         vcpu.layout_note,
         vcpu.portable,
@@ -191,43 +192,28 @@ def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
         _guest(vcpu.cpuid) if vcpu.cpuid is not None else None,
         vcpu.guest_mask,
         vcpu.pkru_enabled,
-        vcpu.facts.get("msrs") is not None,
-        tuple(vcpu.facts.get("fpu_differs", ())),
-        len(vcpu.area),
-        head.xstate_bv,
-        head.xcomp_bv,
-        head.reserved,
-        head.mxcsr,
-        found.live | head.xstate_bv & ALL & ~layout.mask,  # bit 63 is no component's
-        found.stale,
-        found.unreadable & ALL,
-        pkru,
+        vcpu.msrs is not None,
+        vcpu.fpu_differs,
+        size,
+        bv,
+        xcomp,
+        bool(reserved),
+        mxcsr,
+        inuse & ~default | bv & ALL & ~layout.mask,  # bit 63 is no component's
+        stale,
+        unreadable & ALL,
+        pkru if bv & layout.mask & PKRU & ~unreadable else None,
     )
-
-
-def _pkru(area: Any, layout: Layout, xcomp: int) -> int:
-    if xcomp & XCOMP_BV_COMPACTED:
-        offset = layout.compacted_offsets(xcomp & layout.mask)[PKRU_NR]
-    else:
-        offset = layout.by_nr[PKRU_NR].offset
-    return int.from_bytes(area[offset : offset + 4].tobytes(), "little")
 
 
 def subject_of(snapshot: Snapshot) -> Subject:
     """Work out what the rules look at in a snapshot."""
     kind, producer = snapshot.kind, snapshot.producer
     parts = tuple([Part(state_of(v, kind, producer), v.index) for v in snapshot.vcpus])
-    machine = machine_of(snapshot.vcpus) if producer == "criu" else None
+    machine = _machine(snapshot.vcpus) if producer == "criu" and parts else None
     return Subject(kind, parts, False, machine, tuple(getattr(snapshot, "doubts", ())))
 
 
-def machine_of(threads: Any) -> Machine:
-    """Return what CRIU's images tell of the machine that dumped these threads."""
-    told = threads[0].facts.get("cpuinfo", {}) if len(threads) else {}
-    return Machine(
-        threads[0].cpuid if len(threads) else None,
-        len(told.get("capability", ())),
-        told.get("xfeatures_mask"),
-        (told.get("xsave_size"), told.get("xsave_size_max")),
-        any("xstate_bv" in thread.facts.get("fields", ()) for thread in threads),
-    )
+def _machine(threads: Sequence[Vcpu]) -> Machine:
+    has_area = any(thread.has_xsave for thread in threads)
+    return Machine(threads[0].cpuid, threads[0].cpuinfo or CpuInfo(), has_area)

@@ -50,7 +50,7 @@ class Target(NamedTuple):
         Whether it gives the guest exactly what the snapshot's guest had.
     release : str or None
         Its kernel's release (where something is doubtful); None where the kernel is not known.
-    layout : Layout or None
+    layout, layout_name : Layout or None, str
         Where it looks for components; None where it builds the area itself.
     need, room : int, int or None
         Bytes of the area as KVM_SET_XSAVE will get it where they are more than 4096, else 0;
@@ -76,6 +76,7 @@ class Target(NamedTuple):
     same: bool
     release: str | None
     layout: Layout | None
+    layout_name: str
     need: int
     room: int | None
     buffer: int | None
@@ -115,7 +116,8 @@ class Facts:
         """
         found = self._moves.get(guest)
         if found is None:
-            found = tuple(self._masks(*kernel, guest) for kernel in zip(self.kernels, self.uses_xsave))
+            kernels = zip(self.kernels, self.uses_xsave, strict=True)
+            found = tuple([self._masks(kernel, uses, guest) for kernel, uses in kernels])
             self._moves[guest] = found
         return found
 
@@ -144,6 +146,7 @@ def target_of(state: State, facts: Facts) -> Target:
     need, room = _room(state, host) if vm else (0, None)
     asks, granted = _permission(state, host, supported) if vm else (0, None)
     alien = host.mxcsr_mask is not None and state.mxcsr & ~host.mxcsr_mask
+    layout = host.layout if state.extended else None
     release = None if host.kernel is None else host.kernel.release if doubtful else ""
     return Target(
         supported,
@@ -153,7 +156,8 @@ def target_of(state: State, facts: Facts) -> Target:
         kept,
         _same(state, host),
         release,
-        host.layout if state.extended else None,
+        layout,
+        layout.name if layout else "",
         need,
         room,
         None if vm else _buffer(host),

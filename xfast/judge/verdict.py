@@ -79,9 +79,11 @@ class Finding:
         return replace(self, vcpu=vcpu, count=count)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the finding as the JSON answer has it."""
+        """Return the finding as the JSON answer has it: with `count` where there are several."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         del fields["open"]
+        if self.count == 1:
+            del fields["count"]
         return fields
 
 

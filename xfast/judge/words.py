@@ -75,9 +75,9 @@ SENTENCES = {
     # INUSE
     "stale": "Whoever restores the area gives {name} its init value, and the other data that lie "
     "there are lost: XSTATE_BV says that they are not {name}'s",
-    "two copies": "The file's fpu object wins: it and the XSAVE area differ in {fields}, and a "
-    "restore runs KVM_SET_FPU after KVM_SET_XSAVE (but for MXCSR, which KVM_SET_FPU leaves as it "
-    "is)",
+    "two copies": "The file's fpu object wins, as the two differ in {fields}: a "
+    "restore runs KVM_SET_FPU after KVM_SET_XSAVE. MXCSR is the XSAVE area's, as KVM_SET_FPU "
+    "leaves it alone",
     "idle": "A host without {name} needs only its bit cleared: it is in XSTATE_BV and holds "
     "{holds}",
     # XFD

@@ -138,7 +138,7 @@ def matrix_text(verdicts: list[Verdict], out: Console, *, notes: bool) -> None:
             verdict = row[host]
             fix = verdict.fixable if verdict.verdict == "incompatible" else "none"
             word = verdict.verdict + (f" ({fix} fix)" if fix != "none" else "")
-            word += f", {verdict.live}" if verdict.live else ""
+            word += f", {verdict.kvm}" if verdict.kvm else ""
             words.append(Text(word, style=COLOURS[verdict.verdict]))
         table.add_row(labels[snapshot], *words)
     out.print(table)
@@ -215,7 +215,7 @@ class Tally:
         for verdict in verdicts:
             self.words[verdict.verdict] += 1
             self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
-            self.contradicted |= "can't" in verdict.live or "not as foretold" in verdict.live
+            self.contradicted |= verdict.kvm is not None and verdict.kvm.doubtful
             yield verdict
 
     def closing_line(self, unread: int) -> str:
@@ -229,7 +229,7 @@ class Tally:
 
 COLUMNS = (
     "snapshot", "host", "verdict", "fixable", "code", "component", "vcpu", "severity",
-    "snapshot_value", "host_value", "fix", "why", "ref",
+    "snapshot_value", "host_value", "fix", "why", "ref", "count",
 )  # fmt: skip
 
 
@@ -240,7 +240,8 @@ def flat(verdicts: Iterable[Verdict]) -> Iterator[dict[str, Any]]:
         whole.pop("live", None)
         findings = whole.pop("findings")
         for finding in findings or [{}]:
-            yield {**dict.fromkeys(COLUMNS), **whole, **finding}
+            count = {"count": 1} if finding else {}
+            yield {**dict.fromkeys(COLUMNS), **whole, **count, **finding}
 
 
 def write_verdicts(verdicts: Iterable[Verdict], form: str, out: TextIO, *, notes: bool) -> None:
