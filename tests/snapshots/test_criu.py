@@ -354,7 +354,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            (b"", "an empty file"),
+            (b"", "it is empty"),
             (struct.pack("<2I", criu.IMG_COMMON_MAGIC, 1), "found an image with the magic 0x1"),
             (image(b"")[:-4], "needed 4"),
             (image(core(fpregs()))[:-9], "found an entry of"),

@@ -242,6 +242,7 @@ class TestRegistry:
             "random.core",
             "short.xsave",
         ]
+        assert "not a snapshot format that xfast knows (it is binary data)" in bad.pop(1)
         assert all("found" in line and "needed" in line and "\n" not in line for line in bad)
 
     def test_a_directory_of_cloud_hypervisor_is_its_state(self, tmp_path):
@@ -253,26 +254,24 @@ class TestRegistry:
     def test_what_is_no_snapshot_says_what_was_found(self, tmp_path):
         path = tmp_path / "file"
         path.write_bytes(b"hello, world")
-        with pytest.raises(
-            FormatError, match=r"found the bytes 68 65 6c .* needed one of: elfcore"
-        ):
+        with pytest.raises(FormatError, match=r"knows \(it is a text\); .* give --layout"):
             snapshots.read(path)
         path.write_bytes(b"")
-        with pytest.raises(FormatError, match="found an empty file"):
+        with pytest.raises(FormatError, match="it is empty"):
             snapshots.read(path)
         with pytest.raises(FormatError, match="found a directory, needed a snapshot"):
             snapshots.read(tmp_path)
         with pytest.raises(XfastError, match="No such file"):
             snapshots.read(tmp_path / "nothing")
-        with pytest.raises(XfastError, match="format: got 'xen', needed one of"):
-            snapshots.read(path, format="xen")
+        with pytest.raises(XfastError, match="format: got 'parallels', needed one of"):
+            snapshots.read(path, format="parallels")
 
     def test_memory_that_looks_like_nothing_is_not_raw(self, tmp_path):
         """A file of guest memory is a multiple of 4096 bytes too."""
         path = tmp_path / "memory"
         for page in (bytes(4096), struct.pack("<I", 0xF000FF53) * 1024, b"\x40" * 4096):
             path.write_bytes(page * 4)
-            with pytest.raises(FormatError, match="needed one of"):
+            with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
                 snapshots.read(path)
 
     def test_a_format_may_be_forced(self, tmp_path):
@@ -280,7 +279,7 @@ class TestRegistry:
         area[0:2], area[530] = b"\x7f\x03", 1  # a dirty header, and no name that helps
         path = tmp_path / "areas"
         path.write_bytes(area * 2)
-        with pytest.raises(FormatError, match="needed one of"):
+        with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
             snapshots.read(path)
         (snapshot,) = snapshots.read(path, format="raw")
         assert [mask_of(vcpu) for vcpu in snapshot.vcpus] == [0, 0]

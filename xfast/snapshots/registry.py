@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.errors import FormatError, XfastError
+from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.contract import Accompanied, Format, Whole
@@ -24,6 +24,8 @@ from xfast.xsave.layout import Layout
 
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
+    "minidump": "xfast.snapshots.minidump",
+    "xen": "xfast.snapshots.xen",
     "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu.reader",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
@@ -97,9 +99,9 @@ def recognise(source: Source | Folder, default: str = "") -> str:
             return name
     if default:
         return default
-    start = source.read(0, min(16, source.size))
-    found = f"the bytes {start.hex(' ')}" if start else "an empty file"
-    raise FormatError(source.path, 0, f"found {found}, needed one of: {', '.join(_names())}")
+    from xfast.snapshots import signatures
+
+    raise UnknownFormatError(source.path, None, signatures.found_in(source))
 
 
 def _claimed(folder: Folder) -> tuple[str, str]:

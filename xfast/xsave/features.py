@@ -67,6 +67,8 @@ X87, SSE, AVX, PKRU, TILEDATA, APX = (
 )
 SSE_NR, PKRU_NR, TILEDATA_NR = (BY_NAME[name].nr for name in ("sse", "pkru", "tiledata"))
 
+PKRU_NR = BY_NAME["pkru"].nr
+
 XFEATURE_MASK_FPSSE = X87 | SSE
 XFEATURE_MASK_AVX512 = 0xE0
 XFEATURE_MASK_MPX = 0x18
