@@ -371,7 +371,7 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
             "whoever restores the area gives it the init value, and these bytes are lost",
             component=nr,
         )
-    differs = state.vcpu.facts.get("fpu_differs", [])
+    differs = state.vcpu.fpu_differs
     if differs:
         yield finding_of(
             state,
@@ -449,7 +449,7 @@ def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
             component=names_of(missing),
         )
     cpuid = state.vcpu.cpuid
-    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.facts.get("msrs") is not None:
+    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.msrs is not None:
         yield finding_of(
             state,
             "XSS",

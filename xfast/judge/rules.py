@@ -5,7 +5,6 @@ Codes are stable: scripts key on them, and people paste them into ``xfast explai
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 SEVERITIES = ("note", "risky", "blocks")
@@ -181,65 +180,3 @@ _TABLE = (
 )
 
 RULES: dict[str, Rule] = {rule.code: rule for rule in _TABLE}
-
-
-class Message(NamedTuple):
-    """An error text that people meet, and the rule or the answer behind it."""
-
-    pattern: re.Pattern[str]
-    codes: tuple[str, ...]
-    text: str
-
-
-def _message(pattern: str, codes: str, text: str) -> Message:
-    return Message(re.compile(pattern, re.I), tuple(codes.split()), text)
-
-
-MESSAGES: tuple[Message, ...] = (
-    _message(
-        r"failed to put registers after init: invalid argument|kvm_set_xsave|setting xsave",
-        "LEAK KERNEL FORMAT MXCSR",
-        "QEMU 10 and later stop here when KVM_SET_XSAVE answers EINVAL; QEMU 7.2 went on with "
-        "the state lost. xfast check FILE --host this names the bit.",
-    ),
-    _message(
-        r"could not get vcpu state.*getxsavestate|get_xsave2?\b.*invalid argument",
-        "SIZE PERM",
-        "KVM_GET_XSAVE can't return more than 4096 bytes; with AMX the VMM needs KVM_GET_XSAVE2.",
-    ),
-    _message(
-        r"max xsave frame exceed|can't set fpu registers.*bad address|xsave size mismatch",
-        "SIZE",
-        "CRIU compares the XSAVE size of the two CPUs: a process keeps buffers of that size.",
-    ),
-    _message(
-        r"fpu feature required by image|xfeatures has unsupported bits|can't set xstate",
-        "HOST-MISSING",
-        "The checkpoint has components that this host's kernel does not enable.",
-    ),
-    _message(
-        r"request permission for xstate feature \(18\)|arch_req_xcomp_guest_perm",
-        "PERM",
-        "The kernel can't grant AMX tile data to guests: it is older than 5.17, or a vCPU exists.",
-    ),
-    _message(
-        r"bad fpu state detected",
-        "XSS INUSE LEAK",
-        "The guest's kernel met an area that XRSTOR refuses: often IA32_XSS was not restored.",
-    ),
-    _message(
-        r"missing features|unacceptable cpu info|guest cpu doesn't match specification",
-        "ISA XCR0",
-        "libvirt compares CPU models, not state. xfast check says what the saved state needs.",
-    ),
-    _message(
-        r"xsave offset/size/alignment differs|invalid xsave data length",
-        "LAYOUT SIZE",
-        "rr replays on the CPU it recorded on, or one with the same XSAVE layout.",
-    ),
-    _message(
-        r"0x48[0-9a-f]\b|\binvtsc\b|vmx-|failed to set msr",
-        "",
-        "Not an extended-state problem: MSRs, TSC and vmx-* features are outside xfast's scope.",
-    ),
-)

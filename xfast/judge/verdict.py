@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xfast.errors import PolicyError
+from xfast.errors import PolicyError, escape
 from xfast.judge.rules import RULES
 
 LEVELS = ("xstate", "fpu", "isa", "strict")
@@ -97,8 +97,8 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as the JSON answer has it."""
         answer = {
-            "snapshot": self.snapshot,
-            "host": self.host,
+            "snapshot": escape(self.snapshot),
+            "host": escape(self.host),
             "verdict": self.verdict,
             "fixable": self.fixable,
             "findings": [finding.as_json() for finding in self.findings],

@@ -21,7 +21,7 @@ from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
 
 if TYPE_CHECKING:
-    from xfast.snapshots.model import Splice
+    from xfast.snapshots.model import Splice, Stamp
 
 CHUNK = 1 << 20
 NESTING_LIMIT = 4
@@ -125,6 +125,17 @@ class Source:
         """The file itself, as it lies on the disk."""
         return self.outer.base if self.outer else self
 
+    @property
+    def stamp(self) -> Stamp:
+        """What tells that the file is the same one, unchanged."""
+        status = os.fstat(self.base.fd)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    @property
+    def stored(self) -> int:
+        """How many bytes the file truly takes: holes cost nothing to make, and count nothing."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
 
@@ -169,8 +180,11 @@ class Source:
         length = self.size - offset if length is None else length
         return View(self, length, lambda at: (offset + at, length - at))
 
-    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return where bytes lie in the file, after decompression: (offset, length) of each run."""
+    def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
+        """Return where bytes lie in the file, after decompression: (offset, length) of each run.
+
+        The offset of zeros that the file does not store is None.
+        """
         self.read(offset, 0)
         return [(offset, length)]
 
@@ -277,7 +291,12 @@ class View(Source):
     def close(self) -> None:
         """Leave the file to its owner."""
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
+    @property
+    def stored(self) -> int:
+        """How many bytes the source truly takes; see `Source.stored`."""
+        return self.source.stored
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         while length:
             start, left = self.locate(offset)
             count = min(left, length)
@@ -289,23 +308,15 @@ class View(Source):
         self.bytes_read += length
         return b"".join(
             bytes(count) if start is None else self.source.read(start, count)
-            for start, count in self._runs(offset, length)
+            for start, count in self._pieces(offset, length)
         )
 
-    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return where bytes lie in the file, after decompression: (offset, length) of each run.
-
-        Raises
-        ------
-        FormatError
-            If the file does not store them.
-        """
+    def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
+        """Return where bytes lie in the file; see `Source.runs`."""
         self.read(offset, 0)
-        found = []
-        for start, count in self._runs(offset, length):
-            if start is None:
-                raise FormatError(self.path, offset, f"found no bytes stored, needed {length}")
-            found += self.source.to_file(start, count)
+        found: list[tuple[int | None, int]] = []
+        for start, count in self._pieces(offset, length):
+            found += [(None, count)] if start is None else self.source.runs(start, count)
         return found
 
     def rewrite(self, splices: Iterable[Splice], out: IO[bytes]) -> None:
@@ -401,6 +412,35 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
         return os.dup(spool.fileno())
 
 
+@contextlib.contextmanager
+def private_copy(source: Source) -> Iterator[int]:
+    """Yield a descriptor of a source's bytes that nobody else can change while they are mapped.
+
+    What was expanded is such a copy already; of a file, an anonymous temporary one is made, which
+    costs no data where the file system shares blocks.
+
+    Raises
+    ------
+    XfastError
+        If it shrinks meanwhile, or there is no room.
+    """
+    import tempfile
+
+    if source.outer is not None:
+        yield source.fd
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            copy_bytes(source.fd, copy.fileno(), source.size)
+        except OSError as problem:
+            raise XfastError(
+                f"{source.path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
+            ) from None
+        except XfastError as problem:
+            raise FormatError(source.path, None, str(problem)) from None
+        yield copy.fileno()
+
+
 def _moving(edits: list[Splice]) -> bool:
     """Tell whether edits move what lies behind them."""
     return any(len(edit.old) != len(edit.new) for edit in edits)
@@ -432,4 +472,4 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     return count
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes", "private_copy"]
