@@ -18,7 +18,8 @@ from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.snapshots.qemu.cpu import INTEL, Section
-from xfast.snapshots.qemu.stream import Sections, configuration, find_cpus, start_of
+from xfast.snapshots.qemu.forward import located
+from xfast.snapshots.qemu.stream import Sections, configuration, start_of
 from xfast.xsave.layout import Layout
 
 
@@ -84,7 +85,8 @@ def splices(
     """
     internal = snapshot.facts.get("internal_snapshot")
     stream = next(s for s in _streams(source) if s.internal == (internal and tuple(internal)))
-    sections = find_cpus(stream.source)
+    place, _, sections = located(stream.source, stream.start)
+    stream = stream._replace(source=place)
     kvm = snapshot.producer == "qemu-kvm"
     edits = []
     for position, area in areas.items():
@@ -141,10 +143,17 @@ def _streams(source: Source) -> list[_Stream]:
     return [stream]
 
 
-def _read(stream: _Stream) -> Snapshot:
+def from_sections(stream: Source, found: Sections) -> Snapshot:
+    """Return the snapshot in a stream at the beginning of `stream`, whose vCPUs were found."""
+    return _read(_Stream(stream, 0), found)
+
+
+def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     source, domain = stream.source, stream.domain
     config = configuration(source, stream.start)
-    sections = find_cpus(source)
+    sections = found
+    if sections is None:
+        source, _, sections = located(source, stream.start)
     data = [source.read(place.offset, place.size) for place in sections.cpus]
     producer, basis = _producer(sections, data, domain)
     facts: dict[str, Any] = {
