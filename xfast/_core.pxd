@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 cimport numpy as cnp
 
 from xfast.engine.area cimport Slots
-from xfast.engine.loops cimport Loops
+from xfast.engine.loops cimport Loops, Scan
 
 cdef const Loops *loops
 cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches
@@ -39,6 +39,7 @@ cdef struct Rows:
     Py_ssize_t size
     Py_ssize_t stride
 
+cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, Table table) except *
 cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1
 cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL
 cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil

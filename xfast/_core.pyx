@@ -17,7 +17,7 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
-from xfast.engine.area cimport EXTENDED, FP, LEGACY, SSE, Slots, bit, load32, load64
+from xfast.engine.area cimport EXTENDED, FP, LEGACY, SSE, Facts, Slots, bit, load32, load64
 from xfast.engine.loops cimport Loops, Scan
 from xfast.engine.plan cimport RING
 from xfast.engine.simd cimport widest_isa
@@ -166,7 +166,7 @@ cdef uint64_t keep_one(
 # --- many areas -----------------------------------------------------------------------------
 
 
-cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table) except *:
+cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, Table table) except *:
     cdef Scan scan
     cdef Rows r
     rows(&r, areas, name, writes)
@@ -176,7 +176,7 @@ cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, object table) except
     scan.size = r.size
     scan.stride = r.stride
     if table is not None:
-        scan.slots = &(<Table?>table).slots
+        scan.slots = &table.slots
     if r.n * r.size > stream_above:
         scan.stream = True
         scan.ahead = rows_ahead
@@ -209,15 +209,15 @@ def headers(
             row += r.stride
 
 
-def classify(cnp.ndarray areas, Table table not None, cnp.ndarray masks):
-    """Compare every component with its init value; `masks`: 4 times n uint64.
+def classify(cnp.ndarray areas, Table table not None, cnp.ndarray facts):
+    """Compare every component with its init value; `facts`: 8 times n uint64, n times `Facts`.
 
     In use: XSTATE_BV bit set, and the data are not the init value. Default: of those, PKRU
     with Linux's default value. Stale: bit clear, and yet other than init data lie there.
     Unreadable: bit set, and the component is not in the layout or not inside the row.
     """
     cdef Scan scan = scan_of(areas, "areas", False, table)
-    scan.out = vector(masks, "masks", cnp.NPY_UINT64, 4 * scan.n)
+    scan.out = vector(facts, "facts", cnp.NPY_UINT64, sizeof(Facts) // 8 * scan.n)
     with nogil:
         loops.classify(&scan)
 
@@ -296,7 +296,7 @@ cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1:
     r.stride = cnp.PyArray_STRIDE(array, 0) if ndim == 2 else r.size
     if r.size < EXTENDED:
         raise ValueError(f"{name}: got rows of {r.size} bytes, needed {EXTENDED} or more")
-    if cnp.PyArray_STRIDE(array, ndim - 1) != 1:
+    if cnp.PyArray_STRIDE(array, ndim - 1) != 1 and r.n:  # numpy gives empty arrays others
         raise ValueError(
             f"{name}: got a byte stride of {cnp.PyArray_STRIDE(array, ndim - 1)}, "
             "needed 1 inside a row"

@@ -258,6 +258,26 @@ def test_no_areas_touch_nothing():
         assert out.tobytes() == before
 
 
+@pytest.mark.parametrize("areas", [np.zeros((0, 2752), np.uint8), GOOD[:0]], ids=["new", "slice"])
+def test_empty_batches_give_empty_results(areas):
+    assert [column.tolist() for column in area.headers(areas)] == [[]] * 4
+    assert [column.tolist() for column in area.classify(areas, INTEL)] == [[]] * 5
+    assert area.audit(areas, 7, 0xFFFF).tolist() == []
+    assert (
+        area.xinuse(areas, INTEL).tolist() == area.xinuse(areas, INTEL, early=True).tolist() == []
+    )
+    assert area.diff(areas, areas, INTEL).tolist() == []
+    assert area.keep(areas, INTEL, 7).tolist() == []
+    into = np.zeros((0, 4096), np.uint8)
+    assert area.set_uabi(areas, INTEL, into, user_xfeatures=7, mxcsr_mask=0).tolist() == []
+    assert area.relayout(areas, INTEL, INTEL).shape == (0, 11008)
+    assert area.compact(areas, INTEL).shape[0] == 0
+    assert area.get_uabi(areas, INTEL, mask=7, pkru=1).shape == (0, 11008)
+    assert area.relayout(areas, INTEL, INTEL, out=into) is into
+    area.swap(areas, areas, areas, INTEL, save_mask=7, restore_mask=7)
+    assert [part.tolist() for part in area.group(areas, INTEL)] == [[], []]
+
+
 def test_bad_numbers():
     for mask in (-1, 1 << 63, 1 << 70):
         with pytest.raises(ValueError, match=r"mask: got .*, needed bits 0 to 62 only"):

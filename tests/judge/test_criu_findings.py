@@ -1,6 +1,7 @@
 """What CRIU's own --cpu-cap levels would answer: rules from its source, a dump that it made."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from xfast.judge.criu import COMPARED, INS, INS_ONLY, criu_findings
 from xfast.judge.judgement import check
 from xfast.judge.subject import state_of
 from xfast.judge.verdict import Policy
-from xfast.snapshots import criu
+from xfast.snapshots.criu import reader as criu
+from xfast.snapshots.criu.cpuinfo import CAPABILITY, cpuid_of
+from xfast.snapshots.criu.wire import encoded
 from xfast.xsave.cpuid import FEATURES, RUNTIME_FEATURES
 from xfast.xsave.features import PKRU, XFEATURE_MASK_XTILE, bits
 from xfast.xsave.layout import PRESETS
@@ -53,17 +56,14 @@ def levels(findings) -> set[str]:
 def changed(snapshot, **cpuinfo):
     """Return the snapshot with other facts in cpuinfo.img; None takes a field away."""
     new = copy.deepcopy(snapshot)
-    cpu = new.facts["cpuinfo"][0] | cpuinfo
-    cpu = {name: value for name, value in cpu.items() if value is not None}
-    new.facts["cpuinfo"] = [cpu]
     for vcpu in new.vcpus:
-        vcpu.facts["cpuinfo"] = cpu
-        vcpu.cpuid = criu._cpuid(cpu, 0)
+        vcpu.cpuinfo = replace(vcpu.cpuinfo, **cpuinfo)
+        vcpu.cpuid = cpuid_of(vcpu.cpuinfo, 0)
     return new
 
 
 def with_bit(snapshot, word: int, bit: int, value: int):
-    words = list(snapshot.facts["cpuinfo"][0]["capability"])
+    words = list(snapshot.vcpus[0].cpuinfo.capability)
     words[word] = words[word] & ~(1 << bit) | value << bit
     return changed(snapshot, capability=words)
 
@@ -160,7 +160,7 @@ def test_many_threads_are_not_all_named(sample):
 
 def test_sse_and_bndregs_are_never_compared(sample):
     """CRIU clears them in the mask by a slip: 0xe5 is what it makes of 0xe7."""
-    assert 0xE7 & COMPARED == sample.facts["cpuinfo"][0]["xfeatures_mask"] == 0xE5
+    assert 0xE7 & COMPARED == sample.vcpus[0].cpuinfo.xfeatures_mask == 0xE5
     mpx = Host("mpx", layout=PRESETS["intel"].restricted(0x1F), xcr0=0x1F)
     assert mpx.layout.user_mask & COMPARED == 0x15
     assert list(bits(COMPARED)) == [0, 2, 4, 5, 6, 7, 9]
@@ -172,7 +172,7 @@ def test_what_old_images_do_not_tell_is_taken_as_equal(sample):
     old = changed(sample, xfeatures_mask=None, xsave_size=None, xsave_size_max=None)
     assert said(old, catalogue()["amd-genoa"])[0].code == "ISA"
     assert "fpu" not in levels(said(old, catalogue()["amd-milan"]))
-    version_1 = sample.facts["cpuinfo"][0]["capability"][:12]
+    version_1 = sample.vcpus[0].cpuinfo.capability[:12]
     older = changed(sample, capability=version_1, capability_ver=1)
     assert "cpu" not in levels(said(older, catalogue()["amd-genoa"]))
 
@@ -212,7 +212,7 @@ def test_features_that_only_criu_asks_for(sample, feature):
     """They are compared where the host's CPUID is known, and else told of."""
     (word,) = [
         word
-        for word, place in criu.CAPABILITY.items()
+        for word, place in CAPABILITY.items()
         if place == (feature.leaf, feature.subleaf, feature.register)
     ]
     image = with_bit(sample, word, feature.bit, 1)
@@ -231,7 +231,7 @@ def test_the_tables_name_features_that_exist():
     assert not FEATURES.keys() & {f.name for f in INS_ONLY}
     for name in INS:
         feature = FEATURES[name]
-        assert (feature.leaf, feature.subleaf, feature.register) in criu.CAPABILITY.values()
+        assert (feature.leaf, feature.subleaf, feature.register) in CAPABILITY.values()
 
 
 FPU_BITS = {(0, 0), (0, 24), (4, 27), (10, 3)}
@@ -250,7 +250,7 @@ INS_BITS = {
 
 NAMED = [
     (word, f.bit)
-    for word, place in criu.CAPABILITY.items()
+    for word, place in CAPABILITY.items()
     for f in (*FEATURES.values(), *INS_ONLY)
     if (f.leaf, f.subleaf, f.register) == place and f.name not in RUNTIME_FEATURES | {"xsave"}
 ]
@@ -280,7 +280,7 @@ def test_every_level_answers_as_crius_own_words_do(here, there, mask, size):
 
 
 def flipped(snapshot, places) -> list[int]:
-    words = list(snapshot.facts["cpuinfo"][0]["capability"])
+    words = list(snapshot.vcpus[0].cpuinfo.capability)
     for word, bit in places:
         words[word] ^= 1 << bit
     return words
@@ -311,7 +311,7 @@ def test_a_host_without_xsave_is_refused_with_or_without_cpuinfo(sample):
 def without_cpuinfo(snapshot):
     new = copy.deepcopy(snapshot)
     for vcpu in new.vcpus:
-        vcpu.facts.pop("cpuinfo", None)
+        vcpu.cpuinfo = None
         vcpu.cpuid = None
     return new
 
@@ -367,8 +367,8 @@ def test_a_fix_says_what_cpuinfo_still_tells(sample):
 def test_pkru_of_a_real_image_is_two_numbers(tmp_path):
     """struct pkru_state has 8 bytes, and CRIU stores all of it."""
     number, message = (
-        criu.encoded,
-        lambda nr, data: criu.encoded(nr << 3 | 2) + bytes([len(data)]) + data,
+        encoded,
+        lambda nr, data: encoded(nr << 3 | 2) + bytes([len(data)]) + data,
     )
     xsave = (
         number(1 << 3)
@@ -396,7 +396,7 @@ def test_cloud_hypervisors_two_copies_that_differ(data):
         return [f for f in verdict.findings if "KVM_SET_FPU" in f.why]
 
     assert notes() == []
-    snapshot.vcpus[1].facts["fpu_differs"] = ["fcw", "xmm"]
+    snapshot.vcpus[1].fpu_differs = ("fcw", "xmm")
     (finding,) = notes()
     assert (finding.code, finding.severity, finding.vcpu) == ("INUSE", "note", 1)
     assert "differ in fcw, xmm: " in finding.why

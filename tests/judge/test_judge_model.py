@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xfast.hosts.model import Host
 from xfast.judge.judgement import check
+from xfast.judge.rules import RULES
 from xfast.kernels.behaviour import of_release
 from xfast.kvm import Kernel
 from xfast.xsave import area as xa
@@ -19,7 +20,7 @@ from xfast.xsave.layout import preset
 
 INTEL = preset("intel")
 RELEASES = ("5.10", "5.15", "5.16", "5.18", "5.19.12", "6.0", "6.1.55", "6.1.60", "6.6", "6.12.80")
-XSTATE_RULES = {"LEAK", "HOST-MISSING", "KERNEL", "FORMAT", "MXCSR", "XSS"}
+XSTATE_RULES = {rule.code for rule in RULES.values() if rule.refuses_set}
 USER = 0x602E7
 PERMIT = 0x1025  # ARCH_REQ_XCOMP_GUEST_PERM
 

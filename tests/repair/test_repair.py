@@ -388,7 +388,7 @@ def test_vmms_files_come_out_valid(data, tmp_path, name):
         assert held(new.area) == held(old.area) & ~4
         assert engine.diff(old.area, new.area, old.layout) & ~4 == 0
         assert not new.area[576:832].any()
-        assert new.facts.get("fpu_differs", []) == []
+        assert new.fpu_differs == ()
     plan.apply(in_place=True)
     assert path.read_bytes() == Path(str(path) + ".new").read_bytes()
     assert not plan_fix(xfast.read(path)[0], target, drop=["avx"], even_if_live=True).changes
@@ -412,7 +412,7 @@ def test_both_copies_of_cloud_hypervisors_sse_state(data, tmp_path):
     for vcpu in fixed.vcpus:
         assert not held(vcpu.area) & 2
         assert not any(vcpu.facts["fpu"]["xmm"])
-        assert vcpu.facts["fpu_differs"] == []
+        assert vcpu.fpu_differs == ()
 
 
 def test_a_criu_directory(data, tmp_path):

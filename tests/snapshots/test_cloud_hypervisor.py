@@ -135,7 +135,7 @@ class TestGenerations:
             assert vcpu.pkru_enabled is generation.endswith("bindings")
             assert vcpu.xss == (0x1800 if generation.endswith("bindings") else None)
             assert vcpu.facts["fpu"]["mxcsr"] == 0x1FA0
-            assert vcpu.facts["fpu_differs"] == []
+            assert vcpu.fpu_differs == ()
 
     def test_edits_touch_the_numbers_and_nothing_else(self, tmp_path, states, generation, indent):
         text = GENERATIONS[generation](states, indent=indent)
@@ -151,7 +151,7 @@ class TestGenerations:
         states[0]["fpu"]["xmm"] = FPU_OF_INIT["xmm"]
         expected = GENERATIONS[generation](states, indent=indent)
         assert json.loads((tmp_path / "out.json").read_text()) == json.loads(expected)
-        assert again.vcpus[0].facts["fpu_differs"] == []
+        assert again.vcpus[0].fpu_differs == ()
 
 
 class TestFpu:
@@ -171,8 +171,8 @@ class TestFpu:
         states[1]["fpu"]["mxcsr"] = 0x1F80
         states[1]["fpu"]["xmm"][3][0] ^= 1
         snapshot = read(tmp_path / "state.json", v39(states))
-        assert snapshot.vcpus[0].facts["fpu_differs"] == []
-        assert snapshot.vcpus[1].facts["fpu_differs"] == ["mxcsr", "xmm"]
+        assert snapshot.vcpus[0].fpu_differs == ()
+        assert snapshot.vcpus[1].fpu_differs == ("mxcsr", "xmm")
         with Source.open(snapshot.path) as source:
             assert snapshots.splices(source, snapshot, {1: snapshot.vcpus[1].area}) == []
 

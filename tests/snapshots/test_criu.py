@@ -20,8 +20,10 @@ from xfast import snapshots
 from xfast.errors import FormatError, PolicyError, XfastError
 from xfast.hosts.catalogue import catalogue
 from xfast.judge.judgement import check
-from xfast.snapshots import criu
 from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.criu import reader as criu
+from xfast.snapshots.criu import wire
+from xfast.snapshots.criu.registers import FPREGS_FIELDS, area_of
 from xfast.xsave.area import keep
 from xfast.xsave.features import SSE, X87
 from xfast.xsave.layout import PRESETS
@@ -36,11 +38,11 @@ def mask_of(area: np.ndarray) -> int:
 
 
 def number(field: int, value: int) -> bytes:
-    return criu.encoded(field << 3) + criu.encoded(value)
+    return wire.encoded(field << 3) + wire.encoded(value)
 
 
 def message(field: int, data: bytes) -> bytes:
-    return criu.encoded(field << 3 | 2) + criu.encoded(len(data)) + data
+    return wire.encoded(field << 3 | 2) + wire.encoded(len(data)) + data
 
 
 def image(core: bytes, *, common: bool = True, magic: int = criu.CORE_MAGIC) -> bytes:
@@ -294,12 +296,12 @@ class TestEdits:
         assert edit.member == "core-23807.img"
         old, changed = edit.old[4:], edit.new[4:]
         assert len(changed) < len(old)
-        assert [f.raw for f in criu.fields(old) if f.number != 2] == [
-            f.raw for f in criu.fields(changed) if f.number != 2
+        assert [f.raw for f in wire.fields(old) if f.number != 2] == [
+            f.raw for f in wire.fields(changed) if f.number != 2
         ]
         for path in ((2,), (2, 3), (2, 3, 13)):
             one, two = (
-                [(f.number, f.raw) for f in criu.fields(criu._message(data, *path))]
+                [(f.number, f.raw) for f in wire.fields(wire.message(data, *path))]
                 for data in (old, changed)
             )
             assert [nr for nr, _ in one] == [nr for nr, _ in two]
@@ -317,21 +319,21 @@ class TestEdits:
 
     @given(st.integers(0, (1 << 64) - 1))
     def test_varints(self, value):
-        assert criu.varint(criu.encoded(value), 0) == (value, len(criu.encoded(value)))
+        assert wire.varint(wire.encoded(value), 0) == (value, len(wire.encoded(value)))
 
     @given(st.data())
     def test_any_registers_round_trip(self, data):
         """Whatever 64 bits a register gets, the image gives them back."""
         (snapshot,) = snapshots.read(SAMPLE)
         new = snapshot.vcpus[0].area.copy()
-        places = [(o, np.dtype(t).itemsize, n) for _, o, t, n in criu.FPREGS_FIELDS.values()]
+        places = [(o, np.dtype(t).itemsize, n) for _, o, t, n in FPREGS_FIELDS.values()]
         places += [(1088, 8, 8), (1152, 8, 64), (1664, 8, 128), (576, 4, 64)]
         for offset, item, count in data.draw(st.lists(st.sampled_from(places), max_size=6)):
             at = offset + item * data.draw(st.integers(0, count - 1))
             new[at : at + item] = list(data.draw(st.binary(min_size=item, max_size=item)))
         for edit in snapshots.splices(None, snapshot, {0: new}):
             assert edit.new[:4] == struct.pack("<I", len(edit.new) - 4)
-            assert np.array_equal(criu._area(edit.new[4:])[0], new)
+            assert np.array_equal(area_of(edit.new[4:]).area, new)
 
     def test_crit_decodes_an_edited_image(self, tmp_path):
         if not shutil.which("crit"):
@@ -352,7 +354,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            (b"", "an empty file"),
+            (b"", "it is empty"),
             (struct.pack("<2I", criu.IMG_COMMON_MAGIC, 1), "found an image with the magic 0x1"),
             (image(b"")[:-4], "needed 4"),
             (image(core(fpregs()))[:-9], "found an entry of"),

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from qemu_files import description_at, qcow2_image, registers_of, undescribed
 
 from xfast.errors import FormatError, PolicyError
-from xfast.snapshots.bytes import libvirt
+from xfast.snapshots.bytes.libvirt import Header
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
 from xfast.snapshots.qemu import reader as qemu
+from xfast.snapshots.qemu.domain import domain
 from xfast.xsave import area as engine
 from xfast.xsave.layout import preset
 
@@ -194,11 +195,11 @@ def test_components_of_cpu_models(model, features, mask):
         f"<feature policy='{policies[word[0]]}' name='{word[1:]}'/>" for word in features.split()
     )
     cpu = f"<cpu mode='custom'><model> {model}\n</model>{words}</cpu>"
-    head = libvirt.Header("", 0, f"<domain type='kvm'>{cpu}</domain>".encode(), b"")
-    assert libvirt.domain(None, head) == ("", True, model, mask)
+    head = Header("", 0, f"<domain type='kvm'>{cpu}</domain>".encode(), b"")
+    assert domain("image", head) == ("", True, model, mask)
     other = b"<domain type='kvm'><cpu mode='host-model'/></domain>"
-    head = libvirt.Header("", 0, other, f"<cookie>{cpu}</cookie>".encode())
-    assert libvirt.domain(None, head) == ("", True, model, mask)
+    head = Header("", 0, other, f"<cookie>{cpu}</cookie>".encode())
+    assert domain("image", head) == ("", True, model, mask)
 
 
 def test_samples_hold_what_info_registers_said(shared):

@@ -169,7 +169,7 @@ class TestFiles:
         (vcpu,) = snapshots.read(path)[0].vcpus
         assert vcpu.area.tobytes() == bytes(image)
         path.rename(tmp_path / "unnamed")
-        with pytest.raises(FormatError, match="needed one of"):
+        with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
             snapshots.read(tmp_path / "unnamed")
         assert snapshots.read(tmp_path / "unnamed", format="raw")
 
@@ -195,7 +195,7 @@ class TestFiles:
     def test_noise_in_an_area_is_named_with_its_offset(self, tmp_path, sample):
         path = tmp_path / "areas.xsave"
         path.write_bytes(sample + bytes([0xA5]) * 4096)
-        with pytest.raises(FormatError, match=r"offset 4608: found XSTATE_BV 0xa5a5a5"):
+        with pytest.raises(FormatError, match=r"offset 4096: found no FCW, MXCSR and header"):
             snapshots.read(path)
 
     def test_dirty_headers_are_read_for_the_rules_to_name(self, tmp_path, sample):
@@ -449,7 +449,7 @@ def test_who_names_a_layout_or_a_size_says_that_the_file_is_raw(data, tmp_path, 
     area[528:540] = range(1, 13)  # reserved, to be zero
     path = tmp_path / "dirty"
     path.write_bytes(area)
-    with pytest.raises(FormatError, match="found the bytes 7f 03"):
+    with pytest.raises(FormatError, match="it is binary data"):
         snapshots.read(path)
     (found,) = snapshots.read(path, **named)
     assert found.format == "raw"

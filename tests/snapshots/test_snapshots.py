@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from xfast import snapshots
 from xfast.errors import FormatError, XfastError
+from xfast.snapshots import registry
 from xfast.snapshots.bytes.source import Source
 from xfast.xsave.area import diff, keep
 from xfast.xsave.features import bits
@@ -241,6 +242,7 @@ class TestRegistry:
             "random.core",
             "short.xsave",
         ]
+        assert "not a snapshot format that xfast knows (it is binary data)" in bad.pop(1)
         assert all("found" in line and "needed" in line and "\n" not in line for line in bad)
 
     def test_a_directory_of_cloud_hypervisor_is_its_state(self, tmp_path):
@@ -252,26 +254,24 @@ class TestRegistry:
     def test_what_is_no_snapshot_says_what_was_found(self, tmp_path):
         path = tmp_path / "file"
         path.write_bytes(b"hello, world")
-        with pytest.raises(
-            FormatError, match=r"found the bytes 68 65 6c .* needed one of: elfcore"
-        ):
+        with pytest.raises(FormatError, match=r"knows \(it is a text\); .* give --layout"):
             snapshots.read(path)
         path.write_bytes(b"")
-        with pytest.raises(FormatError, match="found an empty file"):
+        with pytest.raises(FormatError, match="it is empty"):
             snapshots.read(path)
         with pytest.raises(FormatError, match="found a directory, needed a snapshot"):
             snapshots.read(tmp_path)
         with pytest.raises(XfastError, match="No such file"):
             snapshots.read(tmp_path / "nothing")
-        with pytest.raises(XfastError, match="format: got 'xen', needed one of"):
-            snapshots.read(path, format="xen")
+        with pytest.raises(XfastError, match="format: got 'parallels', needed one of"):
+            snapshots.read(path, format="parallels")
 
     def test_memory_that_looks_like_nothing_is_not_raw(self, tmp_path):
         """A file of guest memory is a multiple of 4096 bytes too."""
         path = tmp_path / "memory"
         for page in (bytes(4096), struct.pack("<I", 0xF000FF53) * 1024, b"\x40" * 4096):
             path.write_bytes(page * 4)
-            with pytest.raises(FormatError, match="needed one of"):
+            with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
                 snapshots.read(path)
 
     def test_a_format_may_be_forced(self, tmp_path):
@@ -279,7 +279,7 @@ class TestRegistry:
         area[0:2], area[530] = b"\x7f\x03", 1  # a dirty header, and no name that helps
         path = tmp_path / "areas"
         path.write_bytes(area * 2)
-        with pytest.raises(FormatError, match="needed one of"):
+        with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
             snapshots.read(path)
         (snapshot,) = snapshots.read(path, format="raw")
         assert [mask_of(vcpu) for vcpu in snapshot.vcpus] == [0, 0]
@@ -297,15 +297,15 @@ class TestRegistry:
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
         (package / "entry_points.txt").write_text("[xfast.formats]\nmine = theirs\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        snapshots._others.cache_clear()
+        registry._others.cache_clear()
         try:
             (tmp_path / "one").write_bytes(b"MINE and more")
             (snapshot,) = snapshots.read(tmp_path / "one")
             assert snapshot.format == "mine"
             assert isinstance(snapshots.format_named("mine"), types.ModuleType)
         finally:
-            snapshots._others.cache_clear()
-            snapshots.format_named.cache_clear()
+            registry._others.cache_clear()
+            registry.format_named.cache_clear()
             sys.modules.pop("theirs", None)
 
     @pytest.mark.parametrize("name", ["vmm/ch-state.json", "raw/kvm618-guestxcr0_e7-bve7.xsave"])

@@ -23,15 +23,20 @@ if sys.version_info >= (3, 14):
 else:
     zstd = pytest.importorskip("backports.zstd")
 
+lz4 = pytest.importorskip("lz4.frame")
+
 PAYLOAD = bytes(range(256)) * 9000
 PACKERS = {
+    "bzip2": bz2.compress,
     "gzip": gzip.compress,
+    "lz4": lz4.compress,
     "xz": lzma.compress,
     "zstd": zstd.compress,
 }
 UNPACKERS = {
     "gzip": gzip.decompress,
     "bzip2": bz2.decompress,
+    "lz4": lambda data: lz4.open(io.BytesIO(data)).read(),
     "xz": lzma.decompress,
     "zstd": zstd.decompress,
 }
@@ -103,6 +108,25 @@ def test_zstd_keeps_checksum_and_content_size(tmp_path):
             assert zstd.decompress(result) == b"QEMU" + PAYLOAD[2:]
 
 
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("store_size", [False, True])
+def test_lz4_keeps_checksums_block_mode_and_content_size(tmp_path, checksum, linked, store_size):
+    packed = lz4.compress(
+        PAYLOAD,
+        block_size=lz4.BLOCKSIZE_MAX256KB,
+        block_linked=linked,
+        content_checksum=checksum,
+        block_checksum=checksum,
+        store_size=store_size,
+    )
+    with Source.open(write(tmp_path, packed)) as source:
+        result = rewritten(source, [Splice(0, PAYLOAD[:2], b"QEMU")], tmp_path)
+    wanted = {**lz4.get_frame_info(packed), "content_size": store_size * (len(PAYLOAD) + 2)}
+    assert lz4.get_frame_info(result) == wanted
+    assert lz4.decompress(result) == b"QEMU" + PAYLOAD[2:]
+
+
 @pytest.mark.parametrize(
     "check", [lzma.CHECK_NONE, lzma.CHECK_CRC32, lzma.CHECK_CRC64, lzma.CHECK_SHA256]
 )
@@ -131,7 +155,7 @@ def test_gzip_keeps_name_and_time(tmp_path, name, extra):
 
 @pytest.mark.parametrize(("number", "codec"), [(1, "gzip"), (2, "bzip2"), (3, "xz"), (5, "zstd")])
 def test_libvirt_bodies_are_read_through_and_keep_their_header(tmp_path, number, codec):
-    pack = {"bzip2": bz2.compress, **PACKERS}[codec]
+    pack = PACKERS[codec]
     image = libvirt_image(pack(PAYLOAD), number)
     with Source.open(write(tmp_path, image)) as source:
         assert source.container == ("libvirt-save", codec)
@@ -200,7 +224,9 @@ def test_damage_is_one_clear_line(tmp_path, codec):
 def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for name, words in ((tmp_path, "directory"), (tmp_path / "fifo", "pipe"), ("/dev/zero", "")):
-        with pytest.raises(FormatError, match=f"found a .*{words}.*, expected a file or a block device"):
+        with pytest.raises(
+            FormatError, match=f"found a .*{words}.*, expected a file or a block device"
+        ):
             Source.open(name)
     with pytest.raises(XfastError, match="can't be opened: No such file"):
         Source.open(tmp_path / "none")
@@ -235,9 +261,8 @@ def test_a_view_maps_back_to_the_file(tmp_path):
         whole = PAYLOAD[4096:5120] + zeros + PAYLOAD[:1024] + PAYLOAD[8192:9216]
         assert view.read(0, 4096) == whole
         assert part.read(1000, 2000) == whole[1024:3024]
-        assert part.to_file(3000, 100) == [(976, 48), (8192, 52)]
-        with pytest.raises(FormatError, match="found no bytes stored"):
-            part.to_file(1000, 4)
+        assert part.runs(3000, 100) == [(976, 48), (8192, 52)]
+        assert part.runs(1000, 4) == [(None, 4)]
         with pytest.raises(FormatError):
             part.read(4000, 100)
 

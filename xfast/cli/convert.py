@@ -12,6 +12,7 @@ from xfast.errors import XfastError
 from xfast.repair.convert import as_core, as_npy, as_qemu, as_raw, relaid, rewritten
 from xfast.snapshots import read
 from xfast.snapshots.model import Snapshot
+from xfast.snapshots.raw import is_npy
 from xfast.store.rewrite import Staged
 
 WRAPPINGS = ("same", "raw", "npy", "qemu", "elfcore")
@@ -70,5 +71,4 @@ def _by_name(snapshot: Snapshot, output: str) -> str:
     wanted = SUFFIXES.get(os.path.splitext(output)[1], "same")
     if snapshot.format != "raw" or snapshot.container:
         return wanted
-    stacked = snapshot.vcpus[0].where["area"][0] > 0
-    return "same" if wanted == ("npy" if stacked else "raw") else wanted
+    return "same" if wanted == ("npy" if is_npy(snapshot) else "raw") else wanted

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
 
-from xfast.cli.arguments import OK, TROUBLE, complain
-from xfast.judge.rules import MESSAGES, RULES, Rule
+from xfast.cli.arguments import OK, complain
+from xfast.errors import XfastError, printable
+from xfast.judge.rules import RULES, Rule
+from xfast.kernels.behaviour import BEHAVIOURS, Behaviour
+from xfast.messages.answer import Answer, answers, lines_of
 
 LEAK_STORY = ("bf5d00470787", "ad856280ddea", "a1020a25e697", "8647c52e9504")
-"""The commits whose one story `explain` replays on the model."""
+"""The commits whose one story is replayed on the model."""
+
+INPUT_LIMIT = 64 << 20
+"""How much of standard input is read (characters)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "subject", nargs="*", help="a rule code, an error message, or a commit; none: all codes"
+        "subject",
+        nargs="*",
+        help="a rule code, an error message, a commit, or - for a log on standard input; "
+        "none: all codes",
     )
-
-
-def _page(rule: Rule) -> str:
-    return f"{rule.code}: {rule.title}\n\n{rule.text}\n\n{rule.next}\n\nSource: {rule.ref}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,20 +37,69 @@ def run(args: argparse.Namespace) -> int:
     if not subject:
         for rule in RULES.values():
             print(f"{rule.code:<13} {rule.title}")
-        return OK
-    if subject.upper() in RULES:
+    elif subject.upper() in RULES:
         print(_page(RULES[subject.upper()]))
-        return OK
-    if any(len(subject) >= 7 and subject.lower().startswith(c[:7]) for c in LEAK_STORY):
+    elif commits := list(_commits(subject)):
+        _tell_commits(subject.lower(), commits)
+    else:
+        _tell_text(sys.stdin.read(INPUT_LIMIT) if subject == "-" else subject)
+    return OK
+
+
+def _commits(subject: str) -> Iterator[Behaviour]:
+    """Yield the behaviours whose commit a text of seven or more hexadecimal digits names."""
+    if len(subject) >= 7 and " " not in subject:
+        for behaviour in BEHAVIOURS.values():
+            if behaviour.commit.startswith(subject.lower()[:12]):
+                yield behaviour
+
+
+def _tell_commits(subject: str, commits: list[Behaviour]) -> None:
+    """Print what commits changed, and the leak's story for those that belong to it."""
+    for behaviour in commits:
+        note = f" ({behaviour.note})" if behaviour.note else ""
+        print(_wrap(behaviour.ref))
+        print(_wrap(f"{behaviour.name}: {behaviour.effect}{note}", "  "))
+    if any(subject.startswith(commit[:7]) for commit in LEAK_STORY):
         from xfast.kvm import render, story
 
+        print()
         print(render(story()))
-        return OK
-    for message in MESSAGES:
-        if message.pattern.search(subject):
-            print(message.text)
-            for code in message.codes:
-                print(f"\n{_page(RULES[code])}")
-            return OK
-    complain(f"explain: got {subject!r}, needed a known error message or: {', '.join(RULES)}")
-    return TROUBLE
+
+
+def _tell_text(text: str) -> None:
+    """Print the answers to a message or to a log."""
+    if not text.strip():
+        raise XfastError("explain: expected a message or a log, got nothing")
+    found = answers(text)
+    if not found:
+        complain("explain: no line of this text is a message known here")
+    quoted = "\n" in text.strip()
+    print("\n\n".join(_answer(one, quoted) for one in found))
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    """Return a paragraph as wide as the terminal, a hundred columns at most."""
+    return textwrap.fill(
+        text,
+        min(shutil.get_terminal_size((100, 24)).columns, 100),
+        initial_indent=indent,
+        subsequent_indent=indent + "  " * text.startswith("- "),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _page(rule: Rule) -> str:
+    paragraphs = (rule.text, rule.next, f"Source: {rule.ref}")
+    return f"{rule.code}: {rule.title}\n\n" + "\n\n".join(map(_wrap, paragraphs))
+
+
+def _answer(one: Answer, quoted: bool) -> str:
+    """Return an answer as text; `quoted`: under the line that it is about."""
+    parts = [f"> {printable(one.line)}"] if quoted else []
+    parts += [_wrap(line) for line in lines_of(one)]
+    if one.codes:
+        parts.append("Rules, the likeliest first (xfast explain CODE tells more):")
+        parts += [f"  {code:<13} {RULES[code].title}" for code in one.codes]
+    return "\n".join(parts)

@@ -36,6 +36,19 @@ cdef struct Place:
     uint64_t found
     uint32_t offset[COMPONENTS]
 
+cdef struct Facts:
+    # All that a judgement reads from one area; 64 bytes without padding, compared as such.
+    # `xfast.xsave.area.FACTS` is the same for numpy.
+    uint64_t xstate_bv
+    uint64_t xcomp_bv
+    uint64_t inuse
+    uint64_t default
+    uint64_t stale
+    uint64_t unreadable
+    uint32_t mxcsr
+    uint32_t pkru  # 0 where XSTATE_BV has no PKRU, or its place can't be read
+    uint64_t reserved  # 1: one of the header's reserved bytes is not 0
+
 
 cdef inline uint64_t load64(const uint8_t *p) noexcept nogil:
     cdef uint64_t v

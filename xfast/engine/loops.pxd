@@ -11,6 +11,7 @@ cdef struct Scan:
     Py_ssize_t stride
     Py_ssize_t size
     Py_ssize_t n
+    Py_ssize_t beyond  # rows behind them that may be fetched ahead
     const Slots *slots
     uint8_t *other  # diff: the rows to compare with
     Py_ssize_t other_stride

@@ -7,8 +7,8 @@ from cpython.pycapsule cimport PyCapsule_New
 
 from xfast.engine.area cimport (
     AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
-    SSE, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32, store64,
-    take_lowest,
+    SSE, Facts, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32,
+    store64, take_lowest,
 )
 from xfast.engine.follow cimport ZERO, blend_into, blend_line, blend_t, follow, step_t
 from xfast.engine.loops cimport Loops, Scan

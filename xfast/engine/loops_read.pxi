@@ -187,30 +187,44 @@ cdef inline uint64_t xinuse_one(
     return used
 
 
+cdef inline void describe(
+    const uint8_t *row, const Place *at, const Slots *slots, Py_ssize_t ahead,
+    const Dense *dense, Facts *facts,
+) noexcept nogil:
+    """Fill in all that a judgement reads from one area."""
+    cdef uint64_t data = xinuse_one(row, at, slots, False, ahead, dense)
+    cdef uint64_t reserved = 0
+    cdef uint32_t csr = load32(row + 24)
+    cdef int i
+    if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
+        data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
+    for i in range(16, 64, 8):
+        reserved |= load64(row + LEGACY + i)
+    facts.xstate_bv = at.bv
+    facts.xcomp_bv = at.xcomp
+    facts.inuse = data & at.bv
+    facts.stale = data & ~at.bv
+    facts.unreadable = at.bv & ~at.found
+    facts.mxcsr = csr
+    facts.pkru = load32(row + at.offset[9]) if at.bv & at.found & PKRU else 0
+    facts.default = PKRU if facts.pkru == PKRU_DEFAULT else 0
+    facts.reserved = reserved != 0
+
+
 cdef void classify(const Scan *scan) noexcept nogil:
-    """Fill four masks a row: in use, default, stale, unreadable."""
+    """Describe each row: see `Facts`."""
     cdef const uint8_t *row = scan.rows
-    cdef uint64_t *used = <uint64_t *>scan.out
-    cdef uint64_t *usual = used + scan.n
-    cdef uint64_t *stale = usual + scan.n
-    cdef uint64_t *unreadable = stale + scan.n
-    cdef uint64_t data
-    cdef uint32_t csr
-    cdef Py_ssize_t i
+    cdef Facts *facts = <Facts *>scan.out
+    cdef Py_ssize_t i, ahead
+    cdef Dense dense
     cdef Place at
     at.found = 0
     for i in range(scan.n):
         locate(scan.slots, row, scan.size, &at)
-        data = xinuse_one(row, &at, scan.slots, False, 0, NULL)
-        csr = load32(row + 24)
-        if csr != MXCSR_INIT and (csr or has_mxcsr(at.bv, at.xcomp)):
-            data |= AVX if has_mxcsr(at.bv, at.xcomp) and not at.bv & SSE else SSE
-        used[i] = data & at.bv
-        stale[i] = data & ~at.bv
-        unreadable[i] = at.bv & ~at.found
-        usual[i] = 0
-        if used[i] & PKRU and load32(row + at.offset[9]) == PKRU_DEFAULT:
-            usual[i] = PKRU
+        if i == 0:
+            plan_dense(&at, scan, &dense)
+        ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n + scan.beyond else 0
+        describe(row, &at, scan.slots, ahead, &dense if dense.lines else NULL, &facts[i])
         row += scan.stride
 
 

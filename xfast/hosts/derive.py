@@ -12,6 +12,7 @@ from typing import Any
 
 from xfast.errors import FormatError, LayoutError
 from xfast.hosts.model import Host
+from xfast.hosts.silicon import family_and_model, generation
 from xfast.kernels.behaviour import (
     BEHAVIOURS,
     Behaviours,
@@ -98,6 +99,11 @@ def from_cpuid(
     if features is not None and (extended or cpuid.vendor == "GenuineIntel"):
         facts["mxcsr_mask"] = MXCSR_MASK_AMD if "misalignsse" in features else MXCSR_MASK_INTEL
         provenance["mxcsr_mask"] = "derived"
+    signature = cpuid.signature
+    known = generation(cpuid.vendor, *family_and_model(signature)) if signature else None
+    if known:
+        facts["x87_pointer_bits"] = known.x87_pointer_bits
+        provenance["x87_pointer_bits"] = "derived"
     try:
         masks = _masks(cpuid, features, by_kvm)
         layout: Layout | None = cpuid.layout if masks else None

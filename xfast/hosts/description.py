@@ -147,6 +147,7 @@ FIELDS: dict[str, _Codec] = {
     "guest_permission": _MASK,
     "xsave2_size": _Codec(_integer, int),
     "mxcsr_mask": _MASK,
+    "x87_pointer_bits": _Codec(lambda value: _integer(value, 65), int),
     "kernel": _Codec(_kernel, _write_kernel),
     "xsave": _NAMES,
     "features": _NAMES,

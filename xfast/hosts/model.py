@@ -51,6 +51,8 @@ class Host:
         CPUID's vendor text.
     cpuid : Cpuid or None
         All that is known of the CPU's, or KVM's supported, CPUID.
+    x87_pointer_bits : int or None
+        The bits of x87's instruction pointer, 48 or 57; CPUID does not tell.
     provenance : dict
         {field: how it is known}: ``probed``, ``dump``, ``derived``, ``assumed``, ``given``.
     source : str
@@ -70,6 +72,7 @@ class Host:
     guest_permission: int | None = None
     vendor: str | None = None
     cpuid: Cpuid | None = None
+    x87_pointer_bits: int | None = None
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = ""
 

@@ -11,12 +11,13 @@ criu/config.c parse_cpu_cap().
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from xfast.hosts.model import Host
 from xfast.judge.subject import State
 from xfast.judge.verdict import Finding, Policy
+from xfast.snapshots.model import CpuInfo
 from xfast.xsave.cpuid import FEATURES, RUNTIME_FEATURES, Cpuid, Feature
 from xfast.xsave.features import (
     AVX,
@@ -84,7 +85,7 @@ class _Process(NamedTuple):
 
     states: list[State]
     cpuid: Cpuid | None
-    cpuinfo: Mapping[str, Any]
+    cpuinfo: CpuInfo
 
     def finding(
         self,
@@ -125,7 +126,7 @@ def criu_findings(states: list[State], host: Host, policy: Policy) -> Iterator[F
     if not states or states[0].producer != "criu":
         return
     first = states[0].vcpu
-    process = _Process(states, first.cpuid, first.facts.get("cpuinfo", {}))
+    process = _Process(states, first.cpuid, first.cpuinfo or CpuInfo())
     yield from _tiles(process, host)
     if host.features is not None and "xsave" not in host.features:
         yield from _no_xsave(process)
@@ -136,7 +137,7 @@ def criu_findings(states: list[State], host: Host, policy: Policy) -> Iterator[F
 
 
 def _no_xsave(process: _Process) -> Iterator[Finding]:
-    if any("xstate_bv" in state.vcpu.facts["fields"] for state in process.states):
+    if any(state.vcpu.has_xsave for state in process.states):
         yield process.finding(
             "HOST-MISSING",
             "blocks",
@@ -179,7 +180,7 @@ def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Fin
 
 
 def _fpu_mask(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    mask = process.cpuinfo.get("xfeatures_mask")
+    mask = process.cpuinfo.xfeatures_mask
     if mask is None or host.layout is None:
         return
     there = host.layout.user_mask & COMPARED
@@ -200,7 +201,7 @@ def _fpu_sizes(process: _Process, host: Host, policy: Policy) -> Iterator[Findin
         there["xsave_size"] = host.layout.standard_size(host.xcr0)
         there["xsave_size_max"] = host.layout.standard_size()
     for name, words in SIZES.items():
-        size, size_there = process.cpuinfo.get(name), there[name]
+        size, size_there = getattr(process.cpuinfo, name), there[name]
         if size is not None and size_there is None:
             yield process.finding(
                 "SIZE",
@@ -261,7 +262,7 @@ def _has(cpuid: Cpuid | None, feature: Feature) -> bool | None:
 
 
 def _cpu(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    if host.features is None or process.cpuid is None or len(process.cpuinfo["capability"]) < WORDS:
+    if host.features is None or process.cpuid is None or len(process.cpuinfo.capability) < WORDS:
         return
     compared = {f.name for f in FEATURES.values() if (f.leaf, f.subleaf) in CPU_LEAVES}
     compared -= RUNTIME_FEATURES

@@ -29,8 +29,32 @@ from xfast.xsave.features import (
 )
 from xfast.xsave.layout import Layout
 
+RuleFunction = Callable[[State, Host, Target, Policy], Iterator[Finding]]
 
-def _finding(
+FUNCTIONS: dict[str, RuleFunction] = {}
+"""{rule code: its function}, each there once: a rule without one can't be imported."""
+
+
+def judges(code: str) -> Callable[[RuleFunction], RuleFunction]:
+    """Register the function of a rule.
+
+    Raises
+    ------
+    ImportError
+        If there is no such rule, or it has a function already.
+    """
+    if code not in RULES or code in FUNCTIONS:
+        problem = "has two functions" if code in RULES else "is not in the rule table"
+        raise ImportError(f"rule {code} {problem}")
+
+    def register(function: RuleFunction) -> RuleFunction:
+        FUNCTIONS[code] = function
+        return function
+
+    return register
+
+
+def finding_of(
     state: State,
     code: str,
     severity: str,
@@ -42,6 +66,7 @@ def _finding(
     ref: str = "",
     open: bool = False,
 ) -> Finding:
+    """Build a finding; `component` is a name or a number, and `ref` the rule's where empty."""
     name = name_of(component) if isinstance(component, int) else component
     return Finding(
         code, name, state.vcpu.index, severity, *values, fix, why, ref or RULES[code].ref, open
@@ -63,6 +88,7 @@ def _data(state: State, nr: int) -> str:
     return "live" if state.live >> nr & 1 else "init value"
 
 
+@judges("LEAK")
 def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     for nr in bits(leaked(state)):
         bit = 1 << nr
@@ -102,7 +128,7 @@ def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             what += (
                 "" if state.guest_cpuid_mask is not None else ", unless the guest's CPUID has it"
             )
-        yield _finding(
+        yield finding_of(
             state,
             "LEAK",
             severity,
@@ -115,9 +141,10 @@ def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
         )
 
 
+@judges("HOST-MISSING")
 def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if target.host is None:
-        yield _finding(
+        yield finding_of(
             state,
             "HOST-MISSING",
             "risky",
@@ -129,7 +156,7 @@ def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> I
     have, values = target.host, f"{target.host:#x}"
     for nr in bits(state.bv & ~have & ~leaked(state)):
         default = state.kind == "process" and not state.live >> nr & 1
-        yield _finding(
+        yield finding_of(
             state,
             "HOST-MISSING",
             "note" if default and not policy.asks("strict") else "blocks",
@@ -141,7 +168,7 @@ def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> I
         )
     promised = (state.guest_cpuid_mask or 0) & ~have & ~state.bv & ~(state.vcpu.xcr0 or 0)
     for nr in bits(promised):
-        yield _finding(
+        yield finding_of(
             state,
             "HOST-MISSING",
             "blocks" if policy.asks("fpu") else "note",
@@ -151,6 +178,7 @@ def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> I
         )
 
 
+@judges("XCR0")
 def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     xcr0 = state.vcpu.xcr0
     if state.kind != "vm" or xcr0 is None or target.host is None:
@@ -159,7 +187,7 @@ def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
     for supported, whose in ((target.host, "the host"), (known, "the guest's CPUID")):
         fault = "" if supported is None else xcr0_problem(xcr0, supported)
         if fault and supported is not None:
-            yield _finding(
+            yield finding_of(
                 state,
                 "XCR0",
                 "blocks",
@@ -171,11 +199,12 @@ def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             return
 
 
+@judges("SIZE")
 def _size(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     size = len(state.vcpu.area)
     known = state.vcpu.layout.mask if state.vcpu.layout else 0
     for nr in bits(state.unreadable & known):
-        yield _finding(
+        yield finding_of(
             state,
             "SIZE",
             "blocks",
@@ -196,7 +225,7 @@ def _size(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
         have = KVM_XSAVE_SIZE if "xsave2" not in host.kernel else None
     trim = "safe" if not state.live & TILEDATA else "none"
     if have is None:
-        yield _finding(
+        yield finding_of(
             state,
             "SIZE",
             "note",
@@ -204,7 +233,7 @@ def _size(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             f"the area needs {need} bytes: KVM_CAP_XSAVE2 of the host must report at least that",
         )
     elif have < need:
-        yield _finding(
+        yield finding_of(
             state,
             "SIZE",
             "blocks",
@@ -227,7 +256,7 @@ def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]
         return
     there = host.layout.standard_size(host.xcr0)
     if there > here:
-        yield _finding(
+        yield finding_of(
             state,
             "SIZE",
             "blocks" if policy.asks("strict") else "risky",
@@ -237,6 +266,7 @@ def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]
         )
 
 
+@judges("LAYOUT")
 def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     vcpu = state.vcpu
     extended = state.bv & ~XFEATURE_MASK_FPSSE & ~leaked(state)
@@ -245,7 +275,7 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
     if vcpu.layout is None or host.layout is None:
         whose = "area" if vcpu.layout is None else "host"
         why = vcpu.layout_note if vcpu.layout is None else "no CPUID leaf 0xD"
-        yield _finding(
+        yield finding_of(
             state,
             "LAYOUT",
             "risky",
@@ -256,7 +286,7 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         return
     hidden = extended & (target.host or extended) & state.unplaced
     if hidden:
-        yield _finding(
+        yield finding_of(
             state,
             "LAYOUT",
             "risky",
@@ -268,7 +298,7 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
     unplaced = extended & (target.host or 0) & ~host.layout.mask
     if unplaced and state.kind == "vm":
-        yield _finding(
+        yield finding_of(
             state,
             "LAYOUT",
             "risky",
@@ -284,7 +314,7 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
     )
     for nr in bits(moved):
         ours, theirs = vcpu.layout.slot(nr), host.layout.slot(nr)
-        yield _finding(
+        yield finding_of(
             state,
             "LAYOUT",
             "blocks",
@@ -296,13 +326,14 @@ def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
 
 
+@judges("FORMAT")
 def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.kind != "vm" or state.vcpu.portable:
         return
     compacted = bool(state.xcomp & XCOMP_BV_COMPACTED)
     if state.xcomp:
         every, some = refuses(host, state, xcomp_bv=state.xcomp)
-        yield _finding(
+        yield finding_of(
             state,
             "FORMAT",
             "blocks" if every or compacted else "risky",
@@ -314,7 +345,7 @@ def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
     if state.reserved:
         every, some = refuses(host, state, reserved=1)
-        yield _finding(
+        yield finding_of(
             state,
             "FORMAT",
             "blocks" if every else "risky" if some else "note",
@@ -326,11 +357,12 @@ def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
 
 
+@judges("INUSE")
 def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     mpx = state.stale & XFEATURE_MASK_MPX  # APX has the place of MPX: the bytes count once
     for nr in bits(state.stale & ~(BY_NAME["apx"].bit if mpx else 0)):
         legacy = 1 << nr & XFEATURE_MASK_FPSSE
-        yield _finding(
+        yield finding_of(
             state,
             "INUSE",
             "risky" if legacy else "note",
@@ -339,9 +371,9 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
             "whoever restores the area gives it the init value, and these bytes are lost",
             component=nr,
         )
-    differs = state.vcpu.facts.get("fpu_differs", [])
+    differs = state.vcpu.fpu_differs
     if differs:
-        yield _finding(
+        yield finding_of(
             state,
             "INUSE",
             "note",
@@ -356,7 +388,7 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
     for nr in bits(idle & ~XFEATURE_MASK_FPSSE):
         holds = f"Linux's default {state.pkru:#x}" if nr == 9 and state.pkru else "its init value"
         if state.vcpu.layout is not None and target.host is not None and target.host >> nr & 1:
-            yield _finding(
+            yield finding_of(
                 state,
                 "INUSE",
                 "note",
@@ -368,12 +400,13 @@ def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator
             )
 
 
+@judges("XFD")
 def _xfd(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     xfd = state.vcpu.xfd or 0
     stays = [bool(loaded(kernel, xfd, xfd)) for kernel in kernels_of(host)]
     known = "unknown" if host.kernel is None else "unfixed" if any(stays) else "fixed"
     for nr in bits(state.bv & xfd):
-        yield _finding(
+        yield finding_of(
             state,
             "XFD",
             "blocks" if all(stays) else "risky" if any(stays) else "note",
@@ -390,10 +423,11 @@ def _xfd(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
         )
 
 
+@judges("XSS")
 def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     supervisor = state.bv & SUPERVISOR_MASK
     if supervisor and state.kind == "vm" and not state.xcomp & XCOMP_BV_COMPACTED:
-        yield _finding(
+        yield finding_of(
             state,
             "XSS",
             "blocks",
@@ -406,7 +440,7 @@ def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
     xss = state.vcpu.xss
     missing = xss & ~host.xss if xss and host.xss is not None else 0
     if missing:
-        yield _finding(
+        yield finding_of(
             state,
             "XSS",
             "blocks",
@@ -415,8 +449,8 @@ def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
             component=names_of(missing),
         )
     cpuid = state.vcpu.cpuid
-    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.facts.get("msrs") is not None:
-        yield _finding(
+    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.msrs is not None:
+        yield finding_of(
             state,
             "XSS",
             "risky",
@@ -426,6 +460,7 @@ def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
         )
 
 
+@judges("PERM")
 def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     wants = (state.bv | (state.vcpu.xcr0 or 0) | (state.guest_cpuid_mask or 0)) & TILEDATA
     if state.kind != "vm" or not wants or target.host is None or not target.host & TILEDATA:
@@ -436,7 +471,7 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
     if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
         granted = 0
     if granted is None or granted & TILEDATA:
-        yield _finding(
+        yield finding_of(
             state,
             "PERM",
             "note",
@@ -445,7 +480,7 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
             component=18,
         )
     else:
-        yield _finding(
+        yield finding_of(
             state,
             "PERM",
             "blocks",
@@ -456,12 +491,13 @@ def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
         )
 
 
+@judges("KERNEL")
 def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.kind != "vm" or target.host is None:
         return
     others = ~leaked(state) & target.host & ~SUPERVISOR_MASK
     for nr in bits(target.refused & others):
-        yield _finding(
+        yield finding_of(
             state,
             "KERNEL",
             "blocks",
@@ -474,7 +510,7 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
     for nr in bits(target.doubtful & others):
         until = "a1020a25e697 (6.0)" if nr < 2 else "8647c52e9504 (6.6)"
-        yield _finding(
+        yield finding_of(
             state,
             "KERNEL",
             "note" if host.kernel is None else "risky",
@@ -488,13 +524,14 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
         )
 
 
+@judges("MXCSR")
 def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.kind != "vm" or host.mxcsr_mask is None or not state.mxcsr & ~host.mxcsr_mask:
         return
     every, some = refuses(host, state, mxcsr=state.mxcsr)
     foreign = state.mxcsr & ~host.mxcsr_mask
     if some:
-        yield _finding(
+        yield finding_of(
             state,
             "MXCSR",
             "blocks" if every else "risky",
@@ -506,13 +543,14 @@ def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator
         )
 
 
+@judges("ISA")
 def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.vcpu.cpuid is None or host.features is None:
         return
     missing = sorted(state.vcpu.cpuid.features - RUNTIME_FEATURES - host.features)
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
-        yield _finding(
+        yield finding_of(
             state,
             "ISA",
             "blocks" if policy.asks("isa") else "note",
@@ -522,20 +560,10 @@ def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[F
         )
 
 
-RuleFunction = Callable[[State, Host, Target, Policy], Iterator[Finding]]
+def require_all() -> None:
+    """Raise ImportError if a rule has no function."""
+    if missing := RULES.keys() - FUNCTIONS.keys():
+        raise ImportError(f"rules without a function: {', '.join(sorted(missing))}")
 
-FUNCTIONS: dict[str, RuleFunction] = {
-    "LEAK": _leak,
-    "HOST-MISSING": _host_missing,
-    "XCR0": _xcr0,
-    "SIZE": _size,
-    "LAYOUT": _layout,
-    "FORMAT": _format,
-    "INUSE": _inuse,
-    "XFD": _xfd,
-    "XSS": _xss,
-    "PERM": _perm,
-    "KERNEL": _kernel,
-    "MXCSR": _mxcsr,
-    "ISA": _isa,
-}
+
+require_all()

@@ -5,7 +5,6 @@ Codes are stable: scripts key on them, and people paste them into ``xfast explai
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 SEVERITIES = ("note", "risky", "blocks")
@@ -15,14 +14,26 @@ FIXES = ("safe", "lossy", "none")
 """What ``xfast fix`` can do about a finding: nothing lost; live data lost; nothing."""
 
 
+MENDS = ("drop", "move", "clean", "trim", "")
+"""How ``xfast fix`` mends a finding: it drops the component, moves it to the target's place,
+cleans the header, or drops tiles and cuts the area to what the target takes; or not at all."""
+
+
 class Rule(NamedTuple):
-    """One rule: what it says, why it exists, and the source."""
+    """One rule: what it says, why it exists, the source, and what programs do about it.
+
+    `refuses_set` says that a finding that blocks stands for an EINVAL of KVM_SET_XSAVE, `mends`
+    is one of MENDS, and `mends_notes` says that ``xfast fix`` mends even what is only a note.
+    """
 
     code: str
     title: str
     text: str
     ref: str
     next: str
+    refuses_set: bool = False
+    mends: str = ""
+    mends_notes: bool = False
 
 
 _TABLE = (
@@ -38,6 +49,9 @@ _TABLE = (
         'supported bits of XCR0") (in v5.17)',
         "xfast fix clears the bit. A KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU "
         "as it was; it does not reset it.",
+        refuses_set=True,
+        mends="drop",
+        mends_notes=True,
     ),
     Rule(
         "HOST-MISSING",
@@ -47,6 +61,9 @@ _TABLE = (
         "Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave(); kvm_caps.supported_xcr0",
         "Choose a host that has the component. Where it holds only its init value, xfast fix "
         "clears the bit and nothing is lost.",
+        refuses_set=True,
+        mends="drop",
+        mends_notes=True,
     ),
     Rule(
         "XCR0",
@@ -66,6 +83,7 @@ _TABLE = (
         'Linux kernel commit be50b2065dfa ("kvm: x86: Add support for getting/setting expanded '
         'xstate buffer") (in v5.17)',
         "Restore where KVM_CAP_XSAVE2 reports enough; xfast fix trims tiles that are not live.",
+        mends="trim",
     ),
     Rule(
         "LAYOUT",
@@ -76,6 +94,7 @@ _TABLE = (
         "Intel SDM vol. 1 section 13.4.3; AMD APM vol. 2 section 11.5.2",
         "xfast fix moves the components to the target's places, and xfast convert to any. Where "
         "the file has the guest's own CPUID, the guest knows the old places: choose another host.",
+        mends="move",
     ),
     Rule(
         "FORMAT",
@@ -84,6 +103,9 @@ _TABLE = (
         "the header must be zero.",
         "Linux arch/x86/kernel/fpu/xstate.c validate_user_xstate_header()",
         "xfast fix expands the area and cleans the header.",
+        refuses_set=True,
+        mends="clean",
+        mends_notes=True,
     ),
     Rule(
         "INUSE",
@@ -93,6 +115,7 @@ _TABLE = (
         "set bit over init data asks the target for a component that nobody uses.",
         "Intel SDM vol. 1 sections 13.6 and 13.8",
         "If registers came up zero after a restore, ask who cleared XSTATE_BV.",
+        mends="drop",
     ),
     Rule(
         "XFD",
@@ -103,6 +126,8 @@ _TABLE = (
         'whenever XFD[i]=1") (in v6.19)',
         "xfast fix clears the bit where the tiles hold nothing. Patched kernels discard live "
         "tiles, too; xfast fix does that only with --drop tiledata --even-if-live.",
+        mends="drop",
+        mends_notes=True,
     ),
     Rule(
         "XSS",
@@ -111,6 +136,8 @@ _TABLE = (
         "the target lacks the IA32_XSS that goes with them.",
         "Linux arch/x86/kvm/x86.c kvm_set_msr_common() MSR_IA32_XSS",
         "Check that the VMM saves MSR 0xDA0, and that the target kernel is 6.18 or later.",
+        refuses_set=True,
+        mends="drop",
     ),
     Rule(
         "PERM",
@@ -130,6 +157,8 @@ _TABLE = (
         'Linux kernel commit 8647c52e9504 ("KVM: x86: Constrain guest-supported xfeatures only '
         'at KVM_GET_XSAVE{2}") (in v6.6)',
         "Name the kernel (--host NAME@6.6), or run xfast host dump on the host to probe it.",
+        refuses_set=True,
+        mends="drop",
     ),
     Rule(
         "MXCSR",
@@ -138,6 +167,7 @@ _TABLE = (
         "EINVAL. Bit 17 (misaligned SSE) exists on AMD only.",
         "Linux arch/x86/kernel/fpu/xstate.c copy_uabi_to_xstate(); Intel SDM vol. 1 section 11.6.6",
         "Restore on a CPU of the same vendor.",
+        refuses_set=True,
     ),
     Rule(
         "ISA",
@@ -150,65 +180,3 @@ _TABLE = (
 )
 
 RULES: dict[str, Rule] = {rule.code: rule for rule in _TABLE}
-
-
-class Message(NamedTuple):
-    """An error text that people meet, and the rule or the answer behind it."""
-
-    pattern: re.Pattern[str]
-    codes: tuple[str, ...]
-    text: str
-
-
-def _message(pattern: str, codes: str, text: str) -> Message:
-    return Message(re.compile(pattern, re.I), tuple(codes.split()), text)
-
-
-MESSAGES: tuple[Message, ...] = (
-    _message(
-        r"failed to put registers after init: invalid argument|kvm_set_xsave|setting xsave",
-        "LEAK KERNEL FORMAT MXCSR",
-        "QEMU 10 and later stop here when KVM_SET_XSAVE answers EINVAL; QEMU 7.2 went on with "
-        "the state lost. xfast check FILE --host this names the bit.",
-    ),
-    _message(
-        r"could not get vcpu state.*getxsavestate|get_xsave2?\b.*invalid argument",
-        "SIZE PERM",
-        "KVM_GET_XSAVE can't return more than 4096 bytes; with AMX the VMM needs KVM_GET_XSAVE2.",
-    ),
-    _message(
-        r"max xsave frame exceed|can't set fpu registers.*bad address|xsave size mismatch",
-        "SIZE",
-        "CRIU compares the XSAVE size of the two CPUs: a process keeps buffers of that size.",
-    ),
-    _message(
-        r"fpu feature required by image|xfeatures has unsupported bits|can't set xstate",
-        "HOST-MISSING",
-        "The checkpoint has components that this host's kernel does not enable.",
-    ),
-    _message(
-        r"request permission for xstate feature \(18\)|arch_req_xcomp_guest_perm",
-        "PERM",
-        "The kernel can't grant AMX tile data to guests: it is older than 5.17, or a vCPU exists.",
-    ),
-    _message(
-        r"bad fpu state detected",
-        "XSS INUSE LEAK",
-        "The guest's kernel met an area that XRSTOR refuses: often IA32_XSS was not restored.",
-    ),
-    _message(
-        r"missing features|unacceptable cpu info|guest cpu doesn't match specification",
-        "ISA XCR0",
-        "libvirt compares CPU models, not state. xfast check says what the saved state needs.",
-    ),
-    _message(
-        r"xsave offset/size/alignment differs|invalid xsave data length",
-        "LAYOUT SIZE",
-        "rr replays on the CPU it recorded on, or one with the same XSAVE layout.",
-    ),
-    _message(
-        r"0x48[0-9a-f]\b|\binvtsc\b|vmx-|failed to set msr",
-        "",
-        "Not an extended-state problem: MSRs, TSC and vmx-* features are outside xfast's scope.",
-    ),
-)

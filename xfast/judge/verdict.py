@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from xfast.errors import PolicyError
+from xfast.errors import PolicyError, escape
 from xfast.judge.rules import RULES
 
 LEVELS = ("xstate", "fpu", "isa", "strict")
 """How much is asked: live state and XCR0; also every component that the guest was promised;
 also its instructions; also state that is present but not live."""
-
-
-SET_RULES = frozenset({"LEAK", "HOST-MISSING", "KERNEL", "FORMAT", "MXCSR", "XSS"})
-"""The rules that stand for an EINVAL of KVM_SET_XSAVE."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +92,13 @@ class Verdict:
     @property
     def settable(self) -> bool:
         """Whether no finding says that KVM_SET_XSAVE itself would refuse the area."""
-        return not any(f.severity == "blocks" and f.code in SET_RULES for f in self.findings)
+        return not any(f.severity == "blocks" and RULES[f.code].refuses_set for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as the JSON answer has it."""
         answer = {
-            "snapshot": self.snapshot,
-            "host": self.host,
+            "snapshot": escape(self.snapshot),
+            "host": escape(self.host),
             "verdict": self.verdict,
             "fixable": self.fixable,
             "findings": [finding.as_json() for finding in self.findings],

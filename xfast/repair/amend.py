@@ -17,6 +17,7 @@ from xfast import snapshots
 from xfast.errors import PolicyError, XfastError
 from xfast.repair.plan import Plan
 from xfast.repair.record import SUFFIX, record_of, sha256
+from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source, copy_bytes
 from xfast.snapshots.model import Snapshot, Splice, Stamp
 from xfast.store.rewrite import Staged, clone, make_like, patch, refuse_if_busy, stamp_of, sweep
@@ -161,8 +162,7 @@ class _Rewrite:
 
     def folder(self) -> dict[str, Any] | None:
         """Rewrite the images in a CRIU directory."""
-        first = os.path.join(self.path, self.plans[0].snapshot.vcpus[0].facts["member"])
-        with Source.open(first, expand_limit=self.expand_limit) as source:
+        with snapshots.open_input(self.path, expand_limit=self.expand_limit) as source:
             edits = self._edits(source, snapshots.read(self.path))
         if not edits:
             return None
@@ -293,7 +293,7 @@ class _Rewrite:
         with Staged(self.target) as trial:
             return not clone(source.fd, trial.file.fileno())
 
-    def _edits(self, source: Source, now: list[Snapshot]) -> list[Splice]:
+    def _edits(self, source: Source | Folder, now: list[Snapshot]) -> list[Splice]:
         """Return the edits of all plans, after a look that the file still holds what was read."""
         edits: list[Splice] = []
         if len(self.plans) != len(now):

@@ -18,6 +18,7 @@ from xfast.errors import PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
 from xfast.judge.judgement import findings_of, verdict_of
+from xfast.judge.rules import RULES
 from xfast.judge.subject import State, state_of
 from xfast.judge.verdict import Finding, Policy, Verdict
 from xfast.snapshots.infer import KNOWN_MASK
@@ -49,12 +50,6 @@ LEGACY_FIELDS = {0: slice(32, 160), 1: slice(160, 416)}
 SOFTWARE_FIELD = slice(464, 472)
 HEADER_REST = slice(HEADER_OFFSET + 8, HEADER_OFFSET + 64)
 """XCOMP_BV and the reserved bytes, zero in what KVM takes."""
-
-ALWAYS = {"LEAK", "HOST-MISSING", "XFD", "FORMAT"}
-"""Rules whose findings are mended even where they are only notes."""
-
-DROPS = {"LEAK", "HOST-MISSING", "KERNEL", "XFD", "XSS", "SIZE"}
-"""Rules whose findings are mended by dropping the component."""
 
 PKRU_NOTES = {
     "vm": "a KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU as it was; it does not "
@@ -286,7 +281,7 @@ def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:
         finding
         for finding in findings_of(state, host, policy)
         if finding.fix != "none"
-        and (finding.severity == "blocks" or finding.open or finding.code in ALWAYS)
+        and (finding.severity == "blocks" or finding.open or RULES[finding.code].mends_notes)
     ]
 
 
@@ -298,7 +293,7 @@ class _Repair:
         self.host = host
         self.reasons: dict[int, Finding] = {}
         for finding in findings:
-            if finding.code in DROPS:
+            if RULES[finding.code].mends in ("drop", "trim"):
                 for nr in _components(finding, state):
                     if finding.open and 1 << nr & XFEATURE_MASK_FPSSE:
                         continue  # every guest has them; a doubt about the kernel takes none away

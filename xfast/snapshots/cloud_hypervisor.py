@@ -15,22 +15,28 @@ from __future__ import annotations
 import bisect
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from json.decoder import JSONDecoder
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.errors import FormatError, LayoutError
+from xfast.errors import FormatError, LayoutError, XfastError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
 from xfast.xsave.layout import Layout
+
+STATE = "state.json"
+MEMORY = "memory-ranges"
+"""The files of a snapshot's directory that hold the vCPUs, and the guest's memory."""
 
 SIZE_LIMIT = 64 << 20
 """A vCPU takes some 15 KB, four times that in arrays of bytes; parsed, JSON is much larger."""
@@ -54,6 +60,7 @@ ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u....|.)")
 DECODER = JSONDecoder()
 
 Span = tuple[int, int]
+"""Where a value lies in a text: its start and its end."""
 
 
 class Text(NamedTuple):
@@ -161,6 +168,53 @@ class Text(NamedTuple):
         raise self.error(span[0], "found no state of a vCPU, needed JSON text")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a vCPU's numbers lie in the text of its state.
+
+    `xsave` are the lists that make up the area, `fpu` the fields of that object, and `whole` is
+    the object itself.
+    """
+
+    text: Text
+    xsave: tuple[Span, ...]
+    fpu: Mapping[str, Span]
+    whole: Span | None
+
+    def places(self) -> dict[str, Span]:
+        """Return offset and length in the file of ``xsave`` and ``fpu``."""
+        ends = self.words()[1]
+        found = {"xsave": self.text.span((ends[0][0], ends[-1][1]))}
+        if self.whole:
+            found["fpu"] = self.text.span(self.whole)
+        return found
+
+    def words(self) -> tuple[NDArray[np.uint8], list[Span]]:
+        """Return the XSAVE area, and where each of its u32 lies."""
+        words, spans = _numbers(self.text, self.xsave[0], KVM_XSAVE_SIZE // 4, 1 << 32)
+        for more in self.xsave[1:]:
+            extra, extra_spans = _numbers(self.text, more, None, 1 << 32)
+            words += extra
+            spans += extra_spans
+        return np.array(words, "<u4").view(np.uint8), spans
+
+
+def claims(names: Sequence[str]) -> str | None:
+    """Return state.json where a directory has it: that is the snapshot."""
+    return STATE if STATE in names else None
+
+
+def companion(folder: Folder, name: str) -> bool:
+    """Tell whether a file is guest memory beside a state.json, or JSON without vCPUs."""
+    if not name.endswith(".json"):
+        return name == MEMORY and STATE in folder.names
+    try:
+        with folder.file(name) as source:
+            return not sniff(source)
+    except XfastError:
+        return False
+
+
 def sniff(source: Source) -> bool:
     """Tell whether a file is JSON with a member "cpu-manager"."""
     start = source.read(0, min(64, source.size)).lstrip()
@@ -187,8 +241,7 @@ def read(
     Returns
     -------
     list of Snapshot
-        One. A vCPU's `facts` hold its ``fpu`` object, and ``fpu_differs``: the fields in which
-        that disagrees with the XSAVE area; and ``msrs``, the numbers of its saved MSRs.
+        One. A vCPU's `facts` hold its ``fpu`` object.
 
     Raises
     ------
@@ -231,7 +284,9 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
 
 
 def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) -> Vcpu:
-    area, spans = _area(text, state)
+    fpu = _fpu(text, state) if "fpu" in state else {}
+    origin = Origin(text, _xsave(text, state), fpu, state.get("fpu"))
+    area = origin.words()[0]
     value = {
         k: text.value(state[k][0])[0] for k in ("cpuid", "msrs", "xcrs", "sregs") if k in state
     }
@@ -243,15 +298,12 @@ def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) 
         cr4 = _cr4(value.get("sregs"))
     except (ValueError, LayoutError, struct.error) as problem:
         raise text.error(0, f"vCPU {index}: {problem}") from None
-    where = {"xsave": text.span((spans[0][0], spans[-1][1]))}
-    facts: dict[str, Any] = {"msrs": sorted(msrs)} if msrs else {}
+    held = {name: _held(text, span, name) for name, span in fpu.items()}
+    facts: dict[str, Any] = {}
     if "fpu" in state:
-        held = {name: _held(text, span, name) for name, span in _fpu(text, state).items()}
         facts["fpu"] = {
             name: values if len(values) > 1 else values[0] for name, values in held.items()
         }
-        facts["fpu_differs"] = sorted(name for name in held if held[name] != _fpu_value(area, name))
-        where["fpu"] = text.span(state["fpu"])
     return Vcpu(
         index=index,
         area=area,
@@ -263,7 +315,9 @@ def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) 
         xfd=msrs.get(MSR_IA32_XFD),
         cpuid=cpuid,
         pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
-        where=where,
+        msrs=tuple(sorted(msrs)) if msrs else None,
+        fpu_differs=tuple(sorted(name for name in held if held[name] != _fpu_value(area, name))),
+        origin=origin,
         facts=facts,
     )
 
@@ -283,17 +337,12 @@ def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[lis
     return values, spans
 
 
-def _area(text: Text, state: dict[str, Span]) -> tuple[NDArray[np.uint8], list[Span]]:
-    """Return the XSAVE area, and where each of its u32 lies."""
+def _xsave(text: Text, state: dict[str, Span]) -> tuple[Span, ...]:
+    """Return where the lists lie that make up the XSAVE area."""
     xsave = text.members(state["xsave"][0]) if "xsave" in state else {}
     if "region" not in xsave:
         raise text.error(0, "found no xsave.region, needed it of every vCPU")
-    words, spans = _numbers(text, xsave["region"], KVM_XSAVE_SIZE // 4, 1 << 32)
-    if "extra" in xsave:
-        more, more_spans = _numbers(text, xsave["extra"], None, 1 << 32)
-        words += more
-        spans += more_spans
-    return np.array(words, "<u4").view(np.uint8), spans
+    return tuple(xsave[name] for name in ("region", "extra") if name in xsave)
 
 
 def _rows(value: Any, fields: tuple[str, ...]) -> Iterator[dict[str, int]]:
@@ -385,17 +434,22 @@ def splices(
         If an area is longer than the one in the file.
     """
     found = []
-    for i, (index, state, text) in enumerate(_states(source)):
-        if i not in areas:
+    for i, area in areas.items():
+        vcpu = snapshot.vcpus[i]
+        where = f"vcpu {vcpu.index}"
+        new = edit.fitted(area, vcpu.area.size, f"{snapshot.path}: {where}")
+        if np.array_equal(new, vcpu.area):
             continue
-        where = f"vcpu {index}"
-        old, spans = _area(text, state)
-        new = edit.fitted(areas[i], old.size, f"{source.path}: {where}")
+        origin = kept(vcpu, Origin)
+        text = origin.text
+        old, spans = origin.words()
         words = new.view("<u4")
         for word in np.flatnonzero(old.view("<u4") != words).tolist():
             found.append(text.splice(source, spans[word], str(words[word]), f"{where} xsave"))
-        for name, span in _fpu(text, state).items() if "fpu" in state else ():
+        for name, span in origin.fpu.items():
             before, after = _fpu_value(old, name), _fpu_value(new, name)
+            if before == after:
+                continue
             _, places = _numbers(text, span, len(after), 1 << 64)
             for place, one, two in zip(places, before, after, strict=True):
                 if one != two:

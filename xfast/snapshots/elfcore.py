@@ -22,7 +22,7 @@ from xfast.errors import FormatError, LayoutError
 from xfast.snapshots import infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.xsave.features import EXTENDED_OFFSET
 from xfast.xsave.layout import PRESETS, Layout, candidates, from_note
 
@@ -54,6 +54,17 @@ class Note(NamedTuple):
     type: int
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a thread's NT_X86_XSTATE lies."""
+
+    area: Span
+
+    def places(self) -> dict[str, Span]:
+        """Return it by name."""
+        return {"area": self.area}
 
 
 @dataclass
@@ -258,7 +269,7 @@ def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Lay
         layout_source=place.source,
         layout_note=place.note,
         xcr0=mask or None,
-        where={"area": (note.offset, note.length)},
+        origin=Origin((note.offset, note.length)),
     )
 
 
@@ -297,7 +308,7 @@ def splices(
     for i, area in areas.items():
         vcpu = snapshot.vcpus[i]
         new = edit.fitted(area, vcpu.area.size, f"{source.path}: thread {vcpu.index}")
-        found += edit.changes(vcpu.where["area"][0], vcpu.area, new, f"thread {vcpu.index}")
+        found += edit.changes(kept(vcpu, Origin).area[0], vcpu.area, new, f"thread {vcpu.index}")
     return found
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import KVM_XSAVE_SIZE
 from xfast.xsave.layout import Layout
@@ -77,6 +78,18 @@ class Hit(NamedTuple):
     extra: int
     extra_size: int
     end: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a vCPU's area lies: its first 4096 bytes, and what AMX adds to them."""
+
+    area: Span
+    extra: Span
+
+    def places(self) -> dict[str, Span]:
+        """Return both by name."""
+        return {"area": self.area, "extra": self.extra}
 
 
 @cache
@@ -133,8 +146,7 @@ def read(
     Returns
     -------
     list of Snapshot
-        One, the vCPUs in the file's order; ``facts["msrs"]`` of a vCPU are the numbers of the
-        MSRs that were saved with it.
+        One, the vCPUs in the file's order.
 
     Raises
     ------
@@ -253,8 +265,8 @@ def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) ->
         xfd=msrs.get(MSR_IA32_XFD),
         cpuid=cpuid,
         pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
-        where={"area": (hit.area, KVM_XSAVE_SIZE), "extra": (hit.extra, hit.extra_size)},
-        facts={"msrs": sorted(msrs)} if msrs else {},
+        msrs=tuple(sorted(msrs)) if msrs else None,
+        origin=Origin((hit.area, KVM_XSAVE_SIZE), (hit.extra, hit.extra_size)),
     )
 
 
@@ -316,8 +328,11 @@ def splices(
         vcpu = snapshot.vcpus[i]
         name = f"vcpu {vcpu.index}"
         new = edit.fitted(area, vcpu.area.size, f"{source.path}: {name}")
-        for part, begin in (("area", 0), ("extra", KVM_XSAVE_SIZE)):
-            offset, length = vcpu.where[part]
+        origin = kept(vcpu, Origin)
+        for part, (offset, length), begin in (
+            ("area", origin.area, 0),
+            ("extra", origin.extra, KVM_XSAVE_SIZE),
+        ):
             piece = slice(begin, begin + length)
             found += edit.changes(offset, vcpu.area[piece], new[piece], f"{name} {part}")
     if found:

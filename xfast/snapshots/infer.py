@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import (
+    BY_NAME,
     COMPONENTS,
     EXTENDED_OFFSET,
     MXCSR_MASK_AMD,
@@ -173,7 +174,8 @@ def common(names: Iterable[str], mask: int) -> Layout:
 
 def _pkru_of_zeros(area: NDArray[np.uint8], names: tuple[str, ...]) -> Slot | None:
     """Return a place of PKRU, if it holds 0 in every preset of `names`: then any will do."""
-    slots = [PRESETS[name].by_nr[9] for name in names if 9 in PRESETS[name].by_nr]
+    nr = BY_NAME["pkru"].nr
+    slots = [PRESETS[name].by_nr[nr] for name in names if nr in PRESETS[name].by_nr]
     ends = [slot.offset + slot.size for slot in slots]
     if not slots or max(ends) > area.size:
         return None

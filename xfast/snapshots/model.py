@@ -6,7 +6,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,37 @@ from xfast.xsave.layout import Layout
 
 Stamp = tuple[int, int, int, int]
 """What tells that a file is the same one, unchanged: device, inode, size, mtime (ns)."""
+
+Span = tuple[int, int]
+"""Offset and length in a file, after decompression (bytes)."""
+
+
+class Origin(Protocol):
+    """Where a format found a vCPU: what it parsed, kept for its own `splices` alone."""
+
+    def places(self) -> dict[str, Span]:
+        """Return where in the file the fields lie that an edit of the state may change."""
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """A CPU of the machine that made a CRIU dump. The fields are cpuinfo.img's; None: not told.
+
+    CRIU leaves SSE out of `xfeatures_mask` (0xe5 where XCR0 is 0xe7).
+
+    *Source*: CRIU images/cpuinfo.proto (cpuinfo_x86_entry).
+    """
+
+    capability: tuple[int, ...] = ()
+    vendor_id: int | None = None
+    cpu_family: int | None = None
+    model: int | None = None
+    stepping: int | None = None
+    capability_ver: int | None = None
+    model_id: str | None = None
+    xfeatures_mask: int | None = None
+    xsave_size: int | None = None
+    xsave_size_max: int | None = None
 
 
 @dataclass
@@ -50,11 +81,19 @@ class Vcpu:
     mode : int
         32 where the file is of a thread or a machine in 32-bit mode, which has no more than
         eight vector registers, else 64.
-    where : dict
-        {field: (offset, length)} in the file, after decompression: ``area`` where the file
-        holds one, else the fields that an edit of the state would change.
+    msrs : tuple of int or None
+        The numbers of the MSRs that were saved with the vCPU.
+    fpu_differs : tuple of str
+        The fields in which a second copy of x87 and SSE, which a restore applies after the
+        area, differs from it (Cloud Hypervisor's ``fpu``).
+    cpuinfo : CpuInfo or None
+        The CPU that a checkpoint was made on, in CRIU's own terms; `cpuid` tells the same.
+    has_xsave : bool
+        Whether the file has XSAVE state; False where it has no more than x87 and SSE (FXSAVE).
+    origin : Origin or None
+        Where in the file it was found. No one but the format looks into it; see `where`.
     facts : dict
-        Whatever else the file tells and a finding may cite (stable keys, plain values).
+        What else the file tells, to be shown (stable keys, plain values); nothing depends on it.
     """
 
     index: int
@@ -70,8 +109,17 @@ class Vcpu:
     guest_mask: int | None = None
     pkru_enabled: bool | None = None
     mode: int = 64
-    where: dict[str, tuple[int, int]] = field(default_factory=dict)
+    msrs: tuple[int, ...] | None = None
+    fpu_differs: tuple[str, ...] = ()
+    cpuinfo: CpuInfo | None = None
+    has_xsave: bool = True
+    origin: Origin | None = field(default=None, repr=False, compare=False)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> dict[str, Span]:
+        """Where the file has it: ``area`` if it holds one, else the fields that an edit changes."""
+        return self.origin.places() if self.origin else {}
 
 
 @dataclass
@@ -93,11 +141,13 @@ class Snapshot:
     container : tuple of str
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
-        Whatever else the file tells (machine type, domain name, ...).
+        What else the file tells, to be shown (machine type, domain name, ...).
     part : str
         Which snapshot it is, in a file with several.
     stamp : Stamp or None
         What the file was when it was read, where it is one that can change.
+    origin : object or None
+        What the format keeps of the file as a whole; no one else looks into it.
     """
 
     path: str
@@ -109,11 +159,29 @@ class Snapshot:
     facts: dict[str, Any] = field(default_factory=dict)
     part: str = ""
     stamp: Stamp | None = field(default=None, repr=False, compare=False)
+    origin: object = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """What to call it: its path, and which of several snapshots in that file it is."""
         return f"{self.path}#{self.part}" if self.part else self.path
+
+
+Kept = TypeVar("Kept")
+
+
+def kept(holder: Vcpu | Snapshot, kind: type[Kept]) -> Kept:
+    """Return the origin that a format gave a vCPU or snapshot.
+
+    Raises
+    ------
+    ValueError
+        If it has none of this format: it was not read from a file, or by another format.
+    """
+    if not isinstance(holder.origin, kind):
+        found = type(holder.origin).__module__ if holder.origin else "nowhere"
+        raise ValueError(f"origin: expected what {kind.__module__} keeps, got {found}")
+    return holder.origin
 
 
 class Splice(NamedTuple):

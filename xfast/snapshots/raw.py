@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import infer
 from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
 from xfast.xsave.layout import Layout
@@ -38,7 +40,9 @@ NPY_HEADER_LIMIT = 4096
 AREA_LIMIT = 1 << 20
 CPUID_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
-COMPRESSION = (".gz", ".xz", ".zst")
+COMPANIONS = (".xcrs", ".cpuid2")
+"""The ends of the names of files that only go with raw areas."""
+COMPRESSION = (".bz2", ".gz", ".lz4", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
@@ -51,6 +55,29 @@ class Beside(NamedTuple):
 
     xcr0: int | None
     cpuid: Cpuid | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an area lies."""
+
+    area: Span
+
+    def places(self) -> dict[str, Span]:
+        """Return it by name."""
+        return {"area": self.area}
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """What is around the areas of one file."""
+
+    npy: bool
+
+
+def is_npy(snapshot: Snapshot) -> bool:
+    """Tell whether a raw snapshot is a .npy file."""
+    return kept(snapshot, Wrapping).npy
 
 
 def xcr0_of(data: bytes) -> int | None:
@@ -95,7 +122,7 @@ def cpuid_of(data: bytes) -> Cpuid:
 
 def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
-    if source.read(0, min(6, source.size)) == NPY_MAGIC or _name(source).endswith(".xsave"):
+    if _has_npy_magic(source) or _name(source).endswith(".xsave"):
         return True
     sizes = (KVM_XSAVE_SIZE, XSAVE2_SIZES[0])
     if source.size < KVM_XSAVE_SIZE or all(source.size % size for size in sizes):
@@ -129,7 +156,8 @@ def read(
         If the file does not hold areas of that size, or a companion is damaged.
     """
     beside = _beside(source)
-    areas, start = _stack(source) if _is_npy(source) else _plain(source, size, beside)
+    npy = _has_npy_magic(source)
+    areas, start = _stack(source) if npy else _plain(source, size, beside)
     size = areas.shape[1]
     vcpus = []
     for i, area in enumerate(areas):
@@ -145,10 +173,17 @@ def read(
                 layout_note=place.note,
                 xcr0=beside.xcr0,
                 cpuid=beside.cpuid,
-                where={"area": (offset, size)},
+                origin=Origin((offset, size)),
             )
         )
-    return [Snapshot(source.path, "raw", "vm", "kvm", vcpus, source.container)]
+    snapshot = Snapshot(source.path, "raw", "vm", "kvm", vcpus, source.container)
+    snapshot.origin = Wrapping(npy)
+    return [snapshot]
+
+
+def companion(folder: Folder, name: str) -> bool:
+    """Tell whether a file only goes with areas."""
+    return name.endswith(COMPANIONS)
 
 
 def _place(
@@ -156,11 +191,11 @@ def _place(
 ) -> infer.Place:
     """Find the layout of the area at `offset`, if it is one."""
     if not infer.headed(area) and not infer.controlled(area):
-        bits = infer.header(area)
         raise FormatError(
             source.path,
-            offset + 512,
-            f"found XSTATE_BV {bits[0]:#x} and XCOMP_BV {bits[1]:#x}, needed known components",
+            offset,
+            "found no FCW, MXCSR and header as a CPU writes them, needed known components in an "
+            "XSAVE area; see --size",
         )
     if infer.blank(area):
         raise FormatError(
@@ -181,7 +216,7 @@ def _name(source: Source) -> str:
     return stem if suffix in COMPRESSION else name
 
 
-def _is_npy(source: Source) -> bool:
+def _has_npy_magic(source: Source) -> bool:
     return source.size >= 6 and source.read(0, 6) == NPY_MAGIC
 
 
@@ -293,13 +328,15 @@ def splices(
             splice
             for i, area in areas.items()
             for splice in edit.changes(
-                snapshot.vcpus[i].where["area"][0], snapshot.vcpus[i].area, area, f"area {i}"
+                kept(snapshot.vcpus[i], Origin).area[0],
+                snapshot.vcpus[i].area,
+                area,
+                f"area {i}",
             )
         ]
-    start = snapshot.vcpus[0].where["area"][0]
     whole = np.stack([areas[i] for i in range(len(areas))])
     old = source.read(0, source.size)
-    return [Splice(0, old, stacked(whole) if start else whole.tobytes(), "areas")]
+    return [Splice(0, old, stacked(whole) if is_npy(snapshot) else whole.tobytes(), "areas")]
 
 
 def stacked(areas: NDArray[np.uint8]) -> bytes:

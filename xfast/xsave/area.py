@@ -11,6 +11,7 @@ from enum import IntFlag
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xfast import _core
 from xfast.xsave.layout import Layout
@@ -78,6 +79,69 @@ class Classes(NamedTuple):
         return "absent"
 
 
+_MASKS = ("xstate_bv", "xcomp_bv", "inuse", "default", "stale", "unreadable")
+FACTS = np.dtype(
+    [*((name, "<u8") for name in _MASKS), ("mxcsr", "<u4"), ("pkru", "<u4"), ("reserved", "<u8")]
+)
+"""All that a judgement reads from one area; the masks are those of `Classes`.
+
+`pkru` is 0 where XSTATE_BV has no PKRU or it is `unreadable`; `reserved` is 1 where one of the
+header's reserved bytes is not zero.
+"""
+
+GROUPS = np.dtype([*FACTS.descr, ("first", "<i8"), ("count", "<i8")])
+"""Areas that have the same `FACTS`: the row that showed them first, and how many rows do."""
+
+
+class Groups:
+    """The different areas among any number of batches; for one batch, see `group`.
+
+    Its memory grows with what is different, not with the rows. Threads that share one take
+    turns, and `first` counts rows in the order in which batches came.
+
+    Parameters
+    ----------
+    layout : Layout
+        Where the components of all these areas lie.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        from xfast.engine import group  # which only those load who group
+
+        self._table = table_of(layout)
+        self._found = group.Groups()
+
+    def add(self, areas: Any) -> NDArray[np.uint32]:
+        """Return each row's class: an index into `classes`, the same for equal facts."""
+        rows, _ = rows_of(areas)
+        index = np.empty(len(rows), np.uint32)
+        self._found.add(rows, self._table, index)
+        return index
+
+    @property
+    def classes(self) -> NDArray[np.void]:
+        """The classes so far, in the order in which they showed up: (k,) of `GROUPS`."""
+        return np.frombuffer(self._found.groups(), GROUPS)
+
+
+def group(areas: Any, layout: Layout) -> tuple[NDArray[np.void], NDArray[np.uint32]]:
+    """Find the rows that no judgement can tell apart.
+
+    Returns
+    -------
+    classes : (k,) GROUPS
+        What `headers` and `classify` tell of each class, PKRU's value, the first row that has
+        it, and how many have.
+    index : (n,) uint32
+        Each row's class.
+
+    Takes little longer than one `classify`.
+    """
+    found = Groups(layout)
+    index = found.add(areas)
+    return found.classes, index
+
+
 def headers(areas: Any) -> Headers:
     """Read the header of every area.
 
@@ -112,9 +176,9 @@ def classify(areas: Any, layout: Layout) -> Classes:
     where only AVX's bit is set.
     """
     rows, single = rows_of(areas)
-    masks = np.empty((4, len(rows)), "u8")
-    _core.classify(rows, table_of(layout), masks.reshape(-1))
-    out = Classes(headers(rows).xstate_bv, *masks)
+    facts = np.empty(len(rows), FACTS)
+    _core.classify(rows, table_of(layout), facts.view("u8"))
+    out = Classes(*(facts[name] for name in Classes._fields))
     return Classes(*(column[0].item() for column in out)) if single else out
 
 
@@ -213,9 +277,12 @@ def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
 
 __all__ = [
     "ALL",
+    "FACTS",
+    "GROUPS",
     "Areas",
     "Audit",
     "Classes",
+    "Groups",
     "Headers",
     "Masks",
     "UabiFault",
@@ -228,6 +295,7 @@ __all__ = [
     "empty",
     "expand",
     "get_uabi",
+    "group",
     "headers",
     "keep",
     "merger",

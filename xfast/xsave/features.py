@@ -64,6 +64,8 @@ BY_NAME: dict[str, Component] = {c.name: c for c in COMPONENTS}
 
 X87, SSE, AVX, PKRU, TILEDATA = (BY_NAME[n].bit for n in ("x87", "sse", "avx", "pkru", "tiledata"))
 
+PKRU_NR = BY_NAME["pkru"].nr
+
 XFEATURE_MASK_FPSSE = X87 | SSE
 XFEATURE_MASK_AVX512 = 0xE0
 XFEATURE_MASK_MPX = 0x18

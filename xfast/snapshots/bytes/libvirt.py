@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from xfast.errors import FormatError
-from xfast.xsave.features import XFEATURE_MASK_AVX512, XFEATURE_MASK_FPSSE, XFEATURE_MASK_MPX
-
-if TYPE_CHECKING:
-    from xfast.snapshots.bytes.source import Source
 
 MAGIC = b"LibvirtQemudSave"
 MAGIC_PARTIAL = b"LibvirtQemudPart"
@@ -22,35 +18,18 @@ XML_LIMIT = 16 << 20
 COMPRESSION = {0: "", 1: "gzip", 2: "bzip2", 3: "xz", 4: "lzop", 5: "zstd", 6: "sparse"}
 """enum virQEMUSaveFormat; `sparse` is a mapped-ram stream that QEMU wrote itself."""
 
-FEATURES = {
-    "avx": 1 << 2,
-    "mpx": XFEATURE_MASK_MPX,
-    "avx512f": XFEATURE_MASK_AVX512,
-    "pku": 1 << 9,
-    "amx-tile": 3 << 17,
-    "apxf": 1 << 19,
-}
-"""The components that a feature, in libvirt's spelling, brings."""
 
-MODELS = {
-    name: features
-    for features, names in {
-        "": "qemu32 kvm32 qemu64 kvm64 coreduo core2duo Conroe Penryn Nehalem Westmere "
-        "phenom Opteron_G1 Opteron_G2 Opteron_G3",
-        "xsave avx": "SandyBridge IvyBridge Haswell Broadwell Opteron_G4 Opteron_G5 "
-        "EPYC EPYC-Rome Dhyana",
-        "xsave avx mpx": "Skylake-Client",
-        "xsave avx avx512f mpx pku": "Skylake-Server Cascadelake-Server Cooperlake Icelake-Server",
-        "xsave avx pku": "EPYC-Milan SierraForest ClearwaterForest",
-        "xsave avx avx512f pku": "EPYC-Genoa EPYC-Turin",
-        "xsave avx avx512f pku amx-tile": "SapphireRapids GraniteRapids",
-    }.items()
-    for name in names.split()
-}
-"""What a CPU model may have at most: versions of QEMU and libvirt differ in MPX.
+class Readable(Protocol):
+    """What a header is read from: a Source, which itself asks for the header when it opens."""
 
-*Source*: QEMU target/i386/cpu.c builtin_x86_defs; libvirt src/cpu_map/x86_*.xml.
-"""
+    path: str
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes."""
+
+    def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
+        """Return numbers."""
 
 
 class Header(NamedTuple):
@@ -62,7 +41,7 @@ class Header(NamedTuple):
     cookie: bytes
 
 
-def header(source: Source) -> Header | None:
+def header(source: Readable) -> Header | None:
     """Return the header of a libvirt save image, or None where `source` is something else.
 
     Raises
@@ -103,68 +82,3 @@ def header(source: Source) -> Header | None:
         xml,
         data[cookie:].split(b"\0", 1)[0] if cookie else b"",
     )
-
-
-class Domain(NamedTuple):
-    """What the XML tells of the guest.
-
-    `kvm` is whether the domain ran under KVM; `components` the user components that its CPU may
-    have (bits), None where the XML does not tell.
-    """
-
-    name: str
-    kvm: bool
-    model: str
-    components: int | None
-
-
-def domain(source: Source, head: Header) -> Domain:
-    """Read the domain's XML and the cookie, which lists the CPU that the guest really got.
-
-    Raises
-    ------
-    FormatError
-        If one is no XML.
-
-    *Source*: libvirt docs/formatdomain.rst "CPU model and topology"; src/qemu/qemu_domain.c
-    qemuDomainSaveCookieFormatBuf().
-    """
-    from xml.etree import ElementTree
-
-    try:
-        outer = ElementTree.fromstring(head.xml)
-        root = outer if outer.tag == "domain" else outer.find("domain")
-        if root is None:
-            raise ElementTree.ParseError("no domain")
-        cookie = ElementTree.fromstring(head.cookie) if head.cookie else root
-    except (ElementTree.ParseError, ValueError) as problem:
-        raise FormatError(
-            source.path, HEADER_SIZE, f"found XML that is no domain's: {problem}"
-        ) from None
-    cpu = cookie.find("cpu")
-    if cpu is None:
-        cpu = root.find("cpu")
-    model, components = "", None
-    if cpu is not None:
-        model = (cpu.findtext("model") or "").strip()
-        features = {
-            feature.get("name", ""): feature.get("policy", "require") not in ("disable", "forbid")
-            for feature in cpu.findall("feature")
-        }
-        components = _components(model, features)
-    return Domain(
-        (root.findtext("name") or "").strip(), root.get("type") == "kvm", model, components
-    )
-
-
-def _components(model: str, features: dict[str, bool]) -> int | None:
-    """Return the user components of a CPU model with features added and removed."""
-    known = [name for name in MODELS if model == name or model.startswith(name + "-")]
-    if not known:
-        return None
-    has = dict.fromkeys(MODELS[max(known, key=len)].split(), True) | features
-    mask = XFEATURE_MASK_FPSSE
-    if has.get("xsave"):
-        for name, component in FEATURES.items():
-            mask |= component if has.get(name) else 0
-    return mask

@@ -21,7 +21,7 @@ from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
 
 if TYPE_CHECKING:
-    from xfast.snapshots.model import Splice
+    from xfast.snapshots.model import Splice, Stamp
 
 CHUNK = 1 << 20
 NESTING_LIMIT = 4
@@ -130,6 +130,12 @@ class Source:
         """The file itself, as it lies on the disk."""
         return self.outer.base if self.outer else self
 
+    @property
+    def stamp(self) -> Stamp:
+        """What tells that the file is the same one, unchanged."""
+        status = os.fstat(self.base.fd)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
 
@@ -174,8 +180,11 @@ class Source:
         length = self.size - offset if length is None else length
         return View(self, length, lambda at: (offset + at, length - at))
 
-    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return where bytes lie in the file, after decompression: (offset, length) of each run."""
+    def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
+        """Return where bytes lie in the file, after decompression: (offset, length) of each run.
+
+        The offset of zeros that the file does not store is None.
+        """
         self.read(offset, 0)
         return [(offset, length)]
 
@@ -287,7 +296,7 @@ class View(Source):
     def close(self) -> None:
         """Leave the file to its owner."""
 
-    def _runs(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         while length:
             start, left = self.locate(offset)
             count = min(left, length)
@@ -299,23 +308,15 @@ class View(Source):
         self.bytes_read += length
         return b"".join(
             bytes(count) if start is None else self.source.read(start, count)
-            for start, count in self._runs(offset, length)
+            for start, count in self._pieces(offset, length)
         )
 
-    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return where bytes lie in the file, after decompression: (offset, length) of each run.
-
-        Raises
-        ------
-        FormatError
-            If the file does not store them.
-        """
+    def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
+        """Return where bytes lie in the file; see `Source.runs`."""
         self.read(offset, 0)
-        found = []
-        for start, count in self._runs(offset, length):
-            if start is None:
-                raise FormatError(self.path, offset, f"found no bytes stored, needed {length}")
-            found += self.source.to_file(start, count)
+        found: list[tuple[int | None, int]] = []
+        for start, count in self._pieces(offset, length):
+            found += [(None, count)] if start is None else self.source.runs(start, count)
         return found
 
     def rewrite(self, splices: Iterable[Splice], out: IO[bytes]) -> None:

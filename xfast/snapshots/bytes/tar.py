@@ -21,7 +21,9 @@ MEMBER_LIMIT = 1 << 20
 REGULAR = (b"0", b"\0")
 GNU_LONG_NAME = b"L"
 PAX_HEADER = b"x"
-PAX_PATH = re.compile(r"\d+ path=([^\n]*)\n")
+PAX_PATH = re.compile(r"(?:\A|\n)\d{1,5} path=([^\n]*)\n")
+"""A record begins where the text or a line does: sought anywhere, digits would be tried from each
+of them on, and a header of nothing but digits take quadratic time."""
 
 
 class Member(NamedTuple):

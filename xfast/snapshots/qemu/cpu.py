@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from xfast.errors import PolicyError
 from xfast.snapshots.qemu.stream import CpuSection
 from xfast.xsave import area as engine
-from xfast.xsave.features import HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
+from xfast.xsave.features import BY_NAME, HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
 from xfast.xsave.layout import preset
 
 INTEL = preset("intel")
+_X87, _SSE = BY_NAME["x87"].nr, BY_NAME["sse"].nr
 
 
 class Form(NamedTuple):
@@ -72,28 +73,32 @@ class Run(NamedTuple):
 
 def _runs(registers: int, top: int) -> Iterator[Run]:
     """Yield which bytes of which zone or subsection are which bytes of an Intel area."""
-    yield Run(0, "fcw", 0, 2, 2, 0)
-    yield Run(0, "fsw", 0, 2, 2, 2)
-    yield Run(0, "ftw", 1, 1, 1, 4)
+    yield Run(_X87, "fcw", 0, 2, 2, 0)
+    yield Run(_X87, "fsw", 0, 2, 2, 2)
+    yield Run(_X87, "ftw", 1, 1, 1, 4)
     for slot in range(8):
         target = 32 + 16 * ((slot - top) & 7)
-        yield Run(0, "st", 10 * slot, 8, 8, target)
-        yield Run(0, "st", 10 * slot + 8, 2, 2, target + 8)
-    yield Run(0, "cpu/fpop_ip_dp", 0, 2, 2, 6)
-    yield Run(0, "cpu/fpop_ip_dp", 2, 8, 16, 8)
-    yield Run(1, "mxcsr", 0, 4, 4, 24)
-    yield Run(1, "xmm", 0, 8, 16 * registers, 160)
-    yield Run(2, "ymm_hi128", 0, 8, 16 * registers, 576)
-    yield Run(3, "cpu/mpx", 0, 8, 64, 960)
-    yield Run(4, "cpu/mpx", 64, 8, 16, 1024)
-    yield Run(5, "cpu/avx512", 0, 8, 64, 1088)
-    yield Run(6, "cpu/avx512", 64, 8, 32 * registers, 1152)
-    if registers == 16:
-        yield Run(7, "cpu/avx512", 576, 8, 1024, 1664)
-    yield Run(9, "cpu/pkru", 0, 4, 4, 2688)
-    yield Run(17, "cpu/intel_amx_xtile", 0, 1, 64, 2752)
-    yield Run(18, "cpu/intel_amx_xtile", 64, 1, 8192, 2816)
-    yield Run(19, "cpu/apx", 0, 8, 128, 960)
+        yield Run(_X87, "st", 10 * slot, 8, 8, target)
+        yield Run(_X87, "st", 10 * slot + 8, 2, 2, target + 8)
+    yield Run(_X87, "cpu/fpop_ip_dp", 0, 2, 2, 6)
+    yield Run(_X87, "cpu/fpop_ip_dp", 2, 8, 16, 8)
+    yield Run(_SSE, "mxcsr", 0, 4, 4, 24)
+    yield Run(_SSE, "xmm", 0, 8, 16 * registers, BY_NAME["sse"].offset)
+    for name, zone, start, unit, length in (
+        ("avx", "ymm_hi128", 0, 8, 16 * registers),
+        ("bndregs", "cpu/mpx", 0, 8, 64),
+        ("bndcsr", "cpu/mpx", 64, 8, 16),
+        ("opmask", "cpu/avx512", 0, 8, 64),
+        ("zmm_hi256", "cpu/avx512", 64, 8, 32 * registers),
+        ("hi16_zmm", "cpu/avx512", 576, 8, 1024 if registers == 16 else 0),
+        ("pkru", "cpu/pkru", 0, 4, 4),
+        ("tilecfg", "cpu/intel_amx_xtile", 0, 1, 64),
+        ("tiledata", "cpu/intel_amx_xtile", 64, 1, 8192),
+        ("apx", "cpu/apx", 0, 8, 128),
+    ):
+        if length:
+            component = BY_NAME[name]
+            yield Run(component.nr, zone, start, unit, length, component.offset)
 
 
 class Section:
@@ -177,12 +182,16 @@ class Section:
                 held |= 1 << run.nr
         return (self.xcr0 | XFEATURE_MASK_FPSSE) & held
 
+    def area_size(self) -> int:
+        """Return the bytes of the vCPU's area."""
+        held = sum({1 << run.nr for run in self.runs(0)})
+        return INTEL.standard_size(self.xstate_bv | held)
+
     def area(self) -> NDArray[np.uint8]:
         """Return the vCPU's area: standard format, Intel's layout, as long as what is in it."""
         xstate_bv = self.xstate_bv
         runs = self.runs(self.unpack(">H", "fsw"))
-        held = sum({1 << run.nr for run in runs})
-        image = np.zeros(INTEL.standard_size(xstate_bv | held), np.uint8)
+        image = np.zeros(self.area_size(), np.uint8)
         image[HEADER_OFFSET : HEADER_OFFSET + 8] = np.frombuffer(struct.pack("<Q", xstate_bv), "u1")
         section = np.frombuffer(self.data, np.uint8)
         for run in runs:
@@ -200,9 +209,9 @@ class Section:
         PolicyError
             If the area holds something that this section has no place for.
         """
-        before = self.area()
-        if image.shape != before.shape:
-            raise ValueError(f"area: got shape {image.shape}, needed {before.shape}")
+        size = self.area_size()
+        if image.shape != (size,):
+            raise ValueError(f"area: got shape {image.shape}, needed {(size,)}")
         image = image.copy()
         header = image[HEADER_OFFSET : HEADER_OFFSET + 8].view("<u8")
         xstate_bv = int(header[0])

@@ -103,10 +103,10 @@ class Kept(Source):
         self.file.seek(offset)
         return self.file.read(length)
 
-    def to_file(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return where bytes lie in the stream."""
+    def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
+        """Return where bytes lie in the stream; see `Source.runs`."""
         self.read(offset, 0)
-        found = []
+        found: list[tuple[int | None, int]] = []
         while length:
             index = bisect_right(self.starts, (offset, 1 << 63)) - 1
             start, place = self.starts[index]
@@ -217,7 +217,7 @@ class Hold:
             devices.append(device)
 
     def _too_many(self) -> FormatError:
-        offset, _ = self.stream.to_file(self.devices, 1)[0]
+        offset, _ = self.stream.runs(self.devices, 1)[0]
         return FormatError(
             self.stream.path,
             offset,
@@ -357,13 +357,13 @@ def data_end(source: Source, low: int) -> int:
     return low + len(source.read(low, high - low).rstrip(b"\0"))
 
 
-def located(source: Source, start: int) -> tuple[Source, int, Sections]:
-    """Find the vCPUs of a stream: from the end of its file where it ends there, else from the front.
+def located(source: Source, start: int) -> tuple[Source, Sections]:
+    """Find the vCPUs of a stream: from behind where it ends with its file, else from the front.
 
     Returns
     -------
-    tuple of Source, int, Sections
-        The stream (without memory, if it was walked), where in it it begins, and the vCPUs.
+    tuple of Source, Sections
+        The stream, without memory if it was walked, and the vCPUs in it.
 
     Raises
     ------
@@ -374,12 +374,12 @@ def located(source: Source, start: int) -> tuple[Source, int, Sections]:
     end = source.read(max(0, source.size - PADDING), min(PADDING, source.size))
     if any(end) and not source.is_device:
         try:
-            return source, start, find_cpus(source)
+            return source, find_cpus(source)
         except FormatError as problem:
             tail = problem
     try:
         view = without_memory(source, extent(source, start, bare=tail is None))
-        return view, 0, find_cpus(view)
+        return view, find_cpus(view)
     except FormatError as problem:
         raise (tail or problem) from None
 

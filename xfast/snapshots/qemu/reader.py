@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ from xfast.errors import FormatError, PolicyError
 from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.snapshots.qemu.cpu import INTEL, Section
+from xfast.snapshots.qemu.domain import Domain, domain
 from xfast.snapshots.qemu.forward import located
 from xfast.snapshots.qemu.stream import Sections, configuration, start_of
 from xfast.xsave.layout import Layout
@@ -30,7 +31,7 @@ class _Stream(NamedTuple):
     start: int
     container: tuple[str, ...] = ()
     internal: tuple[str, str] | None = None
-    domain: libvirt.Domain | None = None
+    domain: Domain | None = None
 
 
 def sniff(source: Source) -> bool:
@@ -55,10 +56,42 @@ def read(
         If there is none, or one is damaged.
     """
     snapshots = [_read(stream) for stream in _streams(source)]
-    if len(snapshots) > 1:
-        for snapshot in snapshots:
-            snapshot.part = "/".join(snapshot.facts["internal_snapshot"])
+    if len(snapshots) == 1:
+        snapshots[0].part = ""
     return snapshots
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One vCPU's section as it was read, and where it lies in the file.
+
+    `runs` are pieces of the file, (offset, length) each; the offset of zeros that a disk image
+    does not store is None.
+    """
+
+    section: Section
+    runs: tuple[tuple[int | None, int], ...]
+
+    def places(self) -> dict[str, Span]:
+        """Return where in the file each field begins, and its bytes."""
+        found = {}
+        for name, (start, length) in self.section.zones.items():
+            offset = next(self.pieces(start, length))[0]
+            if offset is not None:
+                found[name] = (offset, length)
+        return found
+
+    def pieces(self, start: int, length: int) -> Iterator[tuple[int | None, int]]:
+        """Yield where in the file bytes of the section lie: (offset, length) of each piece."""
+        end = 0
+        for offset, size in self.runs:
+            begin, end = end, end + size
+            if start < end and length:
+                skip = start - begin
+                count = min(end - start, length)
+                yield None if offset is None else offset + skip, count
+                start += count
+                length -= count
 
 
 def splices(
@@ -83,37 +116,36 @@ def splices(
     PolicyError
         If an area holds something for which the stream has no place.
     """
-    internal = snapshot.facts.get("internal_snapshot")
-    stream = next(s for s in _streams(source) if s.internal == (internal and tuple(internal)))
-    place, _, sections = located(stream.source, stream.start)
-    stream = stream._replace(source=place)
-    kvm = snapshot.producer == "qemu-kvm"
-    edits = []
+    edits: list[Splice] = []
     for position, area in areas.items():
-        place = sections.cpus[position]
-        old = Section(stream.source.read(place.offset, place.size), place, kvm)
-        if np.array_equal(old.area(), area):
+        vcpu = snapshot.vcpus[position]
+        if np.array_equal(vcpu.area, area):
             continue
+        origin = kept(vcpu, Origin)
+        old = origin.section
         try:
             new = old.edited(area)
+            for name, (start, length) in old.zones.items():
+                before, after = (data[start : start + length] for data in (old.data, new.data))
+                if before != after:
+                    edits += _mapped(origin.pieces(start, length), before, after, name)
         except PolicyError as problem:
-            raise PolicyError(f"{source.path}: vCPU {place.instance}: {problem}") from None
-        for name, (start, length) in old.zones.items():
-            before, after = (data[start : start + length] for data in (old.data, new.data))
-            if before != after:
-                edits += _mapped(stream.source, place.offset + start, before, after, name)
+            raise PolicyError(f"{source.path}: vCPU {vcpu.index}: {problem}") from None
     return edits
 
 
-def _mapped(source: Source, offset: int, old: bytes, new: bytes, field: str) -> list[Splice]:
-    """Return one edit of a stream as edits of the file: one for each piece where it lies."""
-    edits = []
+def _mapped(
+    pieces: Iterable[tuple[int | None, int]], old: bytes, new: bytes, field: str
+) -> Iterator[Splice]:
+    """Yield one edit of a stream as edits of the file: one for each piece where it lies."""
     done = 0
-    for place, length in source.to_file(offset, len(old)):
+    for offset, length in pieces:
         part = slice(done, done + length)
-        edits.append(Splice(place, old[part], new[part], field))
         done += length
-    return edits
+        if offset is not None:
+            yield Splice(offset, old[part], new[part], field)
+        elif any(new[part]):
+            raise PolicyError(f"the disk image stores no bytes of {field}, only zeros")
 
 
 def _libvirt(source: Source) -> _Stream | None:
@@ -122,10 +154,10 @@ def _libvirt(source: Source) -> _Stream | None:
     header = libvirt.header(image)
     if header is None:
         return None
-    domain = libvirt.domain(image, header)
+    guest = domain(image.path, header)
     if image is source:
-        return _Stream(source, header.body, ("libvirt-save",), domain=domain)
-    return _Stream(source, 0, domain=domain)
+        return _Stream(source, header.body, ("libvirt-save",), domain=guest)
+    return _Stream(source, 0, domain=guest)
 
 
 def _streams(source: Source) -> list[_Stream]:
@@ -149,49 +181,55 @@ def from_sections(stream: Source, found: Sections) -> Snapshot:
 
 
 def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
-    source, domain = stream.source, stream.domain
+    source, guest = stream.source, stream.domain
     config = configuration(source, stream.start)
-    sections = found
-    if sections is None:
-        source, _, sections = located(source, stream.start)
-    data = [source.read(place.offset, place.size) for place in sections.cpus]
-    producer, basis = _producer(sections, data, domain)
+    if found is None:
+        source, found = located(source, stream.start)
+    data = [source.read(place.offset, place.size) for place in found.cpus]
+    kvm, basis = _is_kvm(found, data, guest)
     facts: dict[str, Any] = {
         "machine": config.machine,
         "capabilities": config.capabilities,
         "producer_basis": basis,
-        "description": sections.description,
+        "description": found.description,
     }
     if stream.internal:
         facts["internal_snapshot"] = stream.internal
-    if domain:
-        facts |= {"domain": domain.name, "cpu_model": domain.model}
+    if guest:
+        facts |= {"domain": guest.name, "cpu_model": guest.model}
     mapped_ram = ("mapped-ram",) if "mapped-ram" in config.capabilities else ()
     vcpus = []
-    for place, section in zip(sections.cpus, data, strict=True):
-        vcpu = _vcpu(source, Section(section, place, producer == "qemu-kvm"))
-        vcpu.guest_mask = domain.components if domain else None
+    for place, section in zip(found.cpus, data, strict=True):
+        vcpu = _vcpu(source, Section(section, place, kvm))
+        vcpu.guest_mask = guest.components if guest else None
         vcpus.append(vcpu)
     container = (*source.container, *stream.container, *mapped_ram)
-    return Snapshot(source.path, "qemu", "vm", producer, vcpus, container, facts)
+    return Snapshot(
+        source.path,
+        "qemu",
+        "vm",
+        "qemu-kvm" if kvm else "qemu-tcg",
+        vcpus,
+        container,
+        facts,
+        "/".join(stream.internal or ()),
+    )
 
 
-def _producer(
-    sections: Sections, data: list[bytes], domain: libvirt.Domain | None
-) -> tuple[str, str]:
-    """Return who wrote the stream, and what tells so: the stream itself does not say."""
-    if domain:
-        return ("qemu-kvm" if domain.kvm else "qemu-tcg"), "the domain's type"
-    if sections.kvmclock:
-        return "qemu-kvm", "a kvmclock device"
-    if any("cpu/tsc_khz" in place.subsections for place in sections.cpus):
-        return "qemu-kvm", "a cpu/tsc_khz subsection"
+def _is_kvm(found: Sections, data: list[bytes], guest: Domain | None) -> tuple[bool, str]:
+    """Tell whether KVM wrote the stream, and what tells so: the stream itself does not say."""
+    if guest:
+        return guest.kvm, "the domain's type"
+    if found.kvmclock:
+        return True, "a kvmclock device"
+    if any("cpu/tsc_khz" in place.subsections for place in found.cpus):
+        return True, "a cpu/tsc_khz subsection"
     if any(
         Section(section, place, True).xstate_bv
-        for place, section in zip(sections.cpus, data, strict=True)
+        for place, section in zip(found.cpus, data, strict=True)
     ):
-        return "qemu-kvm", "an XSTATE_BV that is not 0"
-    return "qemu-tcg", "no trace of KVM"
+        return True, "an XSTATE_BV that is not 0"
+    return False, "no trace of KVM"
 
 
 def _vcpu(source: Source, section: Section) -> Vcpu:
@@ -200,10 +238,6 @@ def _vcpu(source: Source, section: Section) -> Vcpu:
         raise FormatError(
             source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
         )
-    where = {}
-    for name, (start, length) in section.zones.items():
-        with contextlib.suppress(FormatError):  # zeros that a disk image does not store
-            where[name] = (source.to_file(place.offset + start, length)[0][0], length)
     return Vcpu(
         index=place.instance,
         area=section.area(),
@@ -215,7 +249,7 @@ def _vcpu(source: Source, section: Section) -> Vcpu:
         xfd=section.number("cpu/msr_xfd", None),
         pkru_enabled=bool(section.cr4 & CR4_PKE),
         mode=64 if section.form.registers == 16 else 32,
-        where=where,
+        origin=Origin(section, tuple(source.runs(place.offset, place.size))),
         facts={
             "stream_xstate_bv": section.stream_xstate_bv,
             "cr4": section.cr4,

@@ -315,6 +315,13 @@ def described_cpu(
     found: tuple[int, int, int],
     size: int,
 ) -> CpuSection:
+    """Return the cpu section at (instance, version, offset of the payload), as described.
+
+    Raises
+    ------
+    FormatError
+        If it is of another version, or not as described.
+    """
     instance, version, offset = found
     fixed = measure(stream, {"fields": device.get("fields", [])}, text)
     if version != CPU_VERSION or fixed not in FIXED_SIZES:

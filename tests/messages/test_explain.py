@@ -1,0 +1,205 @@
+"""`xfast explain`: each text that people paste gets the right answer or none, never a wrong one."""
+
+import csv
+import io
+import re
+
+import pytest
+
+from xfast.cli.main import main
+from xfast.judge.rules import RULES
+from xfast.kernels.behaviour import BEHAVIOURS
+from xfast.messages.answer import answer, answers
+from xfast.messages.names import BRINGS_STATE, MEANINGS, sort_name
+from xfast.messages.table import ELSEWHERE, SCOPES, STATE, message_of, messages
+from xfast.messages.values import SUPERVISOR_SETS, USER_SETS, masks_of_size
+from xfast.xsave.features import XFEATURE_MASK_FPSSE
+from xfast.xsave.layout import PRESETS
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def call(*words, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        status = main(["explain", *words])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+LITERALS = [(m, literal) for m in messages() for literal in m.literals]
+
+
+@pytest.mark.parametrize(("message", "literal"), LITERALS, ids=[text for _, text in LITERALS])
+def test_each_text_finds_its_own_row(message, literal):
+    assert message_of(literal.replace("*", "0")) is message
+
+
+@pytest.mark.parametrize("message", messages(), ids=lambda m: m.literals[0])
+def test_each_row_names_rules_and_commits_that_exist(message):
+    assert message.scope in SCOPES
+    assert set(message.codes) <= RULES.keys()
+    assert message.text
+    assert message.next
+    assert bool(message.codes) == (message.scope != ELSEWHERE) or message.scope == "either"
+    for commit, subject, release in re.findall(
+        r'Linux kernel commit (\w+) \("(.*)"\) \(in v([\d.]+)\)', message.source
+    ):
+        known = [b for b in BEHAVIOURS.values() if b.commit == commit]
+        for behaviour in known:
+            assert behaviour.subject == subject
+            assert behaviour.since[0].partition("-")[0] == release
+        cited = [rule for rule in RULES.values() if commit in rule.ref]
+        for rule in cited:
+            assert subject in rule.ref
+        assert known or cited
+
+
+ANSWERS = {
+    "qemu-kvm: Failed to set XSAVE: Invalid argument": (STATE, "LEAK"),
+    "kvm: Putting registers after reset: Failed to set XSAVE: Invalid argument": (STATE, "LEAK"),
+    "kvm: Putting registers after init: Failed to set XCRs: Invalid argument": (STATE, "XCR0"),
+    "Failed to put registers after reset: Invalid argument": (STATE, "LEAK"),
+    "qemu-system-riscv64: Failed to put registers after init: No such file": (ELSEWHERE, ""),
+    "KVM_SET_SREGS: Invalid argument": ("either", "HOST-MISSING"),
+    "error: failed to set MSR 0xda0 to 0x1800": (STATE, "XSS"),
+    "unhandled wrmsr: 0x1c4 data 0x40000": (STATE, "XFD"),
+    "error: failed to set MSR 0x48e to 0xfff9fffe04006172": (ELSEWHERE, ""),
+    "ZMM_Hi256 offset 0x480 expected 0x380": (STATE, "LAYOUT"),
+    "missing features: pku,vmx-ins-outs": (STATE, "HOST-MISSING"),
+    "missing features: erms,vaes": (STATE, "ISA"),
+    "missing features: pdcm,erms": (ELSEWHERE, ""),
+    "Missing section footer for 0000:00:01.3/piix4_pm": (ELSEWHERE, ""),
+    "No space left on device": (ELSEWHERE, ""),
+    "hello world": ("", ""),
+    "Invalid argument (os error 22)": ("", "LEAK"),
+    "the guest lost PKRU": ("", "LEAK"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), ANSWERS.items(), ids=list(ANSWERS))
+def test_a_text_is_answered_with_its_scope_and_likeliest_rule(text, expected):
+    one = answer(text)
+    assert (one.scope, (one.codes or ("",))[0]) == expected
+
+
+def test_the_public_texts(shared):
+    """Those of reports: exit code 0, and nothing but the unrelated stays without a rule."""
+    path = shared / "cases" / "explain.tsv"
+    if not path.exists():
+        pytest.skip("../shared/cases is not here")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    nothing = {row["id"] for row in rows if not answer(row["text"]).codes}
+    assert nothing <= {
+        "almalinux-footer", "minishift-3210", "vmx-ignore", "nonsense", "sev", "qemu-3",
+        "rizin-5242",
+    }  # fmt: skip
+
+
+def test_qemu_8_2_is_not_qemu_10(run):
+    status, out, _ = run("qemu-system-x86_64: Failed to put registers after init: Invalid argument")
+    assert status == 0
+    assert "QEMU 8.2" in out
+    assert "QEMU 10" not in out
+    assert "7191f24c7fcf" in out
+    for code in ("LEAK", "XCR0"):
+        assert f"  {code} " in out
+
+
+def test_features_are_told_apart_name_by_name():
+    kinds = {
+        "pku": "state", "avx512f": "state", "amx-tile": "state", "xsaves": "state",
+        "vaes": "instruction", "avx512-vbmi2": "instruction", "sse4.2": "instruction",
+        "lzcnt": "instruction", "erms": "speed", "pdcm": "speed", "vmx-ins-outs": "foreign",
+        "invtsc": "foreign", "md-clear": "foreign", "hv-time": "foreign", "flux": "unknown",
+    }  # fmt: skip
+    assert {name: sort_name(name).kind for name in kinds} == kinds
+    assert set(kinds.values()) == MEANINGS.keys()
+    for name, components in BRINGS_STATE.items():
+        assert sort_name(name).components == components
+
+
+def test_a_cpuid_register_with_two_values_names_what_is_lost():
+    one = answer(
+        "Detected incompatible CPUID entry: leaf=0x7 (subleaf=0x0), register='EBX', "
+        "compatibility_check='BitwiseSubset', source VM feature='0xf1bf07a9', "
+        "destination VM feature'0x219c07a9'."
+    )
+    state, instructions = one.details
+    assert state.startswith("avx512f (opmask+zmm_hi256+hi16_zmm): ")
+    assert instructions.startswith("avx512dq, avx512ifma, avx512cd, avx512bw, avx512vl: ")
+
+
+@pytest.mark.parametrize("size", [10752, 10688, 2440, 2432, 832, 576])
+def test_a_size_is_made_of_just_these_components(size):
+    intel = PRESETS["intel"]
+    expected = {
+        user | supervisor
+        for user in USER_SETS
+        for supervisor in SUPERVISOR_SETS
+        if intel.compacted_size((user | supervisor) & ~XFEATURE_MASK_FPSSE) == size
+    }
+    assert set(masks_of_size(size)) == expected
+    assert expected
+
+
+def test_a_size_that_leaf_0xd_contradicts_is_explained():
+    one = answer("XSAVE consistency problem: size 10752 != kernel_size 10704")
+    assert any("0x600e7 | 0x1800" in line for line in one.details)
+    assert any("does not say that TILECFG is aligned" in line for line in one.details)
+
+
+def test_a_log_is_read_and_the_lines_that_matter_are_picked(run):
+    log = """
+2026-01-01T10:00:00 starting up libvirt version: 10.0.0
+qemu-system-x86_64: warning: TSC frequency mismatch between VM and host
+qemu-kvm: Putting registers after init: Failed to set XSAVE: Invalid argument
+qemu-kvm: load of migration failed: Invalid argument
+2026-01-01T10:00:09 shutting down
+"""
+    status, out, _ = run("-", stdin=log)
+    assert status == 0
+    assert out.startswith("> qemu-kvm: Putting registers after init: Failed to set XSAVE")
+    assert "TSC" not in out
+    assert "starting up" not in out
+
+
+@pytest.mark.parametrize("words", [["-"], [" "]])
+def test_no_text_at_all_is_a_usage_error(run, words):
+    assert run(*words)[0] == 2
+
+
+def test_an_unknown_text_is_no_usage_error(run):
+    status, out, _ = run("the flux capacitor")
+    assert status == 0
+    assert "no message known here" in out
+    status, out, _ = run("the flux capacitor broke XCR0")
+    assert "hint" in out
+    assert "  XCR0 " in out
+
+
+@pytest.mark.parametrize("commit", sorted({b.commit for b in BEHAVIOURS.values()}))
+def test_every_commit_that_is_cited_can_be_explained(run, commit):
+    status, out, _ = run(commit)
+    assert status == 0
+    assert commit[:12] in out
+
+
+def test_escapes_do_not_reach_the_terminal(run):
+    _, out, _ = run("-", stdin="\x1b[31mFailed to set XSAVE: Invalid argument\nsecond\n")
+    assert "\x1b" not in out
+
+
+def test_hostile_logs_cost_little():
+    """A line that could make patterns walk back and forth, and one without end."""
+    assert answers("a" * 1_000_000) == [answer("a" * 2000)]
+    assert not answers("missing features " * 200_000)[0].line[2000:]
+
+
+def test_rules_without_words(run):
+    _, out, _ = run()
+    assert len(out.splitlines()) == len(RULES)
+    _, out, _ = run("leak")
+    assert "ad856280ddea" in out

@@ -1,0 +1,229 @@
+"""The registry of formats: which one an input is of, told by content.
+
+What a format is, and how to add one: ``contract.py``. A directory is an input like a file: where a
+format claims it, it is one snapshot.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfast.errors import FormatError, UnknownFormatError, XfastError
+from xfast.snapshots.bytes.folder import Folder
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
+from xfast.snapshots.contract import Accompanied, Format, Whole
+from xfast.snapshots.model import Snapshot, Splice
+from xfast.xsave.layout import Layout
+
+FORMATS = {
+    "elfcore": "xfast.snapshots.elfcore",
+    "minidump": "xfast.snapshots.minidump",
+    "qemu": "xfast.snapshots.qemu.reader",
+    "criu": "xfast.snapshots.criu.reader",
+    "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
+    "raw": "xfast.snapshots.raw",
+    "firecracker": "xfast.snapshots.firecracker",
+}
+"""The formats in the order in which they are tried: what costs most to tell comes last."""
+
+
+@cache
+def _others() -> dict[str, Any]:
+    """Return the entry points by which other packages offer formats."""
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group="xfast.formats")}
+
+
+@cache
+def format_named(name: str) -> Format:
+    """Return the format called `name`.
+
+    Raises
+    ------
+    XfastError
+        If there is none.
+    """
+    if name in FORMATS:
+        return cast(Format, importlib.import_module(FORMATS[name]))
+    if name in _others():
+        return cast(Format, _others()[name].load())
+    raise XfastError(f"format: got {name!r}, needed one of: {', '.join([*FORMATS, *_others()])}")
+
+
+def _names() -> list[str]:
+    """Return the names of all formats, in the order in which they are tried."""
+    return [*FORMATS, *_others()]
+
+
+def open_input(
+    path: str | os.PathLike[str], *, expand_limit: int = EXPAND_LIMIT
+) -> Source | Folder:
+    """Open a file, standard input (``-``), or what is a snapshot in a directory.
+
+    Raises
+    ------
+    FormatError
+        If it is a directory without a snapshot.
+    XfastError
+        If it can't be opened.
+    """
+    name = os.fspath(path)
+    if not os.path.isdir(name):
+        return Source.open(name, expand_limit=expand_limit)
+    folder = Folder.open(name, expand_limit=expand_limit)
+    _, file = _claimed(folder)
+    return folder.file(file) if file else folder
+
+
+def recognise(source: Source | Folder, default: str = "") -> str:
+    """Return the name of the format that an input is of, else (for a file) `default`.
+
+    Raises
+    ------
+    FormatError
+        If it is of none, and there is no default.
+    """
+    if isinstance(source, Folder):
+        return _claimed(source)[0]
+    for name in _names():
+        if format_named(name).sniff(source):
+            return name
+    if default:
+        return default
+    from xfast.snapshots import signatures
+
+    raise UnknownFormatError(source.path, None, signatures.found_in(source))
+
+
+def _claimed(folder: Folder) -> tuple[str, str]:
+    """Return the format that claims a directory, and which file in it ("": the whole of it).
+
+    Raises
+    ------
+    FormatError
+        If none does.
+    """
+    for name in _names():
+        form = format_named(name)
+        file = form.claims(folder.names) if isinstance(form, Whole) else None
+        if file is not None:
+            return name, file
+    raise FormatError(
+        folder.path, None, "found a directory, needed a snapshot (core-*.img, state.json) in it"
+    )
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    layout: Layout | None = None,
+    size: int | None = None,
+    expand_limit: int | None = None,
+) -> list[Snapshot]:
+    """Read the extended state in one file, or in one CRIU or Cloud Hypervisor directory.
+
+    Parameters
+    ----------
+    path : str or path
+        ``-`` is standard input. Compressed files are read through.
+    format : str, optional
+        A name of `FORMATS`; default: recognised by content.
+    layout : Layout, optional
+        The layout of the areas, where the format itself does not fix it.
+    size : int, optional
+        Bytes of an area in a raw file; default 4096. Who gives it, or `layout`, says that a file
+        of no other format is raw.
+    expand_limit : int, optional
+        What compressed data may expand to (bytes); default 4 GiB.
+
+    Returns
+    -------
+    list of Snapshot
+        One, but for a disk image with several internal snapshots.
+
+    Raises
+    ------
+    FormatError
+        If it is no snapshot, or damaged.
+    XfastError
+        If it can't be opened.
+    """
+    with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT) as source:
+        reader = format_named(format or recognise(source, "raw" if layout or size else ""))
+        found = reader.read(cast(Source, source), layout=layout, size=size)
+        for snapshot in found:
+            snapshot.stamp = snapshot.stamp or source.stamp
+    return found
+
+
+def splices(
+    source: Source | Folder, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
+) -> list[Splice]:
+    """Return the edits that put new areas into the input that a snapshot was read from.
+
+    Parameters
+    ----------
+    source : Source or Folder
+        That input, open.
+    areas : mapping of int to (size,) uint8
+        New areas by position in ``snapshot.vcpus``. What is unchanged yields no edit.
+
+    Returns
+    -------
+    list of Splice
+        In the file's bytes after decompression.
+
+    Raises
+    ------
+    PolicyError
+        If an area does not fit into the format.
+    """
+    return format_named(snapshot.format).splices(cast(Source, source), snapshot, areas)
+
+
+def walk(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """Yield the paths to read: files as they are, directories expanded recursively.
+
+    A directory of CRIU's images is one snapshot and yielded itself. In others what only goes
+    with a snapshot is passed over (`Accompanied`); every other file is yielded, so that one
+    which is no snapshot gets its error. Symbolic links to directories are not followed.
+    """
+    for path in (os.fspath(path) for path in paths):
+        if not os.path.isdir(path):
+            yield path
+            continue
+        unreadable: list[OSError] = []
+        for place, subfolders, names in os.walk(path, onerror=unreadable.append):
+            subfolders.sort()
+            folder = Folder(place, tuple(sorted(names)))
+            if _is_whole(folder):
+                yield place
+                subfolders.clear()
+                continue
+            for name in folder.names:
+                if not _is_companion(folder, name):
+                    yield os.path.join(place, name)
+        yield from (str(problem.filename) for problem in unreadable)
+
+
+def _is_whole(folder: Folder) -> bool:
+    """Tell whether a directory is one snapshot itself."""
+    try:
+        return not _claimed(folder)[1]
+    except FormatError:
+        return False
+
+
+def _is_companion(folder: Folder, name: str) -> bool:
+    """Tell whether a file only goes with a snapshot."""
+    forms = (format_named(one) for one in _names())
+    return any(isinstance(form, Accompanied) and form.companion(folder, name) for form in forms)
