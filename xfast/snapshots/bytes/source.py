@@ -136,6 +136,11 @@ class Source:
         status = os.fstat(self.base.fd)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
+    @property
+    def stored(self) -> int:
+        """How many bytes the file truly takes: holes cost nothing to make, and count nothing."""
+        return os.fstat(self.fd).st_blocks * 512
+
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
 
@@ -296,6 +301,11 @@ class View(Source):
     def close(self) -> None:
         """Leave the file to its owner."""
 
+    @property
+    def stored(self) -> int:
+        """How many bytes the source truly takes; see `Source.stored`."""
+        return self.source.stored
+
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         while length:
             start, left = self.locate(offset)
@@ -412,6 +422,35 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
         return os.dup(spool.fileno())
 
 
+@contextlib.contextmanager
+def private_copy(source: Source) -> Iterator[int]:
+    """Yield a descriptor of a source's bytes that nobody else can change while they are mapped.
+
+    What was expanded is such a copy already; of a file, an anonymous temporary one is made, which
+    costs no data where the file system shares blocks.
+
+    Raises
+    ------
+    XfastError
+        If it shrinks meanwhile, or there is no room.
+    """
+    import tempfile
+
+    if source.outer is not None:
+        yield source.fd
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            copy_bytes(source.fd, copy.fileno(), source.size)
+        except OSError as problem:
+            raise XfastError(
+                f"{source.path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
+            ) from None
+        except XfastError as problem:
+            raise FormatError(source.path, None, str(problem)) from None
+        yield copy.fileno()
+
+
 def _moving(edits: list[Splice]) -> bool:
     """Tell whether edits move what lies behind them."""
     return any(len(edit.old) != len(edit.new) for edit in edits)
@@ -443,4 +482,4 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     return count
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes", "private_copy"]
