@@ -5,6 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from snapshot_files import xen_context as context
+from snapshot_files import xen_entry as entry
+from snapshot_files import xen_image as image
+from snapshot_files import xen_record as record
 
 from xfast import snapshots
 from xfast.errors import FormatError, PolicyError
@@ -12,7 +16,7 @@ from xfast.snapshots.bytes.source import Source
 from xfast.xsave.area import headers
 from xfast.xsave.layout import PRESETS
 
-HVM, PV, PVH = 2, 1, 3
+PV = 1
 
 
 def area(mask: int, size: int) -> bytes:
@@ -20,14 +24,6 @@ def area(mask: int, size: int) -> bytes:
     struct.pack_into("<H22xI", image, 0, 0x37F, 0x1F80)
     struct.pack_into("<Q", image, 512, mask)
     return bytes(image)
-
-
-def record(kind: int, body: bytes = b"") -> bytes:
-    return struct.pack("<2I", kind, len(body)) + body + bytes(-len(body) % 8)
-
-
-def entry(kind: int, number: int, body: bytes) -> bytes:
-    return struct.pack("<2HI", kind, number, len(body)) + body
 
 
 def cpu(number: int, cr4: int = 0x40000, fpu: bytes = bytes(512)) -> bytes:
@@ -46,27 +42,10 @@ def msrs(number: int, **values: int) -> bytes:
     return entry(20, number, struct.pack("<2I", len(values), 0) + rows)
 
 
-def context(*entries: bytes) -> bytes:
-    header = struct.pack("<2IQ2I", 0x54381286, 1, 0, 0x306C3, 2_000_000)
-    return record(9, entry(1, 0, header) + b"".join(entries) + entry(0, 0, b""))
-
-
 def cpuid(layout, mask: int) -> bytes:
     rows = [(0, 0xFFFFFFFF, 0xD, 0, 0, 0), (0xD, 0, mask, 0, 0, 0), (0xD, 1, 0, 0, 0, 0)]
     rows += [(0xD, s.nr, s.size, s.offset, 0, 0) for s in layout.slots if mask >> s.nr & 1]
     return record(0x11, b"".join(struct.pack("<6I", *row) for row in rows))
-
-
-def image(*records: bytes, domain: int = HVM, version: int = 3, end: bool = True) -> bytes:
-    head = b"\xff" * 8 + b"XENF" + struct.pack(">IH6x", version, 0)
-    pages = record(1, struct.pack("<2IQ", 1, 0, 5) + b"\xa5" * 4096)
-    return (
-        head
-        + struct.pack("<I2H2I", domain, 12, 0, 4, 17)
-        + pages
-        + b"".join(records)
-        + record(0) * end
-    )
 
 
 def wrapped(data: bytes, way: str) -> bytes:

@@ -43,7 +43,7 @@ class Source:
     path : str
         The name as the user gave it; ``-`` is standard input.
     fd : int
-        A regular file, which the Source owns from here on.
+        A regular file or block device, which the Source owns from here on.
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
@@ -66,7 +66,7 @@ class Source:
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.size = os.fstat(fd).st_size
+        self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -100,17 +100,54 @@ class Source:
         name = os.fspath(path)
         if fd is None:
             fd = _stdin(expand_limit) if name == "-" else _regular(name)
-        source = cls(name, fd)
+        return cls(name, fd).expanded(expand_limit)
+
+    @classmethod
+    def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
+        """Take bytes in memory (any buffer), or a binary file opened for reading, as an input.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        """
+        if hasattr(data, "read"):
+            return cls(name, _spool(name, data, expand_limit)).expanded(expand_limit)
+        fd = os.memfd_create("xfast", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(memoryview(data).cast("B"))
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(name, fd).expanded(expand_limit)
+
+    def expanded(self, limit: int) -> Source:
+        """Return the bytes without what they are packed in; this Source is closed with that one.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        XfastError
+            If it needs a module that is missing.
+        """
+        source = self
         try:
             for _ in range(NESTING_LIMIT):
                 codec, body = _compression(source)
                 if not codec:
                     return source
-                source = cls(name, _expand(source, codec, body, expand_limit), source, codec, body)
-            raise FormatError(name, 0, f"found {source.container}, needed fewer layers")
+                fd = _expand(source, codec, body, limit)
+                source = Source(self.path, fd, source, codec, body)
+            raise FormatError(self.path, 0, f"found {source.container}, needed fewer layers")
         except BaseException:
             source.close()
             raise
+
+    def whole(self) -> IO[bytes]:
+        """Return all bytes as a file, to be read from its start and closed."""
+        return os.fdopen(os.dup(self.fd), "rb")
 
     def close(self) -> None:
         """Close the file; temporary ones vanish."""
@@ -130,6 +167,11 @@ class Source:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
 
     @property
     def base(self) -> Source:
@@ -298,6 +340,11 @@ class View(Source):
         self.container = source.container
         self.bytes_read = 0
 
+    @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return self.source.is_device
+
     def close(self) -> None:
         """Leave the file to its owner."""
 
@@ -339,12 +386,12 @@ class View(Source):
 
 
 def _regular(name: str) -> int:
-    """Open a regular file; anything else might never end, or act when opened."""
+    """Open a regular file or a block device; anything else might never end, or act when opened."""
     try:
         mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-            raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a character device, pipe or socket"
+            raise FormatError(name, None, f"found {kind}, expected a file or a block device")
         if os.path.lexists(name + JOURNAL):
             raise FormatError(
                 name,
@@ -378,7 +425,7 @@ def _compression(source: Source) -> tuple[str, int]:
 
 
 def _expand(source: Source, codec: str, body: int, limit: int) -> int:
-    with os.fdopen(os.dup(source.fd), "rb") as packed:
+    with source.whole() as packed:
         packed.seek(body)
         try:
             with CODECS[codec](packed, "rb") as file:
