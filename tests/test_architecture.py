@@ -32,7 +32,6 @@ FLOORS = (
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 CIRCLES = {
-    "xfast.kvm.cpuid", "xfast.kvm.kernel", "xfast.kvm.vcpu",
     "xfast.repair.amend", "xfast.repair.plan", "xfast.repair.record",
     "xfast._core", "xfast.engine.loops",
 }  # fmt: skip

@@ -12,7 +12,8 @@ from xfast.hosts.model import Host
 from xfast.judge.rules import RULES
 from xfast.judge.subject import State, Target, kernels_of, leaked, refuses
 from xfast.judge.verdict import Finding, Policy
-from xfast.kernels.behaviour import BEHAVIOURS, loaded, needs_permission, xcr0_problem
+from xfast.kernels.behaviour import BEHAVIOURS, loaded, needs_permission
+from xfast.kernels.guest import announced_problem, xcr0_problem
 from xfast.xsave.cpuid import RUNTIME_FEATURES
 from xfast.xsave.features import (
     BY_NAME,
@@ -197,6 +198,17 @@ def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[
                 component=names_of(xcr0 & ~supported & ~X87) if xcr0 & ~supported else "",
             )
             return
+    fault = announced_problem(known or 0)
+    if fault and known is not None:
+        yield finding_of(
+            state,
+            "XCR0",
+            "risky",
+            (f"{known:#x}", f"{target.host or 0:#x}"),
+            f"the guest's CPUID announces {known:#x}, and a guest that enables all of it gets #GP "
+            f"at XSETBV: {fault}",
+            ref=BEHAVIOURS["xtilecfg-with-xtiledata"].ref,
+        )
 
 
 @judges("SIZE")
