@@ -97,7 +97,7 @@ def test_nothing_imports_in_a_circle():
 def test_formats_neither_judge_nor_print():
     for path in (PACKAGE / "snapshots").rglob("*.py"):
         rooms = {room(target) for target in imports(path)}
-        assert rooms <= {"errors", "kernels", "snapshots", "xsave", "__init__"}, path
+        assert rooms <= {"errors", "engine", "kernels", "snapshots", "xsave", "__init__"}, path
         assert "print(" not in path.read_text()
 
 

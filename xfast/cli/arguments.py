@@ -138,16 +138,17 @@ def hosts_of(specs: Sequence[str], tally: Tally) -> list[Host]:
 
     One of them that can't be read costs one line and a problem; a name of one's own raises.
     """
-    from xfast.hosts import resolve_all
+    from xfast.hosts import expand, resolve_all
 
     hosts: list[Host] = []
     for spec in specs:
-        if not os.path.isdir(spec):
+        found = expand(spec)
+        if found == [spec]:
             hosts += resolve_all(spec)
             continue
-        for entry in sorted(os.scandir(spec), key=lambda entry: entry.name):
+        for entry in found:
             try:
-                hosts += resolve_all(entry.path)
+                hosts += resolve_all(entry)
             except (XfastError, OSError) as problem:
-                fail(tally, entry.path, problem)
+                fail(tally, entry, problem)
     return hosts

@@ -25,6 +25,7 @@ from xfast.xsave.layout import Layout
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
     "minidump": "xfast.snapshots.minidump",
+    "xen": "xfast.snapshots.xen",
     "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu.reader",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
