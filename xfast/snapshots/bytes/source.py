@@ -43,7 +43,7 @@ class Source:
     path : str
         The name as the user gave it; ``-`` is standard input.
     fd : int
-        A regular file, which the Source owns from here on.
+        A regular file or block device, which the Source owns from here on.
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
@@ -66,7 +66,7 @@ class Source:
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.size = os.fstat(fd).st_size
+        self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -119,6 +119,11 @@ class Source:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
 
     @property
     def base(self) -> Source:
@@ -288,6 +293,11 @@ class View(Source):
         self.container = source.container
         self.bytes_read = 0
 
+    @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return self.source.is_device
+
     def close(self) -> None:
         """Leave the file to its owner."""
 
@@ -329,12 +339,12 @@ class View(Source):
 
 
 def _regular(name: str) -> int:
-    """Open a regular file; anything else might never end, or act when opened."""
+    """Open a regular file or a block device; anything else might never end, or act when opened."""
     try:
         mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-            raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a character device, pipe or socket"
+            raise FormatError(name, None, f"found {kind}, expected a file or a block device")
         if os.path.lexists(name + JOURNAL):
             raise FormatError(
                 name,

@@ -242,7 +242,7 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     return devices
 
 
-def _measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
+def measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
     """Return the bytes that a device or subsection takes, by the description at `text`."""
     try:
         return _size(entry, 0)
@@ -281,13 +281,13 @@ def _walk(stream: Source, devices: Sequence[dict[str, Any]], end: int) -> list[C
     cpus = []
     text = end + 6
     for device in reversed(devices):
-        size = _measure(stream, device, text)
+        size = measure(stream, device, text)
         name = device["name"].encode(errors="replace")
         found = _section(stream, name, size, end)
         if found is None:
             break
         if name == b"cpu":
-            cpus.append(_described_cpu(stream, device, text, found, size))
+            cpus.append(described_cpu(stream, device, text, found, size))
         end = found[2] - 14 - len(name)
     return cpus
 
@@ -308,15 +308,22 @@ def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int
     return None
 
 
-def _described_cpu(
+def described_cpu(
     stream: Source,
     device: Mapping[str, Any],
     text: int,
     found: tuple[int, int, int],
     size: int,
 ) -> CpuSection:
+    """Return the cpu section at (instance, version, offset of the payload), as described.
+
+    Raises
+    ------
+    FormatError
+        If it is of another version, or not as described.
+    """
     instance, version, offset = found
-    fixed = _measure(stream, {"fields": device.get("fields", [])}, text)
+    fixed = measure(stream, {"fields": device.get("fields", [])}, text)
     if version != CPU_VERSION or fixed not in FIXED_SIZES:
         raise FormatError(
             stream.path,
@@ -328,7 +335,7 @@ def _described_cpu(
     at = offset + fixed
     for part in device.get("subsections", ()):
         name = part["vmsd_name"].encode(errors="replace")
-        length = _measure(stream, part, text)
+        length = measure(stream, part, text)
         head = bytes([SUBSECTION, len(name) & 0xFF]) + name
         if stream.read(at, len(head)) != head:
             raise FormatError(stream.path, at, f"found no {part['vmsd_name'][:40]}, as described")
