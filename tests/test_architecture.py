@@ -23,6 +23,7 @@ FLOORS = (
     {"kvm"},
     {"judge", "store"},
     {"messages", "repair", "report"},
+    {"fleet"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},
