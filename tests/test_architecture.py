@@ -33,7 +33,6 @@ FLOORS = (
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 CIRCLES = {
-    "xfast.kvm.cpuid", "xfast.kvm.kernel", "xfast.kvm.vcpu",
     "xfast.repair.amend", "xfast.repair.plan", "xfast.repair.record",
 }  # fmt: skip
 """The modules that still import each other; none is to be added."""
