@@ -22,7 +22,7 @@ from xfast.fleet.html import page
 from xfast.fleet.judging import Question, Result
 from xfast.fleet.summary import summarise
 from xfast.hosts import resolve
-from xfast.judge.verdict import Finding, Policy, Verdict
+from xfast.judge.verdict import Finding, Judgement, Policy, Verdict
 
 pytest.importorskip("pyarrow", reason="needs pyarrow")
 
@@ -127,7 +127,8 @@ def test_a_million_snapshots_are_a_small_page(tmp_path):
             result = Result(snapshots=50_000)
             for kind in range(100):
                 finding = Finding("LEAK", "pkru", 0, "blocks", "", "", "safe", f"why {kind}", "r")
-                verdict = Verdict("", hosts[0].name, "incompatible", "safe", (finding,))
+                answer = Judgement("incompatible", "safe", (finding,))
+                verdict = Verdict("", hosts[0].name, answer)
                 result.classes[f"{kind:016x}"] = (verdict,)
             result.words["incompatible"] = 50_000
             for i in range(50_000):
