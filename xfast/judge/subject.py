@@ -210,11 +210,12 @@ def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ..
 def subject_of(snapshot: Snapshot) -> Subject:
     """Work out what the rules look at in a snapshot."""
     kind, producer = snapshot.kind, snapshot.producer
+    doubts: tuple[str, ...] = getattr(snapshot, "doubts", ())
     if isinstance(snapshot.vcpus, Stack):
-        return Subject(kind, _parts(snapshot.vcpus, kind, producer), True, None, snapshot.doubts)
+        return Subject(kind, _parts(snapshot.vcpus, kind, producer), True, None, doubts)
     parts = tuple([Part(state_of(v, kind, producer), v.index) for v in snapshot.vcpus])
     machine = _machine(snapshot.vcpus) if producer == "criu" and parts else None
-    return Subject(kind, parts, False, machine, snapshot.doubts)
+    return Subject(kind, parts, False, machine, doubts)
 
 
 def _parts(stack: Stack, kind: str, producer: str) -> tuple[Part, ...]:
