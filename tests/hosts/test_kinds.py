@@ -279,6 +279,16 @@ def test_one_cpu_has_its_layout_from_each_kind(kind):
     assert host.layout.by_nr[9] == PRESETS["amd-zen3"].by_nr[9]
 
 
+def test_caveat_says_what_a_verdict_rests_on():
+    caveat = read("cpuinfo").caveat
+    assert caveat.startswith("layout, kvm_xcr0 assumed; certain with the output of `cpuid -r` the")
+    assert "`xfast host dump` there" in caveat
+    (host,) = parse((HEX_LOG + NEW_LOG).encode())
+    assert "2 boots in this log" in host.caveat
+    assert resolve("amd-milan@6.6").caveat == ""
+    assert resolve("amd-milan").caveat == ""
+
+
 def test_assumed_masks_are_cut_by_a_kernel():
     (host,) = parse(LSCPU.replace("pku", "pku amx_tile").encode())
     assert host.kvm_xcr0 == 0x602E7
