@@ -177,7 +177,7 @@ def plan_fix(
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
         known, so that its data would stay; or if an area that is to move contradicts the layout
-        that was given.
+        that was given; or if there may be vCPUs that were not read (`Snapshot.doubts`).
     ValueError
         If a word of `drop` names no component.
 
@@ -185,6 +185,10 @@ def plan_fix(
     """
     rules = policy if isinstance(policy, Policy) else Policy(policy)
     asked = sum({1 << parse_component(word) for word in drop})
+    if snapshot.doubts:
+        raise PolicyError(
+            f"{snapshot.path}: not every vCPU may have been read: {snapshot.doubts[0]}"
+        )
     states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
     before = verdict_of(snapshot.path, host, states, rules)
     repairs = []

@@ -197,6 +197,9 @@ def _read(stream: _Stream) -> Snapshot:
         vcpu.guest_mask = guest.components if guest else None
         vcpus.append(vcpu)
     container = (*source.container, *stream.container, *mapped_ram)
+    doubts = found.doubts
+    if guest and guest.vcpus not in (None, len(vcpus)):
+        doubts += (f"expected {guest.vcpus} vCPUs, as the domain has, got {len(vcpus)}",)
     return Snapshot(
         source.path,
         "qemu",
@@ -206,6 +209,7 @@ def _read(stream: _Stream) -> Snapshot:
         container,
         facts,
         "/".join(stream.internal or ()),
+        doubts,
     )
 
 
