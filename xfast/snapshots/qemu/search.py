@@ -79,6 +79,8 @@ before the description; a disk image or O_DIRECT may pad it with zeros."""
 COMMON = re.compile(rb"\x04.{4}\x0acpu_common(.{4})\0\0\0.", re.DOTALL)
 APIC = re.compile(rb"\x04.{4}\x04apic.{4}\0\0\0.", re.DOTALL)
 """The headers of two sections that QEMU writes beside each `cpu`; the first has its instance."""
+LOOK_BACK = 1 << 15
+"""A `cpu` section with every subsection is shorter (bytes)."""
 COMMON_SIZE = 64
 """`cpu_common` 0 lies at most so far before the header of `cpu` 0 (bytes)."""
 
@@ -205,6 +207,12 @@ def search(stream: Source) -> Found:
                 f"found a cpu section {why}, needed the description that QEMU writes at the end "
                 "of a stream",
             )
+    earlier = max(
+        (cpu for cpu in cpus if cpu.offset < first), key=lambda cpu: cpu.offset, default=None
+    )
+    doubts: tuple[str, ...] = ()
+    if earlier and first < stream.size and _leads_to(window, earlier, first):
+        doubts = (f"got a cpu section of vCPU {earlier.instance} before that of vCPU 0",)
     cpus = sorted(cpu for cpu in cpus if cpu.offset >= first or first == stream.size)
     if not cpus:
         return Found([])
@@ -222,7 +230,26 @@ def search(stream: Source) -> Found:
         sum(1 for _ in APIC.finditer(window.data, begin)),
         window.data.find(b"\x08kvmclock", begin) >= 0,
         "damaged" if window.data[end + 1 : end + 2] == b"\x06" else "none",
+        doubts,
     )
+
+
+def _leads_to(window: Window, cpu: CpuSection, first: int) -> bool:
+    """Tell whether the sections from `cpu` on lead to that of vCPU 0, and not through memory.
+
+    Where sections have no footers nothing leads anywhere: what lies close by is doubted.
+    """
+    data = window.data
+    target = first - window.start - CPU_HEADER
+    header = cpu.offset - window.start - CPU_HEADER
+    if data[cpu.offset + cpu.size - window.start] != FOOTER:
+        return target - header < LOOK_BACK
+    for match in SECTION_END.finditer(data, header, target + 32):
+        if match[1] == data[header + 1 : header + 5]:
+            header = match.start() + 5
+            if header >= target:
+                break
+    return header == target
 
 
 def _candidates(window: Window) -> tuple[list[CpuSection], list[tuple[int, str]]]:

@@ -22,6 +22,7 @@ from xfast.snapshots.qemu.search import (
     FIXED_SIZES,
     FOOTER,
     FULL,
+    LOOK_BACK,
     SUBSECTION,
     WINDOW,
     CpuSection,
@@ -39,8 +40,6 @@ CONFIGURATION_PARTS = 8
 """The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
 """How far from the file's start a stream may begin (bytes)."""
-LOOK_BACK = 1 << 15
-"""A `cpu` section with every subsection is shorter (bytes)."""
 DEPTH_LIMIT = 16
 
 DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
