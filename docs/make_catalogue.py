@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from xfast.hosts import Host, load
-from xfast.hosts.baseline import QEMU_NAMES
 from xfast.hosts.derive import from_cpuid
 from xfast.hosts.description import to_toml
+from xfast.hosts.models import qemu_name
 from xfast.xsave.cpuid import FEATURES, XSAVE_FEATURES, Cpuid, Entry
 from xfast.xsave.layout import PRESETS
 
@@ -133,8 +133,7 @@ def of_qemu(samples: Path) -> Host:
     """Return QEMU's own CPU emulation, ``-accel tcg -cpu max``, from its expanded model."""
     dump = "q11-max-smp4-q35.json"
     props = json.loads((samples / "qemu" / dump).read_text())["model"]["model"]["props"]
-    names = {name: QEMU_NAMES.get(name, name.replace("_", "-")) for name in FEATURES}
-    features = frozenset(name for name, theirs in names.items() if props.get(theirs) is True)
+    features = frozenset(name for name in FEATURES if props.get(qemu_name(name)) is True)
     layout = PRESETS["intel"].restricted(0x21F)
     return Host(
         "qemu-tcg-max",

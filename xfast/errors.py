@@ -1,4 +1,9 @@
-"""What xfast raises: every error says what was found, what was needed, and where."""
+"""What xfast raises: every error says what was found, what was needed, and where.
+
+And how names of files and hosts are written wherever they are shown.
+"""
+
+import re
 
 
 class XfastError(ValueError):
@@ -31,6 +36,47 @@ class FormatError(XfastError):
         super().__init__(f"{where}: {message}")
 
 
+class UnknownFormatError(FormatError):
+    """A file is of no format that xfast knows."""
+
+
 def printable(text: str) -> str:
     """Return `text` fit for a terminal line: what is not printable comes out escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def escape(name: str) -> str:
+    r"""Return a file's or host's name as every output writes it: printable, UTF-8, reversible.
+
+    Bytes that are not UTF-8 become ``\xNN``, characters that don't print ``\xNN``, ``\uNNNN`` or
+    ``\UNNNNNNNN``, and a backslash ``\\``; `unescape` gives back the name itself.
+    """
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(map(_escape_character, name))
+
+
+def _escape_character(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if character == "\\":
+        return "\\\\"
+    if character.isprintable():
+        return character
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def unescape(text: str) -> str:
+    """Return the name that `escape` wrote as `text`."""
+    return re.sub(r"\\(\\|x..|u....|U........)", _unescape_character, text)
+
+
+def _unescape_character(match: re.Match[str]) -> str:
+    what = match[1]
+    if what == "\\":
+        return what
+    code = int(what[1:], 16)
+    return chr(code + 0xDC00 if what[0] == "x" and code >= 0x80 else code)

@@ -17,13 +17,13 @@ from xfast.hosts import Host, load, parse, resolve, this
 from xfast.hosts.baseline import (
     QEMU_LACKS,
     QEMU_MODEL_FEATURES,
-    QEMU_NAMES,
     common,
     firecracker_template,
     qemu_cpu,
 )
 from xfast.hosts.catalogue import catalogue
 from xfast.hosts.firecracker import apply_template
+from xfast.hosts.models import qemu_name
 from xfast.kernels.behaviour import of_release
 from xfast.kvm import Kernel
 from xfast.xsave.cpuid import FEATURES, RUNTIME_FEATURES
@@ -63,7 +63,7 @@ def test_qemu_names_are_qemus(shared):
     text = (shared / "samples/qemu/q11-max-smp4-q35.json").read_text()
     known = json.loads(text)["model"]["model"]["props"].keys()
     for feature in FEATURES.keys() - RUNTIME_FEATURES - QEMU_LACKS:
-        assert QEMU_NAMES.get(feature, feature.replace("_", "-")) in known
+        assert qemu_name(feature) in known
     for feature in QEMU_LACKS:
         assert feature.replace("_", "-") not in known
 

@@ -11,6 +11,18 @@ import pytest
 
 from xfast.engine import hw
 from xfast.xsave import area
+from xfast.xsave.features import (
+    AVX,
+    BY_NAME,
+    PKRU,
+    PKRU_NR,
+    SSE,
+    X87,
+    XCOMP_BV_COMPACTED,
+    XFEATURE_MASK_AVX512,
+    XFEATURE_MASK_FPSSE,
+    names_of,
+)
 from xfast.xsave.layout import from_leaf_d
 
 HERE = Path(__file__).parents[1]
@@ -20,6 +32,7 @@ IMAGES = os.environ.get("XFAST_HW_IMAGES", "3000")
 needs_hardware = pytest.mark.skipif(
     not hw.available(), reason="this machine has no XSAVE, or its kernel does not enable it"
 )
+OPMASK, ZMM_HI256 = (BY_NAME[name].bit for name in ("opmask", "zmm_hi256"))
 ALL = (1 << 64) - 1
 SIGSEGV, SIGILL = 11, 4
 
@@ -47,36 +60,98 @@ def image(xstate_bv):
 @pytest.mark.parametrize(("seed", "options"), [("1", ["--amx"]), ("2", [])])
 def test_random_images_give_the_same_on_model_and_cpu(seed, options):
     command = [sys.executable, HERE / "helpers" / "differential.py", IMAGES, seed, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(HERE), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+CHANGES = {"set_xmm15": SSE, "set_ymm15": SSE | AVX | ZMM_HI256, "set_k7": OPMASK, "fldz": X87}
+"""What an instruction between restore and save modifies (masks), as far as the CPU has it."""
+
+
 @needs_hardware
-@pytest.mark.parametrize(
-    ("change", "written"),
-    [(None, 0), ("set_xmm15", 2), ("set_ymm15", 0x46), ("set_k7", 0x20), ("fldz", 1)],
-)
-def test_xsaveopt_writes_at_least_what_was_modified(change, written):
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_xsaveopt_writes_at_least_what_was_modified(change):
     # Intel SDM vol. 1 section 13.9: what is unmodified may be left out, and is on the CPUs seen.
-    if not hw.cpuid(0xD, 1)[0] & 1 or hw.xgetbv(0) & 0xE7 != 0xE7:
-        pytest.skip("this CPU has no XSAVEOPT or no AVX-512")
+    own = hw.xgetbv(0) & (XFEATURE_MASK_FPSSE | AVX | XFEATURE_MASK_AVX512)
+    if not hw.cpuid(0xD, 1)[0] & 1:
+        pytest.skip("this CPU has no XSAVEOPT (CPUID leaf 0xD.1 EAX bit 0)")
+    needed = {"set_ymm15": AVX, "set_k7": OPMASK}.get(change, 0)
+    if needed & ~own:
+        pytest.skip(f"XCR0 lacks {names_of(needed)}")
+    written = CHANGES.get(change, 0) & own
     ends = {0: (32, 160), 1: (160, 416)}
-    ends |= {s.nr: (s.offset, s.offset + s.size) for s in leaf_d().slots if 0xE7 >> s.nr & 1}
-    memory = image(0xE7)
+    ends |= {s.nr: (s.offset, s.offset + s.size) for s in leaf_d().slots if own >> s.nr & 1}
+    memory = image(own)
     steps = [
-        ("xrstor64", memory, 0xE7),
+        ("xrstor64", memory, own),
         ("fill", memory[:512], 0xCC),
         ("fill", memory[576:], 0xCC),
-        ("xsaveopt64", memory, 0xE7),
+        ("xsaveopt64", memory, own),
     ]
     if change:
         steps.insert(3, (change, None, 0))
     hw.run(steps)
     seen = sum(1 << nr for nr, (start, end) in ends.items() if (memory[start:end] != 0xCC).any())
     assert seen & written == written
-    assert memory[512] == 0xE7
+    assert memory[512] == own
     assert (memory[24:28] == (0x80, 0x1F, 0, 0)).all()
+
+
+def needs_pku():
+    if not hw.xgetbv(0) & PKRU or not hw.cpuid(7)[2] >> 4 & 1:
+        pytest.skip("this machine has no PKRU (XCR0 bit 9, CPUID leaf 7 ECX bit 4)")
+
+
+@needs_hardware
+@pytest.mark.parametrize("compacted", [False, True])
+def test_pkru_is_loaded_and_saved_and_the_callers_comes_back(compacted):
+    needs_pku()
+    before, memory, after = areas(1)[0], areas(1)[0], areas(1)[0]
+    at = leaf_d().slot(PKRU_NR).offset
+    if compacted:
+        at = 576
+        memory[520:528].view("<u8")[0] = XCOMP_BV_COMPACTED | PKRU
+    memory[512:520].view("<u8")[0] = PKRU
+    memory[at : at + 4].view("<u4")[0] = 0x5555_5550
+    hw.run([("xsave64", before, PKRU)])
+    saved = leaf_d().slot(PKRU_NR).offset
+    hw.run([("xrstor64", memory, PKRU), ("xsave64", after, PKRU)])
+    assert after[saved : saved + 4].view("<u4")[0] == 0x5555_5550
+    hw.run([("set_pkru", None, 0x5555_5503), ("xsave64", after, PKRU)])
+    assert after[saved : saved + 4].view("<u4")[0] == 0x5555_5500
+    hw.run([("xsave64", after, PKRU)])
+    assert (after == before).all()
+
+
+@needs_hardware
+def test_a_pkru_that_forbids_the_callers_memory_is_not_loaded():
+    needs_pku()
+    memory, after = areas(1)[0], areas(1)[0]
+    at = leaf_d().slot(PKRU_NR).offset
+    memory[512:520].view("<u8")[0] = PKRU
+    memory[at : at + 4].view("<u4")[0] = 0x5555_5553
+    results = hw.run([("xrstor64", memory, PKRU), ("xsave64", after, PKRU)])
+    assert [result[0] for result in results] == [0, 0]
+    assert not after[at] & 3
+
+
+@needs_hardware
+def test_pkru_can_not_be_set_where_there_is_none():
+    if hw.xgetbv(0) & PKRU and hw.cpuid(7)[2] >> 4 & 1:
+        pytest.skip("this machine has PKRU")
+    with pytest.raises(ValueError, match=r"steps\[0\]: "):
+        hw.run([("set_pkru", None, 0)])
+
+
+@needs_hardware
+def test_fldcw_raises_where_an_exception_is_pending_and_the_process_goes_on():
+    memory, control = image(1), np.frombuffer(b"\x7f\x03", np.uint8).copy()
+    memory[:4] = (0x7E, 3, 1, 0)
+    results = hw.run([("xrstor64", memory, 1), ("fldcw", control, 0)])
+    assert results[1][:2] == (8, 16)  # SIGFPE, #MF
 
 
 @needs_hardware

@@ -58,3 +58,40 @@ def registers_of(text):
                 r"(FCW|FSW|FTW|MXCSR|FPR\d|[XY]MM\d\d)=([0-9a-f]+(?: [0-9a-f]+)*)", part
             )
         }
+
+
+def page(flags, data=b"", name=b"", addr=0):
+    """Return one record of guest memory; without a name it goes on in the block of the last."""
+    if name:
+        return struct.pack(">QB", addr | flags, len(name)) + name + data
+    return struct.pack(">Q", addr | flags | 0x20) + data
+
+
+END_OF_PAGES = struct.pack(">Q", 0x10)
+PAGES = {
+    "zero": page(2, b"\0"),
+    "fill": page(2, b"\xa5", b"pc.ram"),
+    "page": page(8, b"\x5a" * 4096),
+    "first page": page(8, b"\x10" * 4096, b"pc.ram", 0x7000),
+    "xbzrle": page(0x40, b"\1\0\3abc"),
+    "first xbzrle": page(0x40, b"\1\x10\0" + b"\x10" * 4096, b"pc.bios"),
+    "compressed": page(0x100, b"\0\0\0\5abcde", b"pc.rom"),
+    "hook": struct.pack(">Q", 0x80),
+    "multifd flush": struct.pack(">Q", 0x200),
+}
+"""Every kind of record that guest memory comes in."""
+
+
+def places_of(stream):
+    """Return where the first device section of a real stream begins, and its RAM section's id."""
+    section = re.search(b"\x01(.{4})\x03ram\0{7}\x04", stream, re.DOTALL)[1]
+    footer = re.escape(b"\x7e" + section)
+    device = re.search(footer + rb"(?:\x08\0\x0b\0\0)*(?=\x04.{5}\w)", stream, re.DOTALL)
+    return device.end(), section
+
+
+def with_memory(stream, records):
+    """Return a stream with another section of guest memory in front of its first device."""
+    device, section = places_of(stream)
+    more = b"\2" + section + records + END_OF_PAGES + b"\x7e" + section
+    return stream[:device] + more + stream[device:]

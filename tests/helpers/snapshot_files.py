@@ -12,8 +12,8 @@ from xfast.snapshots.firecracker import crc64
 
 XCR0 = 7
 AREA_SIZE = 832
-READ_ONLY = frozenset({"minidump"})
-"""Formats that nobody restores, and that are not edited."""
+READ_ONLY = frozenset({"minidump", "xen"})
+"""Formats that are not edited: nobody restores them, or no edit could be checked."""
 
 
 def area(fill: int = 1, size: int = AREA_SIZE, xstate_bv: int = XCR0) -> bytes:
@@ -256,6 +256,39 @@ def minidump(*areas: bytes) -> bytes:
     return header + directory + system + threads + contexts
 
 
+# Xen
+
+
+def xen_record(kind: int, body: bytes = b"") -> bytes:
+    return struct.pack("<2I", kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def xen_entry(kind: int, number: int, body: bytes) -> bytes:
+    return struct.pack("<2HI", kind, number, len(body)) + body
+
+
+def xen_context(*entries: bytes) -> bytes:
+    """Return the record HVM_CONTEXT with these entries."""
+    header = struct.pack("<2IQ2I", 0x54381286, 1, 0, 0x306C3, 2_000_000)
+    return xen_record(9, xen_entry(1, 0, header) + b"".join(entries) + xen_entry(0, 0, b""))
+
+
+def xen_image(*records: bytes, domain: int = 2, version: int = 3, end: bool = True) -> bytes:
+    """Return a domain image of Xen 4.17 with a page of memory before these records."""
+    head = b"\xff" * 8 + b"XENF" + struct.pack(">IH6x", version, 0)
+    head += struct.pack("<I2H2I", domain, 12, 0, 4, 17)
+    pages = xen_record(1, struct.pack("<2IQ", 1, 0, 5) + b"\xa5" * 4096)
+    return head + pages + b"".join(records) + xen_record(0) * end
+
+
+def xen_guest(*areas: bytes) -> bytes:
+    """Return the image of an HVM guest with a vCPU an area."""
+    entries = [xen_entry(2, i, image[:512] + bytes(488)) for i, image in enumerate(areas)]
+    for i, image in enumerate(areas):
+        entries.append(xen_entry(16, i, struct.pack("<3Q", 0, XCR0, XCR0) + image))
+    return xen_image(xen_context(*entries))
+
+
 BUILDERS = {
     "qemu": lambda: {"vm.qemustate": qemu_stream()},
     "elfcore": lambda: {"core": elf_core(*elf_notes(100, area(1)), *elf_notes(101, area(2)))},
@@ -264,5 +297,6 @@ BUILDERS = {
     "criu": lambda: criu_files(100, 101),
     "raw": lambda: {"vm.xsave": area(1, 4096) + area(2, 4096)},
     "minidump": lambda: {"x.dmp": minidump(area(1), area(2))},
+    "xen": lambda: {"guest.xen": xen_guest(area(1), area(2))},
 }
 """Format -> a function that returns the files of one snapshot: {name: bytes}."""

@@ -1,255 +1,46 @@
-"""The model against recordings of real kernels: every ioctl, every byte, every errno.
+"""The models against recordings of real kernels and CPUs: every ioctl, byte, errno and fault.
 
-`kvm.jsonl.xz` was recorded on Linux 6.18.44 on an AMD Zen 4 whose vendor module rewrites the
-CPUID lists it is given; `kvm-pkru.jsonl.xz` on twelve kernels from 5.10 to 7.3, on two emulated
-CPUs with PKRU.
+`kvm.jsonl.xz` was recorded on Linux 6.18.44 on an AMD Zen 4, `kvm-zen3.jsonl.xz` on one with a
+Zen 3 and PKRU; both have a vendor module that rewrites the CPUID lists it is given.
+`kvm-pkru.jsonl.xz` is of twelve kernels from 5.10 to 7.3, on two emulated CPUs with PKRU. The
+instructions are of a Zen 4 (`hw`), a Zen 3 (`hw-zen3`), a Sapphire Rapids (`hw-intel`) and of
+emulated Intel CPUs (`emu`).
 """
 
 import base64
-import collections
 import json
 import lzma
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
-import numpy as np
+import pytest
+import replay
 
-from xfast.hosts.model import Host
-from xfast.kernels.uapi import KVM_EXIT_HLT
-from xfast.kvm import Kernel
-from xfast.kvm.instructions import xrstor
-from xfast.kvm.processor import Cpu, Processor
-from xfast.xsave.cpuid import Cpuid, Entry
-from xfast.xsave.features import BY_NAME, PKRU
-from xfast.xsave.layout import from_leaf_d
-
-ZEN4_LEAF_D = {
-    0: (0xE7, 0x980, 0x980, 0),
-    1: (0xF, 0x9A8, 0x1800, 0),
-    2: (0x100, 0x240, 0, 0),
-    5: (0x40, 0x340, 0, 0),
-    6: (0x200, 0x380, 0, 0),
-    7: (0x400, 0x580, 0, 0),
-    11: (0x10, 0, 1, 0),
-    12: (0x18, 0, 1, 0),
-}
+SCRIPT = Path(replay.__file__)
 
 
-def records(path):
-    with lzma.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
+def replayed(path):
+    """Return how many recordings of a file were played, and what was checked; nothing differs."""
+    played, checked, taken = replay.play_all(replay.read(path))
+    wrong = [f"{record['id']}: {texts}" for record, texts in played if texts]
+    assert not wrong, "\n".join(wrong[:20])
+    return len(played), checked, taken
 
 
-def unpack(text):
-    return zlib.decompress(base64.b64decode(text.removeprefix("z:")))
-
-
-class ExactTcgProcessor(Processor):
-    """QEMU's emulated CPU, patched to track XINUSE: its x87 has no pointers and checks nothing.
-
-    It has no modified optimisation: nothing is remembered of the last restore.
-    """
-
-    xrstor_info = property(lambda self: None, lambda self, value: None)
-
-    def load(self, area, nr, at, *, rex_w=True):
-        if nr:
-            return super().load(area, nr, at, rex_w=rex_w)
-        self.values[:5] = area[:5]
-        self.values[3] = area[3] & 0x7F | area[2] & 0x80  # FSW.B follows FSW.ES
-        self.values[32:160].reshape(8, 16)[:, :10] = area[32:160].reshape(8, 16)[:, :10]
-        self.tracked |= 1
-        return None
-
-    def store(self, area, nr, at, *, init, rex_w):
-        if nr:
-            return super().store(area, nr, at, init=init, rex_w=rex_w)
-        area[:5], area[5], area[8:24] = self.values[:5], 0, 0
-        area[32:160].reshape(8, 16)[:, :10] = self.values[32:160].reshape(8, 16)[:, :10]
-        return None
-
-
-class TcgProcessor(ExactTcgProcessor):
-    """QEMU's emulated CPU: it calls every component in use, but BNDREGS."""
-
-    @property
-    def xinuse(self):
-        return self.cpu.layout.user_mask & ~BY_NAME["bndregs"].bit
-
-
-def zen4():
-    layout, _ = from_leaf_d(ZEN4_LEAF_D)
-    flags = frozenset({"xsave", "xsaveopt", "xsavec", "xgetbv1", "xsaves"})
-    return Host(
-        "zen4",
-        layout,
-        xcr0=0xE7,
-        xss=0x1800,
-        kvm_xcr0=0xE7,
-        mxcsr_mask=0x2FFFF,
-        xsave=flags,
-        vendor="AuthenticAMD",
-    )
-
-
-def kernel_of(record, release):
-    if "host_leaf_d" not in record:
-        return Kernel(zen4(), release)
-    layout, _ = from_leaf_d({row[0]: tuple(row[1:]) for row in record["host_leaf_d"]})
-    host = Host(
-        "emulated",
-        layout,
-        xcr0=record["xcr0_host"],
-        kvm_xcr0=record["kvm_supported_xcr0"],
-        mxcsr_mask=record["mxcsr_mask"],
-        xsave=frozenset({"xsave", "xsaveopt", "xgetbv1"}),
-        vendor="AuthenticAMD",
-    )
-    cpu = Cpu("tcg", layout, frozenset({"xsaveopt", "xgetbv1"}), record["mxcsr_mask"])
-    exact = "-xi/" in record["id"]
-    return Kernel(
-        host, release, (ExactTcgProcessor if exact else TcgProcessor)(cpu, record["xcr0_host"])
-    )
-
-
-class Replay:
-    """One sequence on one modelled kernel."""
-
-    def __init__(self, record, release):
-        self.record = record
-        self.kernel = kernel_of(record, release)
-        self.vcpu = self.kernel.create_vcpu()
-        self.checked = collections.Counter()
-
-    def run(self):
-        for number, op in enumerate(self.record["ops"]):
-            where = f"{self.record['id']} op {number} {op['op']}"
-            try:
-                got = getattr(self, op["op"].lower())(op)
-                code = 0
-            except OSError as refused:
-                got, code = None, refused.errno
-            assert code == op.get("errno", 0), where
-            self.checked[op["op"]] += 1
-            if got is not None:
-                expected, got = got
-                assert bytes(got) == bytes(expected), where + difference(expected, got)
-
-    def limit(self, op):
-        return op.get("readable_or_writable_bytes")
-
-    def get_xsave(self, op):
-        room = self.limit(op)
-        data = self.vcpu.get_xsave(None if room is None else bytearray(room))
-        return (unpack(op["out"]), data) if "out" in op else None
-
-    def get_xsave2(self, op):
-        room = self.limit(op)
-        data = self.vcpu.get_xsave2(None if room is None else bytearray(room))
-        if "size" in op:
-            assert len(data) == op["size"]
-        return (unpack(op["out"])[: len(data)], data) if "out" in op else None
-
-    def set_xsave(self, op):
-        self.vcpu.set_xsave(unpack(op["in"]) if "in" in op else bytes(self.limit(op)))
-
-    def set_cpuid2(self, op):
-        self.vcpu.set_cpuid2(op["in"])
-        if "guest_supported_xcr0" in op:
-            self.adopt(op)
-
-    def adopt(self, op):
-        """Check what the list became; long ones are recorded cut to leaf 0xD."""
-        assert self.vcpu.guest_supported_xcr0 == op["guest_supported_xcr0"]
-        if "effective" in op:
-            leaf_d = op.get("leaf_d_only")
-            kept = [e for e in self.vcpu.cpuid.entries if not leaf_d or e.function == 0xD]
-            assert [list(e) for e in kept] == op["effective"], self.record["id"]
-            self.checked["effective"] += 1
-
-    def get_cpuid2(self, op):
-        leaf_d = [list(e) for e in self.vcpu.get_cpuid2() if e.function == 0xD]
-        assert leaf_d == op["leafD"], self.record["id"]
-
-    def get_xcrs(self, op):
-        assert self.vcpu.get_xcrs() == [tuple(x) for x in op["xcrs"]]
-
-    def set_xcrs(self, op):
-        self.vcpu.set_xcrs([tuple(x) for x in op["xcrs"]], nr=op["nr"], flags=op["flags"])
-
-    def get_fpu(self, op):
-        return unpack(op["out"]), self.vcpu.get_fpu()
-
-    def set_fpu(self, op):
-        self.vcpu.set_fpu(unpack(op["in"]))
-
-    def run_immediate_exit(self, op):
-        self.vcpu.run(immediate_exit=True)
-
-    def vmm_wrpkru(self, op):
-        self.kernel.fpu.wrpkru(op["value"])
-
-    def arch_prctl(self, op):
-        assert self.kernel.arch_prctl(op["code"], op["arg"]) == op["value"]
-
-    def run_hlt(self, op):
-        return self.run_code({"what": "hlt", "cr4": 0, **op})
-
-    def run_code(self, op):
-        seen = {}
-
-        def guest(processor):
-            at = processor.offsets[9] if PKRU & processor.cpu.layout.mask else 0
-            if op["what"] == "rdpkru":
-                seen["rax"] = int(processor.values[at : at + 4].view("<u4")[0])
-            elif op["what"] == "wrpkru":
-                self.kernel.fpu.wrpkru(op["eax_in"])
-            elif op["what"].startswith("xrstor"):
-                image = np.zeros(4096, np.uint8)
-                image[512:520].view("<u8")[0] = PKRU
-                pkru = processor.cpu.layout.slot(9).offset
-                image[pkru : pkru + 4].view("<u4")[0] = 0xDEADBEEF
-                xrstor(processor, image, PKRU)
-
-        self.vcpu.cr4 = op["cr4"]
-        assert self.vcpu.run(guest) == op["exit_reason"] == KVM_EXIT_HLT
-        if "rax" in seen:
-            assert seen["rax"] == op["rax"]
-        if "host_pkru" in op:
-            assert self.kernel.fpu.rdpkru() == op["host_pkru"]
-
-
-def difference(expected, got):
-    if len(expected) != len(got):
-        return f": {len(got)} bytes, recorded {len(expected)}"
-    at = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b][:8]
-    return "".join(f"\n  byte {i}: {got[i]:#x}, recorded {expected[i]:#x}" for i in at)
-
-
-class RewritingReplay(Replay):
-    """A sequence of the KVM whose vendor module rewrites CPUID lists (section 10's caveat)."""
-
-    def adopt(self, op):
-        effective = Cpuid(tuple(Entry(*entry) for entry in op["effective"]))
-        self.checked["rewritten"] += effective != self.vcpu.cpuid
-        self.vcpu.cpuid = effective
-        self.vcpu.guest_supported_xcr0 = op["guest_supported_xcr0"]
-
-
-def replay_all(path, replay):
-    """Return how many sequences were replayed, and how many calls of each kind."""
-    checked = collections.Counter()
-    everything = records(path)
-    for record in everything:
-        for release in record.get("kernels", ["6.18.44"]):
-            one = replay(record, release)
-            one.run()
-            checked += one.checked
-            checked["replays"] += 1
-    return len(everything), checked
+@pytest.mark.parametrize(
+    ("name", "count"), [("hw", 286), ("hw-zen3", 428), ("hw-intel", 800), ("emu", 1557)]
+)
+def test_every_instruction_is_reproduced(data, name, count):
+    played, _, taken = replayed(data / "vectors" / f"{name}.jsonl.xz")
+    assert played == count
+    # these recordings name no model: they agree on Sapphire Rapids' width
+    assert len(taken) == (name == "hw-intel")
 
 
 def test_every_sequence_of_6_18_on_zen4(data):
-    sequences, checked = replay_all(data / "kvm/kvm.jsonl.xz", RewritingReplay)
+    sequences, checked, _ = replayed(data / "kvm/kvm.jsonl.xz")
     assert sequences == checked["replays"] == 355
     assert checked["GET_XSAVE"] == 671
     assert checked["SET_XSAVE"] == 609
@@ -258,11 +49,95 @@ def test_every_sequence_of_6_18_on_zen4(data):
     assert checked["rewritten"] == 268
 
 
+def test_every_sequence_of_6_18_on_zen3_with_pkru(data):
+    sequences, checked, _ = replayed(data / "kvm/kvm-zen3.jsonl.xz")
+    assert sequences == checked["replays"] == 118
+    assert checked["GET_XSAVE"] == 394
+    assert checked["SET_XSAVE"] == 203
+    assert checked["VMM_WRPKRU"] == 56
+    assert checked["RUN_IMMEDIATE_EXIT"] == 103
+
+
 def test_every_sequence_of_twelve_kernels_with_pkru(data):
-    sequences, checked = replay_all(data / "kvm/kvm-pkru.jsonl.xz", Replay)
+    sequences, checked, _ = replayed(data / "kvm/kvm-pkru.jsonl.xz")
     assert sequences == 2083
     assert checked["replays"] == 6609
     assert checked["GET_XSAVE"] == 13847
     assert checked["SET_XSAVE"] == 9717
     assert checked["effective"] == 7471
     assert checked["RUN_CODE"] == 529
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("vectors", "hw"), ("vectors", "hw-zen3"), ("vectors", "emu"),
+                         ("kvm", "kvm-zen3")]
+)  # fmt: skip
+def test_the_copies_are_the_shared_recordings(shared, data, folder, name):
+    original = replay.read(shared / "vectors" / f"{name}.jsonl")
+    assert replay.read(data / folder / f"{name}.jsonl.xz") == original
+
+
+# The script
+
+
+def script(*paths):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *paths], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def changed(record, key, at):
+    """Return a recording with one bit of a buffer's byte `at` flipped."""
+    buffer = bytearray(replay.unpack(record[key]))
+    buffer[at] ^= 1
+    return record | {key: "z:" + base64.b64encode(zlib.compress(bytes(buffer))).decode()}
+
+
+@pytest.fixture
+def zen3(data):
+    return replay.read(data / "vectors/hw-zen3.jsonl.xz")
+
+
+def written(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_the_script_tells_how_many_differ_and_which(data, zen3, tmp_path):
+    saves = [record for record in zen3 if record["op"] == "XSAVE64"][:4]
+    plain = written(tmp_path / "plain.jsonl", [*saves[:3], changed(saves[3], "out", 100)])
+    code, lines, _ = script(plain)
+    assert code == 1
+    assert lines[0] == "4 recordings, 1 differ"
+    assert saves[3]["id"] in lines[1]
+    assert "the first at 100" in lines[1]
+
+
+def test_the_script_takes_files_of_several_schemas(data, zen3, tmp_path):
+    plain = written(tmp_path / "plain", zen3[:3])
+    code, lines, _ = script(plain, data / "kvm/kvm-zen3.jsonl.xz", data / "vectors/hw.jsonl.xz")
+    assert (code, lines) == (0, ["407 recordings, 0 differ"])
+
+
+def test_a_sequence_that_differs_is_told_with_its_operation(data, tmp_path):
+    with lzma.open(data / "kvm/kvm-zen3.jsonl.xz", "rt") as file:
+        record = json.loads(file.readline())
+    record["ops"] = [{"op": "GET_XCRS", "errno": 0, "nr": 1, "flags": 0, "xcrs": [[0, 7]]}]
+    code, lines, _ = script(written(tmp_path / "one.jsonl", [record]))
+    assert (code, lines[0]) == (1, "1 recordings, 1 differ")
+    assert "op 0 GET_XCRS: XCRs [(0, 1)], recorded [(0, 7)]" in lines[1]
+
+
+def test_of_a_machine_that_is_not_listed_the_width_is_what_its_recordings_have(zen3, tmp_path):
+    records = [{k: v for k, v in r.items() if k not in ("family", "model")} for r in zen3]
+    code, lines, told = script(written(tmp_path / "unknown.jsonl", records))
+    assert (code, lines) == (0, ["428 recordings, 0 differ"])
+    assert "'x87_pointer_bits': 48" in told
+    assert "'pkru_always_modified': True" in told
+
+
+def test_a_line_that_no_schema_has_is_one_that_differs(zen3, tmp_path):
+    code, lines, _ = script(written(tmp_path / "odd.jsonl", [zen3[0], {"id": "odd", "op": "HLT"}]))
+    assert (code, lines[0]) == (1, "2 recordings, 1 differ")
+    assert "odd HLT: can't be played" in lines[1]

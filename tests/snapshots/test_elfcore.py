@@ -4,6 +4,7 @@ import os
 import struct
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -238,6 +239,72 @@ class TestThirdParty:
             snapshots.read(found[0])
 
 
+class TestFxsave:
+    """Threads without NT_X86_XSTATE: x87 and SSE, the most portable state there is."""
+
+    IMAGE = area(0, 576)[:512].tobytes()
+
+    def test_a_real_core_with_nt_prfpreg_only(self, shared):
+        path = shared / "samples/thirdparty/elfutils/test-core.core.bz2"
+        (snapshot,) = snapshots.read(path)
+        (vcpu,) = snapshot.vcpus
+        assert (snapshot.container, snapshot.producer) == (("bzip2",), "kernel")
+        assert (headers(vcpu.area).xstate_bv, vcpu.layout_source, vcpu.xcr0) == (3, "format", None)
+        registers = Registers(vcpu.area, vcpu.layout)
+        assert int(registers["mxcsr"]) == 0x1F80
+        assert registers["xmm1"].tobytes() == b"/" * 16
+        assert snapshot.facts["threads_without_state"] == 0
+
+    @pytest.mark.parametrize(
+        ("name", "kind", "wide", "machine", "at"),
+        [
+            ("CORE", 2, True, 62, 32),
+            ("CORE", 2, False, 62, 24),
+            ("FreeBSD", 2, True, 62, 40),
+            ("LINUX", 0x46E62B7F, False, 3, 24),
+        ],
+    )
+    def test_every_note_that_is_an_fxsave_area(self, tmp_path, name, kind, wide, machine, at):
+        owner = "FreeBSD" if name == "FreeBSD" else "CORE"
+        notes = note(owner, 1, prstatus(7, at)), note(name, kind, self.IMAGE)
+        (vcpu,) = read(tmp_path / "core", *notes, wide=wide, machine=machine).vcpus
+        assert (vcpu.index, vcpu.mode) == (7, 32 if machine == 3 else 64)
+        assert vcpu.area[:416].tobytes() == self.IMAGE[:416]
+        assert not vcpu.area[416:512].any()
+
+    def test_nt_x86_xstate_is_preferred_and_fsave_is_none(self, tmp_path):
+        both = note("CORE", 1, prstatus(1)), note("CORE", 2, self.IMAGE)
+        xstate = note("LINUX", 0x202, area(7, 832).tobytes())
+        old = note("CORE", 1, prstatus(2)), note("CORE", 2, bytes(108))
+        snapshot = read(
+            tmp_path / "core", *both, xstate, *old, note("CORE", 1, prstatus(3)), both[1]
+        )
+        assert [(v.index, v.area.size) for v in snapshot.vcpus] == [(1, 832), (3, 576)]
+        assert snapshot.facts["threads_without_state"] == 1
+
+    def test_edits_put_registers_into_it_and_nothing_else(self, tmp_path):
+        image = self.IMAGE[:416] + b"\xee" * 96
+        path = tmp_path / "core"
+        snapshot = read(path, note("CORE", 1, prstatus(1)), note("CORE", 2, image))
+        new = snapshot.vcpus[0].area.copy()
+        new[160:176], new[512] = 0x77, 2  # xmm0; x87 becomes init
+        new[32:48] = 0x99  # stale, under a clear bit
+        with Source.open(path) as source:
+            splices = snapshots.splices(source, snapshot, {0: new})
+            with open(tmp_path / "out", "wb") as out:
+                source.rewrite(splices, out)
+            wide = np.zeros(832, np.uint8)
+            wide[512] = 7
+            with pytest.raises(PolicyError, match=r"x87 and SSE only, .* got avx"):
+                snapshots.splices(source, snapshot, {0: wide})
+        old, done = path.read_bytes(), (tmp_path / "out").read_bytes()
+        at = old.index(image)
+        assert (done[:at], done[at + 512 :]) == (old[:at], old[at + 512 :])
+        assert done[at + 160 : at + 176] == b"\x77" * 16
+        assert not any(done[at + 32 : at + 160])
+        assert done[at + 416 : at + 512] == b"\xee" * 96
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -286,7 +353,7 @@ class TestBadInput:
         assert time.perf_counter() - start < 2
 
     def test_a_million_empty_notes_are_too_many(self, tmp_path):
-        (tmp_path / "core").write_bytes(core(bytes(12) * ((1 << 20) + 1)))
+        (tmp_path / "core").write_bytes(core(struct.pack("<3I", 0, 0, 7) * ((1 << 20) + 1)))
         with pytest.raises(FormatError, match="found over 1048576 notes"):
             snapshots.read(tmp_path / "core")
 
@@ -370,3 +437,60 @@ class TestEdits:
         after = path.read_bytes()
         assert [i for i in range(len(after)) if after[i] != before[i]] == [edits[0].offset]
         assert edits[0].offset == snapshot.vcpus[1].where["area"][0] + 512
+
+
+class TestHoles:
+    """A sparse file costs nothing to make: what its holes seem to hold must cost nothing either."""
+
+    def test_program_headers_of_64_kib_over_a_hole(self, tmp_path):
+        """e_phentsize 65535 with 2**20 headers was one read of 64 GiB."""
+        image = bytearray(core(thread(1, area(7, 832)), xnum=True))
+        image[54:56] = b"\xff\xff"
+        struct.pack_into("<I", image, len(image) - 20, 1 << 20)
+        path = tmp_path / "core"
+        path.write_bytes(image)
+        os.truncate(path, 70 << 30)
+        with pytest.raises(FormatError, match="program headers of 65535 bytes, needed 56"):
+            snapshots.read(path)
+
+    def test_a_million_program_headers_over_a_hole_are_quick(self, tmp_path):
+        image = bytearray(core(thread(1, area(7, 832)), xnum=True))
+        struct.pack_into("<I", image, len(image) - 20, 1 << 20)
+        path = tmp_path / "core"
+        path.write_bytes(image)
+        os.truncate(path, 100 << 20)
+        tracemalloc.start()
+        start = time.process_time()
+        (vcpu,) = snapshots.read(path)[0].vcpus
+        assert (vcpu.index, time.process_time() - start < 2) == (1, True)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+        tracemalloc.stop()
+
+    def test_areas_in_holes_are_refused(self, tmp_path):
+        """8 MB on the disk with 2 GB of holes took 2.1 GB of memory."""
+        path = tmp_path / "core"
+        head = struct.pack("<3I", 6, 1 << 20, 0x202) + b"LINUX\0\0\0" + area(3, 576).tobytes()
+        count = 64
+        whole = count * ((1 << 20) + 20)
+        image = bytearray(core())
+        struct.pack_into("<Q", image, 64 + 32, whole)
+        with open(path, "wb") as file:
+            file.write(image)
+            for i in range(count):
+                file.seek(len(image) + i * ((1 << 20) + 20))
+                file.write(head)
+            file.truncate(len(image) + whole)
+        if path.stat().st_blocks * 512 > 4 << 20:
+            pytest.skip("this file system stores holes")
+        with pytest.raises(FormatError, match="on the disk, needed areas that are stored"):
+            snapshots.read(path)
+
+    def test_notes_of_zeros_over_a_hole_end(self, tmp_path):
+        image = bytearray(core(thread(1, area(7, 832))))
+        struct.pack_into("<Q", image, 64 + 32, 1 << 30)
+        path = tmp_path / "core"
+        path.write_bytes(image)
+        os.truncate(path, 2 << 30)
+        start = time.process_time()
+        (vcpu,) = snapshots.read(path)[0].vcpus
+        assert (vcpu.index, time.process_time() - start < 2) == (1, True)

@@ -5,6 +5,8 @@ import io
 import mmap
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from xfast import snapshots
 from xfast.errors import FormatError, PolicyError
+from xfast.hosts import resolve as named
+from xfast.judge.judgement import check
 from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes.source import Source
 from xfast.xsave.area import relayout
@@ -140,8 +144,8 @@ class TestFiles:
     def test_zeros_are_no_area(self, tmp_path, sample):
         """KVM_GET_XSAVE always writes FCW and MXCSR; zeros are a hole, or a wrong size."""
         path = tmp_path / "areas.xsave"
-        path.write_bytes(sample + bytes(4096))
-        with pytest.raises(FormatError, match="offset 4096: found no FCW, MXCSR nor XSTATE_BV"):
+        path.write_bytes(sample * 3 + bytes(4096))
+        with pytest.raises(FormatError, match="offset 12288: found no FCW, MXCSR nor XSTATE_BV"):
             snapshots.read(path)
 
     @pytest.mark.parametrize("packed", [False, True])
@@ -173,7 +177,7 @@ class TestFiles:
             snapshots.read(tmp_path / "unnamed")
         assert snapshots.read(tmp_path / "unnamed", format="raw")
 
-    @pytest.mark.parametrize("length", [0, 1, 575, 576, 4095, 4097])
+    @pytest.mark.parametrize("length", [0, 1, 575, 577, 1000, 4095, 4097])
     def test_truncated_files(self, tmp_path, sample, length):
         path = tmp_path / "one.xsave"
         path.write_bytes((sample * 2)[:length])
@@ -441,6 +445,98 @@ class TestEdits:
         (tmp_path / "areas.npy").write_bytes(raw.stacked(areas))
         (snapshot,) = snapshots.read(tmp_path / "areas.npy")
         assert np.array_equal(np.stack([vcpu.area for vcpu in snapshot.vcpus]), areas)
+
+
+class TestOneArea:
+    """Files whose size alone says that they are one area."""
+
+    @pytest.mark.parametrize(
+        ("preset", "mask", "size"),
+        [
+            ("intel", 3, 576),
+            ("intel", 7, 832),
+            ("intel", 0x1F, 1088),
+            ("amd-zen2", 0x207, 896),
+            ("amd-zen4", 0xE7, 2432),
+            ("amd-zen4", 0x2E7, 2440),
+            ("intel", 0xE7, 2688),
+            ("intel", 0x2E7, 2696),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["unnamed", "x.xsave"])
+    def test_ptraces_sizes(self, tmp_path, preset, mask, size, name):
+        image = filled(PRESETS[preset], mask, size)
+        (tmp_path / name).write_bytes(image.tobytes())
+        (snapshot,) = snapshots.read(tmp_path / name)
+        (vcpu,) = snapshot.vcpus
+        assert (snapshot.kind, snapshot.producer) == ("process", "ptrace")
+        assert np.array_equal(vcpu.area, image)
+        assert vcpu.layout.restricted(mask) == PRESETS[preset].restricted(mask)
+
+    def test_an_area_that_its_components_do_not_fit_into_is_for_a_rule_to_name(self, shared):
+        (snapshot,) = snapshots.read(shared / "cases/areas/rr2342/i386.xsave")
+        (vcpu,) = snapshot.vcpus
+        assert (snapshot.kind, vcpu.area.size) == ("process", 576)
+        (verdict,) = check(snapshot, [named("intel-broadwell@6.12")])
+        assert verdict.verdict != "superset"
+        assert "SIZE" in {finding.code for finding in verdict.findings}
+
+    @pytest.mark.parametrize("pages", [2, 3])
+    def test_zeros_up_to_three_pages_are_padding(self, tmp_path, sample, pages):
+        path = tmp_path / "unnamed"
+        path.write_bytes(sample.ljust(4096 * pages, b"\0"))
+        (snapshot,) = snapshots.read(path)
+        (vcpu,) = snapshot.vcpus
+        assert (vcpu.area.tobytes(), snapshot.kind) == (sample, "vm")
+        new = vcpu.area.copy()
+        new[160] ^= 1
+        with Source.open(path) as source:
+            (splice,) = snapshots.splices(source, snapshot, {0: new})
+        assert splice.offset == 160
+        path.write_bytes(sample.ljust(4096 * pages - 1, b"\0") + b"\1")
+        with pytest.raises(FormatError, match="found no FCW"):
+            snapshots.read(path)
+
+    @pytest.mark.parametrize("name", ["unnamed", "x.xsave"])
+    def test_an_fxsave_area(self, tmp_path, sample, name):
+        (tmp_path / name).write_bytes(sample[:512])
+        (snapshot,) = snapshots.read(tmp_path / name)
+        (vcpu,) = snapshot.vcpus
+        assert vcpu.area[:416].tobytes() == sample[:416]
+        assert (infer.header(vcpu.area), vcpu.layout_source) == ((3, 0), "format")
+        new = vcpu.area.copy()
+        new[512] = 1  # SSE becomes init
+        with Source.open(tmp_path / name) as source:
+            splices = snapshots.splices(source, snapshot, {0: new})
+            with open(tmp_path / "out", "wb") as out:
+                source.rewrite(splices, out)
+        done = (tmp_path / "out").read_bytes()
+        assert done == sample[:24] + b"\x80\x1f\0\0" + sample[28:160] + bytes(256) + sample[416:512]
+
+    def test_512_bytes_that_are_no_area(self, tmp_path):
+        (tmp_path / "x.xsave").write_bytes(b"\xff" * 512)
+        with pytest.raises(FormatError, match="needed an FXSAVE area"):
+            snapshots.read(tmp_path / "x.xsave")
+        (tmp_path / "sector").write_bytes(b"\xeb\x3c\x90mkfs" * 73 + b"\x55")
+        with pytest.raises(FormatError, match="not a snapshot format"):
+            snapshots.read(tmp_path / "sector")
+
+
+def test_a_mapped_file_that_shrinks_while_it_is_judged_ends_nothing(tmp_path, sample):
+    """SIGBUS ended the run: areas of a large file are those of a copy that nobody else has."""
+    script = (
+        "import os, sys; from xfast import snapshots; path = sys.argv[1]\n"
+        "(snapshot,) = snapshots.read(path)\n"
+        "os.truncate(path, 4096)\n"
+        "print(sum(int(vcpu.area[1]) for vcpu in snapshot.vcpus), len(snapshot.vcpus))"
+    )
+    path = tmp_path / "many.xsave"
+    count = raw.MAP_FROM // 4096 + 8
+    path.write_bytes(sample * count)
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == [str(3 * count), str(count)], done.stderr
 
 
 @pytest.mark.parametrize("named", [{"layout": PRESETS["amd-zen4"]}, {"size": 4096}])

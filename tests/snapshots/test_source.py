@@ -224,7 +224,9 @@ def test_damage_is_one_clear_line(tmp_path, codec):
 def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for name, words in ((tmp_path, "directory"), (tmp_path / "fifo", "pipe"), ("/dev/zero", "")):
-        with pytest.raises(FormatError, match=f"found a .*{words}.*, needed a regular file"):
+        with pytest.raises(
+            FormatError, match=f"found a .*{words}.*, expected a file or a block device"
+        ):
             Source.open(name)
     with pytest.raises(XfastError, match="can't be opened: No such file"):
         Source.open(tmp_path / "none")

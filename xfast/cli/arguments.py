@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from xfast.errors import XfastError, printable
+from xfast.errors import UnknownFormatError, XfastError, printable
+from xfast.report.tally import Problem, Tally
 
 if TYPE_CHECKING:
     from xfast.hosts.model import Host
     from xfast.snapshots.model import Snapshot
     from xfast.xsave.layout import Layout
 
-OK, FINDING, TROUBLE = 0, 1, 2
+OK, BLOCKED, USAGE, UNJUDGED, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = """\
+exit codes: 0 all can be restored, or nothing to do; 1 something blocks; 2 usage error;
+3 nothing blocks, but something could not be judged; 130 interrupted"""
+"""The exit codes of every verb; what blocks counts for more than what could not be judged."""
+
+NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
+
+OURS = (".orig", ".xfast.json", ".xfast-journal")
+"""How files end that xfast itself put beside a snapshot."""
 
 
 def complain(text: object) -> None:
@@ -28,7 +39,7 @@ def size_of(text: str) -> int:
     factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
     digits = text[:-1] if factor > 1 else text
     if not digits.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}, needed bytes such as 4096, 64K or 4G")
+        raise argparse.ArgumentTypeError(f"expected bytes such as 4096, 64K or 4G, got {text!r}")
     return int(digits) * factor
 
 
@@ -62,39 +73,82 @@ def layout_named(text: str | None) -> Layout | None:
     return layout
 
 
-def snapshots_of(args: argparse.Namespace, failed: list[str]) -> Iterator[Snapshot]:
-    """Yield every snapshot named; an input that can't be read costs one line and `failed`."""
+def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
+    """Yield every snapshot named.
+
+    An input that can't be judged costs one line and a problem in `tally`. In a directory, hidden
+    files, those that xfast put there, and texts that are no snapshot (README, .xml) are counted
+    only: a snapshot whose beginning is damaged is none of these.
+    """
     from xfast.snapshots import read, walk
 
-    layout = layout_named(args.layout)
-    for path in args.snapshots:
-        if os.path.isdir(path) and next(walk([path]), None) is None:
-            complain(f"{path}: found no file in it, needed snapshots")
-            failed.append(path)
-    for path in walk(args.snapshots):
-        try:
-            yield from read(path, layout=layout, size=args.size, expand_limit=args.expand_limit)
-        except (XfastError, OSError) as problem:
-            complain(problem)
-            failed.append(path)
+    how = {
+        "layout": layout_named(args.layout),
+        "size": args.size,
+        "expand_limit": args.expand_limit,
+    }
+    for named in args.snapshots:
+        walked = os.path.isdir(named)
+        before = tally.skipped
+        paths = list(walk([named])) if walked else [named]
+        for path in paths:
+            if path != named and _is_passed_over(path):
+                tally.skipped += 1
+                continue
+            try:
+                yield from read(path, **how)
+            except UnknownFormatError as problem:
+                if path != named and _is_text(path):
+                    tally.skipped += 1
+                else:
+                    fail(tally, path, problem)
+            except (XfastError, OSError) as problem:
+                fail(tally, path, problem)
+        if walked and tally.skipped - before == len(paths):
+            fail(
+                tally, named, f"{named}: expected snapshots in it, found no file that could be one"
+            )
 
 
-def hosts_of(specs: Sequence[str], failed: list[str]) -> list[Host]:
+def fail(tally: Tally, path: str, problem: object) -> None:
+    """Complain of an input that can't be judged, and count it."""
+    complain(problem)
+    tally.problems.append(Problem(path, str(problem)))
+
+
+def _is_text(path: str) -> bool:
+    """Tell whether a file begins like a text: words in UTF-8, without control characters."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | NOFOLLOW)) as file:
+            start = file.read(4096)
+        text = start.decode("utf-8", "strict" if len(start) < 4096 else "ignore")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return len(text.split()) > 1 and not re.search(r"[\x00-\x08\x0e-\x1f]", text)
+
+
+def _is_passed_over(path: str) -> bool:
+    """Tell whether a file in a directory is hidden, or one that xfast put there."""
+    name = os.path.basename(path)
+    return name.startswith(".") or name.endswith(OURS)
+
+
+def hosts_of(specs: Sequence[str], tally: Tally) -> list[Host]:
     """Return the hosts that `specs` name; a directory stands for the descriptions in it.
 
-    One of them that can't be read costs one line and `failed`; a name of one's own raises.
+    One of them that can't be read costs one line and a problem; a name of one's own raises.
     """
-    from xfast.hosts import resolve_all
+    from xfast.hosts import expand, resolve_all
 
     hosts: list[Host] = []
     for spec in specs:
-        if not os.path.isdir(spec):
+        found = expand(spec)
+        if found == [spec]:
             hosts += resolve_all(spec)
             continue
-        for entry in sorted(os.scandir(spec), key=lambda entry: entry.name):
+        for entry in found:
             try:
-                hosts += resolve_all(entry.path)
+                hosts += resolve_all(entry)
             except (XfastError, OSError) as problem:
-                complain(problem)
-                failed.append(entry.path)
+                fail(tally, entry, problem)
     return hosts

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from xfast.cli.arguments import (
-    FINDING,
+    BLOCKED,
+    EXIT_CODES,
     OK,
-    TROUBLE,
+    UNJUDGED,
+    complain,
     hosts_of,
     reading_arguments,
     snapshots_of,
@@ -19,10 +23,29 @@ from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Policy, Verdict
 from xfast.report import rows as report
+from xfast.report.matrix import UNBROKEN, Answer, Fleet, cell
+from xfast.report.tally import Tally
+
+ONLY = {
+    "restorable": ("ok", "risk"),
+    "risky": ("risk",),
+    "fixable": ("fix",),
+    "incompatible": ("fix", "no"),
+    "unknown": ("?",),
+}
+"""What --only keeps: words of the matrix."""
+
+EXAMPLES = f"""\
+examples:
+  xfast check snapshots/ --host amd-milan@6.12 intel-broadwell@6.12
+  xfast check vm.save --host fleet.toml --only incompatible --by host
+
+{EXIT_CODES}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    parser.epilog = EXAMPLES
     reading_arguments(parser)
     parser.add_argument(
         "--host",
@@ -42,35 +65,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", default="table", choices=report.FORMATS)
     parser.add_argument("--json", dest="format", action="store_const", const="json")
+    parser.add_argument("--only", choices=ONLY, help="show the snapshots with such an answer only")
+    parser.add_argument(
+        "--by",
+        default="snapshot",
+        choices=("snapshot", "host", "rule"),
+        help="how the table is arranged",
+    )
+    parser.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        choices=("risky", "unknown"),
+        help="end with exit code 1 for such answers too",
+    )
+    parser.add_argument("--all", action="store_true", help="name every snapshot of a group")
     parser.add_argument("-v", "--verbose", action="store_true", help="print notes as well")
-
-
-def _verdicts(
-    args: argparse.Namespace, hosts: list[Host], policy: Policy, failed: list[str]
-) -> Iterator[Verdict]:
-    """Yield a verdict for each pair, one snapshot after the other."""
-    for snapshot in snapshots_of(args, failed):
-        for host, verdict in zip(hosts, check(snapshot, hosts, policy=policy), strict=True):
-            if args.live and host.source == "this machine":
-                from xfast.judge.confirm import confirm
-
-                verdict = confirm(snapshot, host, verdict)
-            yield verdict
+    parser.add_argument("-q", "--quiet", action="store_true", help="only end with the exit code")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
     policy = Policy(args.level, frozenset(code.upper() for code in args.ignore))
-    failed: list[str] = []
-    hosts = hosts_of(args.host or (["this"] if args.live else []), failed)
+    tally = Tally()
+    hosts = hosts_of(args.host or (["this"] if args.live else []), tally)
     if not hosts:
-        raise XfastError("check: got no host, needed --host NAME, FILE or 'this', or --live")
+        raise XfastError("check: expected --host NAME, FILE or 'this', or --live, got no host")
     if args.live and not any(host.source == "this machine" for host in hosts):
         raise XfastError("check: --live asks this machine's KVM: add --host this")
-    tally = report.Tally()
-    verdicts = tally.count(_verdicts(args, hosts, policy, failed))
-    report.write_verdicts(verdicts, args.format, sys.stdout, notes=args.verbose)
-    print(tally.closing_line(len(failed)), file=sys.stderr)
-    if failed or tally.contradicted or tally.words["unknown"]:
-        return TROUBLE
-    return FINDING if tally.words["incompatible"] else OK
+    answers = _answers(args, hosts, policy, tally)
+    if args.quiet:
+        for _ in answers:
+            pass
+    elif args.format == "table":
+        _print_table(args, answers)
+    else:
+        verdicts = (verdict for row in answers for verdict in row)
+        report.write_verdicts(verdicts, args.format, sys.stdout, tally)
+    if not args.quiet:
+        print(tally.closing_line(), file=sys.stderr)
+    return _exit_code(args, tally)
+
+
+def _answers(
+    args: argparse.Namespace, hosts: Sequence[Host], policy: Policy, tally: Tally
+) -> Iterator[tuple[Verdict, ...]]:
+    """Yield the verdicts of all hosts for one snapshot after the other, as far as asked for."""
+    for snapshot in snapshots_of(args, tally):
+        verdicts = list(check(snapshot, hosts, policy=policy))
+        for i, host in enumerate(hosts):
+            if args.live and host.source == "this machine":
+                from xfast.judge.confirm import confirm
+
+                verdicts[i] = confirm(snapshot, host, verdicts[i])
+            tally.count(verdicts[i])
+        if not args.only or any(cell(verdict) in ONLY[args.only] for verdict in verdicts):
+            yield tuple(verdicts)
+
+
+def _print_table(args: argparse.Namespace, answers: Iterator[tuple[Verdict, ...]]) -> None:
+    """Print the answer for people."""
+    fleet = Fleet(every_name=args.all)
+    for verdicts in answers:
+        fleet.add(verdicts)
+    out = report.console(sys.stdout)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = shutil.get_terminal_size().columns if known else UNBROKEN
+    Answer(fleet, width, notes=args.verbose).print(out, args.by)
+    if args.only and not fleet.groups:
+        complain(f"no snapshot has an answer that is {args.only}")
+
+
+def _exit_code(args: argparse.Namespace, tally: Tally) -> int:
+    """Return the exit code: what blocks counts for more than what could not be judged."""
+    unknown = tally.words["unknown"]
+    asked = {"risky": tally.risky, "unknown": unknown + len(tally.problems)}
+    if tally.words["incompatible"] or any(asked[word] for word in args.fail_on):
+        return BLOCKED
+    return UNJUDGED if tally.problems or tally.contradicted or unknown else OK

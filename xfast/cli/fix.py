@@ -10,9 +10,18 @@ from collections import Counter
 from itertools import groupby
 from typing import Any, TextIO
 
-from xfast.cli.arguments import complain, reading_arguments, snapshots_of
+from xfast.cli.arguments import (
+    BLOCKED,
+    OK,
+    UNJUDGED,
+    complain,
+    fail,
+    reading_arguments,
+    snapshots_of,
+)
 from xfast.errors import XfastError, printable
 from xfast.hosts import resolve
+from xfast.report.tally import Tally
 from xfast.snapshots import walk
 from xfast.xsave.features import parse_component
 
@@ -59,7 +68,7 @@ def _component(word: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the verb; return the exit code: 0 restorable, 1 a finding blocks, 2 trouble."""
+    """Run the verb; return the exit code."""
     _require_consistent(args)
     host = resolve(args.host)
     if args.in_place:
@@ -68,21 +77,20 @@ def run(args: argparse.Namespace) -> int:
         for path in args.snapshots:
             if os.path.isfile(path) and recover(path):
                 complain(f"{path}: undid an edit that was interrupted")
-    failed: list[str] = []
+    tally = Tally()
     rows: list[dict[str, Any]] = []
-    for path, snapshots in groupby(snapshots_of(args, failed), key=lambda one: one.path):
+    for path, snapshots in groupby(snapshots_of(args, tally), key=lambda one: one.path):
         try:
             rows += _fix(path, list(snapshots), host, args)
         except XfastError as problem:
-            complain(problem)
-            failed.append(path)
+            fail(tally, path, problem)
     if args.json:
         json.dump({"schema": "xfast/1", "plans": rows}, sys.stdout, indent=1)
         print()
     words = {row["after"] for row in rows}
-    if failed or "unknown" in words:
-        return 2
-    return 1 if "incompatible" in words else 0
+    if "incompatible" in words:
+        return BLOCKED
+    return UNJUDGED if tally.problems or "unknown" in words else OK
 
 
 def _require_consistent(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`xfast host show|dump|baseline`: descriptions of hosts for people, files and VMMs."""
+"""`xfast host show|dump|baseline|layout`: hosts for people, files and VMMs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xfast.cli.arguments import OK, UNJUDGED, hosts_of
 from xfast.errors import XfastError
-from xfast.hosts import resolve, resolve_all
+from xfast.hosts import resolve
 from xfast.hosts.baseline import common, firecracker_template, qemu_cpu
 from xfast.hosts.catalogue import catalogue
 from xfast.hosts.description import SCHEMA, to_json
+from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
+from xfast.hosts.models import largest, models
+from xfast.report.tally import Tally
 from xfast.xsave.cpuid import psabi_level
-from xfast.xsave.features import AVX, XFEATURE_MASK_FPSSE, bits, name_of, names_of
-from xfast.xsave.layout import recognise
+from xfast.xsave.features import (
+    AVX,
+    SUPERVISOR_MASK,
+    XFEATURE_MASK_FPSSE,
+    bits,
+    name_of,
+    names_of,
+    parse_component,
+)
+from xfast.xsave.layout import PRESETS, Layout, recognise
 
 SPEC_HELP = "HOST[+TEMPLATE][@KERNEL]: a catalogue name, a file, or 'this'"
 
@@ -31,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--json", action="store_true", help="print the descriptions as JSON")
     dump = actions.add_parser("dump", help="describe the running machine as JSON")
     dump.add_argument("-o", "--output", type=Path, help="write to this file, not to stdout")
+    layout = actions.add_parser(
+        "layout", help="print where components lie, and which of them makes the size"
+    )
+    layout.add_argument("xcr0", help="XCR0, XCR0|XSS, or names: 0x2e7, '0x600e7|0x1800', avx+pkru")
+    layout.add_argument("--host", metavar="HOST", help="of this host; default: every known layout")
     baseline = actions.add_parser("baseline", help="print what all hosts of a pool have")
     baseline.add_argument("spec", nargs="+", help=SPEC_HELP)
     formats = baseline.add_mutually_exclusive_group()
@@ -47,16 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``xfast host``; return the exit code."""
-    answer = {"show": _show, "dump": _dump, "baseline": _baseline}[args.action](args)
+    tally = Tally()
+    actions = {"show": _show, "dump": _dump, "baseline": _baseline, "layout": _layout_of_mask}
+    answer = actions[args.action](args, tally)
     if args.action == "dump" and args.output:
         args.output.write_text(answer, encoding="utf-8")
     else:
         sys.stdout.write(answer)
-    return 0
+    return UNJUDGED if tally.problems else OK
 
 
-def _show(args: argparse.Namespace) -> str:
-    hosts = [host for spec in args.spec for host in resolve_all(spec)]
+def _show(args: argparse.Namespace, tally: Tally) -> str:
+    hosts = hosts_of(args.spec, tally)
+    if args.spec and not hosts:
+        raise XfastError(f"host show: expected a description in {args.spec[0]}, got none")
     hosts = hosts or list(catalogue().values())
     if args.json:
         return to_json(hosts)
@@ -65,13 +86,15 @@ def _show(args: argparse.Namespace) -> str:
     return _lines([("host", "layout", "guests may have", "kernel"), *map(summary, hosts)])
 
 
-def _dump(_: argparse.Namespace) -> str:
+def _dump(_: argparse.Namespace, __: Tally) -> str:
     host = resolve("this")
     return to_json([host.replace(name=platform.node() or host.name, source="xfast host dump")])
 
 
-def _baseline(args: argparse.Namespace) -> str:
-    hosts = [host for spec in args.spec for host in resolve_all(spec)]
+def _baseline(args: argparse.Namespace, tally: Tally) -> str:
+    hosts = hosts_of(args.spec, tally)
+    if tally.problems or not hosts:  # a pool without one of its hosts would promise too much
+        raise XfastError("host baseline: expected every host of the pool to read, see above")
     if args.format == "firecracker":
         return json.dumps(firecracker_template(hosts), indent=2) + "\n"
     facts = baseline(hosts)
@@ -89,12 +112,83 @@ def _baseline(args: argparse.Namespace) -> str:
             ("elsewhere", _words(facts["moved"])),
             ("psABI", facts["psabi"] or UNKNOWN),
             ("features", _words(facts["features"])),
+            ("named", _named(facts)),
             ("QEMU", f"-cpu {facts['qemu_cpu']}" if facts["qemu_cpu"] else UNKNOWN),
         ]
     )
 
 
 UNKNOWN = "unknown"
+
+
+def _named(facts: dict[str, Any]) -> str:
+    """Return the named model of a baseline, and what a guest with it goes without."""
+    if facts["features"] is None:
+        return UNKNOWN
+    model = facts["qemu_model"]
+    if model is None:
+        return "none"
+    without = set(facts["features"]) - models()[model].given
+    return f"-cpu {model}" + (f"  (without {' '.join(sorted(without))})" if without else "")
+
+
+def _layout_of_mask(args: argparse.Namespace, _: Tally) -> str:
+    """Answer ``xfast host layout``."""
+    mask = _parse_mask(args.xcr0)
+    if args.host is not None:
+        host = resolve(args.host)
+        if host.layout is None:
+            raise XfastError(f"host layout: {host.name} does not tell its layout")
+        how = host.provenance.get("layout", "given")
+        return _where(f"{host.name}, layout {how}", host.layout, mask)
+    user = mask & ~SUPERVISOR_MASK
+    known = {name: preset for name, preset in PRESETS.items() if not mask & ~preset.mask}
+    if not known:
+        raise XfastError(
+            f"host layout: expected components that some CPU has together, got {names_of(user)}"
+        )
+    return "\n".join(_where(name, preset, mask) for name, preset in known.items())
+
+
+def _parse_mask(text: str) -> int:
+    """Return the mask that ``0x600e7|0x1800`` or ``avx+pkru`` stands for."""
+    mask = 0
+    for word in text.replace("|", "+").split("+"):
+        word = word.strip()
+        try:
+            mask |= int(word, 0) if word[:1].isdigit() else 1 << parse_component(word)
+        except ValueError:
+            raise XfastError(
+                f"host layout: expected a mask such as 0x2e7 or names such as avx+pkru, "
+                f"got {word!r:.40}"
+            ) from None
+    if mask >> 63:
+        raise XfastError(f"host layout: expected a mask below 2^63, got {mask:#x}")
+    return mask
+
+
+def _where(title: str, layout: Layout, mask: int) -> str:
+    """Return where the components of `mask` lie in one layout, and what makes each size."""
+    user, extended = mask & ~SUPERVISOR_MASK, mask & ~XFEATURE_MASK_FPSSE
+    missing = extended & ~layout.mask
+    if missing:
+        raise XfastError(f"host layout: {title} has no {names_of(missing)}")
+    compacted = layout.compacted_offsets(extended)
+    rows: list[tuple[str, ...]] = [("component", "size", "standard", "compacted")]
+    for nr in compacted:
+        slot = layout.slot(nr)
+        place = "-" if slot.supervisor else str(slot.offset)
+        rows.append((f"  {nr} {name_of(nr)}", str(slot.size), place, str(compacted[nr])))
+    standard_end = max(
+        (slot for nr in bits(user & extended) if (slot := layout.slot(nr)).offset),
+        key=lambda slot: slot.offset + slot.size, default=None,
+    )  # fmt: skip
+    last = f", by {name_of(standard_end.nr)}" if standard_end else ""
+    also = f", by {name_of(max(compacted))}" if compacted else ""
+    return f"{title}: {mask:#x} {names_of(mask)}\n" + _lines(rows) + _lines([
+        ("standard", f"{layout.standard_size(user)} bytes{last}"),
+        ("compacted", f"{layout.compacted_size(extended)} bytes{also}"),
+    ])  # fmt: skip
 
 
 def _words(words: list[str] | None) -> str:
@@ -108,7 +202,7 @@ def baseline(hosts: Sequence[Host]) -> dict[str, Any]:
     that hold one must be converted between them.
     """
     level = common(hosts)
-    open_fields = ("xcr0", "components", "moved", "features", "psabi", "qemu_cpu")
+    open_fields = ("xcr0", "components", "moved", "features", "psabi", "qemu_model", "qemu_cpu")
     answer: dict[str, Any] = {"hosts": [host.name for host in hosts]}
     answer |= dict.fromkeys((*open_fields, "firecracker_template"))
     if level.kvm_xcr0 is not None:
@@ -119,6 +213,8 @@ def baseline(hosts: Sequence[Host]) -> dict[str, Any]:
     if level.features is not None:
         answer["features"] = sorted(level.features)
         answer["psabi"] = psabi_level(level.features)
+        model = largest(level.features, level.vendor)
+        answer["qemu_model"] = model and model.name
         answer["qemu_cpu"] = qemu_cpu(level.features)
         if level.kvm_xcr0 is not None:
             answer["firecracker_template"] = firecracker_template(hosts)
@@ -143,6 +239,7 @@ def details(host: Host) -> list[tuple[str, ...]]:
         "guest_permission": _mask(host.guest_permission),
         "xsave2_size": host.xsave2_size,
         "mxcsr_mask": None if host.mxcsr_mask is None else hex(host.mxcsr_mask),
+        "x87_pointer_bits": host.x87_pointer_bits,
         "xsave": " ".join(sorted(host.xsave)),
         "kernel": kernel and " ".join((kernel.release, *sorted(kernel.names))).strip(),
         "features": host.features and " ".join(sorted(host.features)),
@@ -151,16 +248,30 @@ def details(host: Host) -> list[tuple[str, ...]]:
     for field, value in rows.items():
         shown = str(value) if value not in (None, "") else UNKNOWN
         lines.append((field, shown, host.provenance.get(field, "")))
-    return [(field, f"{value}  [{how}]" if how else value) for field, value, how in lines]
+    told: list[tuple[str, ...]] = [
+        (field, f"{value}  [{how}]" if how else value) for field, value, how in lines
+    ]
+    told += [("note", note) for note in host.notes]
+    told += [("warning", warning) for warning in warnings(host)]
+    doubts: dict[str, list[str]] = {}
+    for doubt in host.doubts:
+        doubts.setdefault(doubt.remedy, []).append(f"{doubt.fact} is {doubt.how}")
+    return told + [("uncertain", f"{', '.join(d)}: {r}") for r, d in doubts.items()]
 
 
 def _layout(host: Host) -> str:
     if host.layout is None:
         return UNKNOWN
-    if not host.layout.mask & ~(XFEATURE_MASK_FPSSE | AVX):
+    lost = (host.xcr0 or 0) & ~host.layout.mask
+    open_places = f"; place unknown: {names_of(lost)}" if lost else ""
+    return _placed(host.layout) + open_places
+
+
+def _placed(layout: Layout) -> str:
+    if not layout.mask & ~(XFEATURE_MASK_FPSSE | AVX):
         return "as all CPUs"
-    return recognise(host.layout) or "its own: " + " ".join(
-        f"{name_of(s.nr)}@{s.offset}+{s.size}" for s in host.layout.slots if s.offset
+    return recognise(layout) or "its own: " + " ".join(
+        f"{name_of(s.nr)}@{s.offset}+{s.size}" for s in layout.slots if s.offset
     )
 
 

@@ -1,26 +1,29 @@
 """The command line. Each verb is a module of its own, imported when it runs.
 
-Exit codes are grep's: 0 every pair restorable, or nothing to do; 1 a finding blocks; 2 a usage
-error, or an input that could not be judged. Standard output carries only the answer.
+Standard output carries only the answer; complaints and summaries go to standard error. The exit
+codes are those of `xfast.cli.arguments`.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from xfast.cli.arguments import TROUBLE, complain
+from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain
 from xfast.errors import XfastError
 
 VERBS = {
     "show": "print what is in snapshots",
     "check": "judge which hosts can restore which snapshots",
-    "explain": "explain a rule code, or an error message",
+    "scan": "judge a fleet of any size into a dataset",
+    "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",
     "convert": "write areas in another layout or format",
@@ -31,53 +34,113 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser whose complaints are one line, and which knows near misses."""
 
     def error(self, message: str) -> Any:
         """Print `message` and end with exit code 2."""
+        if message.endswith("required: SNAPSHOT"):
+            message += " (write snapshots before --host, which takes all names after it)"
         complain(f"{message}; see {self.prog} --help")
-        raise SystemExit(TROUBLE)
+        raise SystemExit(USAGE)
 
 
 def _version() -> str:
+    """Return the version, and what it runs on: the instruction set is found without numpy."""
     from importlib.metadata import version
 
-    return f"xfast {version('xfast')}"
+    isa = os.environ.get("XFAST_ISA", "chosen at run time")
+    return (
+        f"xfast {version('xfast')} (Python {platform.python_version()}, {platform.machine()}, "
+        f"instruction set {isa})"
+    )
+
+
+def parser_for(verb: str) -> Parser:
+    """Return the parser, complete for one verb; the others are only named."""
+    parser = Parser(
+        prog="xfast",
+        description="XSAVE state in VM snapshots: which restore on which hosts, and why not.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colour on a terminal only (auto), always or never; NO_COLOR is kept",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name, help_text in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text.capitalize() + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == verb:
+            import_module(f"xfast.cli.{name}").add_arguments(sub)
+            sub.epilog = sub.epilog or EXIT_CODES
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; `argv` defaults to the process's arguments. Returns the exit code."""
     if sys.stdout is None or sys.stderr is None:
-        return TROUBLE  # nowhere to answer
+        return UNJUDGED  # nowhere to answer
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(
-        prog="xfast",
-        description="XSAVE state in VM snapshots: which restore on which hosts, and why not.",
-    )
-    parser.add_argument("--version", action="version", version=_version())
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    for name, help_text in VERBS.items():
-        sub = verbs.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
-        if name in words[:1]:
-            import_module(f"xfast.cli.{name}").add_arguments(sub)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if verb in ("auto", "always", "never"):
+        verb = next((word for word in words[words.index(verb) + 1 :] if word in VERBS), "")
+    near = difflib.get_close_matches(verb, VERBS, 1)
+    if verb and verb not in VERBS:
+        hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(VERBS)}"
+        complain(f"no verb {verb!r}; {hint}")
+        return USAGE
+    parser = parser_for(verb)
     args = parser.parse_args(words)
     if args.verb is None:
         parser.print_help()
-        return TROUBLE
+        return USAGE
+    _set_colour(args.color)
+    return _run(args)
+
+
+def _set_colour(choice: str) -> None:
+    """Tell rich, by its own variables, whether to colour the output."""
+    if choice == "never":
+        os.environ["NO_COLOR"] = "1"
+    elif choice == "always":
+        os.environ.pop("NO_COLOR", None)
+        os.environ["FORCE_COLOR"] = "1"
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a verb; whatever goes wrong in it is one line and an exit code."""
     try:
         status: int = import_module(f"xfast.cli.{args.verb}").run(args)
         return status
     except XfastError as problem:
         complain(problem)
-        return TROUBLE
+        return USAGE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return TROUBLE
+        return UNJUDGED
     except OSError as problem:
         complain(problem)
-        return TROUBLE
+        return UNJUDGED
     except KeyboardInterrupt:
         complain("interrupted")
-        return TROUBLE
+        return INTERRUPTED
+    except Exception as problem:
+        if os.environ.get("XFAST_DEBUG"):
+            raise
+        complain(
+            f"{args.verb}: failed unexpectedly ({type(problem).__name__}: {problem}); "
+            "XFAST_DEBUG=1 shows where"
+        )
+        return UNJUDGED

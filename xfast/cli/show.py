@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
-from xfast.cli.arguments import OK, TROUBLE, reading_arguments, snapshots_of
+from xfast.cli.arguments import OK, UNJUDGED, reading_arguments, snapshots_of
 from xfast.report import rows as report
+from xfast.report.tally import Tally
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
-    failed: list[str] = []
+    tally = Tally()
     answers = []
     out = report.console(sys.stdout)
-    for snapshot in snapshots_of(args, failed):
+    for snapshot in snapshots_of(args, tally):
         if args.json:
             answers.append(report.snapshot_as_json(snapshot))
         else:
             report.show_text(snapshot, out, registers=args.registers)
     if args.json:
-        json.dump({"schema": report.SCHEMA, "snapshots": answers}, sys.stdout, indent=1)
+        problems = [report.problem_as_json(problem) for problem in tally.problems]
+        answer = {"schema": report.SCHEMA, "snapshots": answers, "errors": problems}
+        json.dump(answer, sys.stdout, indent=1)
         print()
-    return TROUBLE if failed else OK
+    return UNJUDGED if tally.problems else OK

@@ -12,12 +12,14 @@
 enum xfast_op {
     XFAST_XSAVE64, XFAST_XSAVEOPT64, XFAST_XSAVEC64, XFAST_XRSTOR64,
     XFAST_XSAVE, XFAST_XSAVEOPT, XFAST_XSAVEC, XFAST_XRSTOR,
+    XFAST_FLDCW,        /* from the first two bytes of `area` */
     XFAST_FILL,         /* fill `area` with the byte `mask`, `length` bytes */
     XFAST_SET_XMM15,    /* PCMPEQD XMM15, XMM15: a legacy SSE instruction */
     XFAST_SET_YMM15,    /* VPCMPEQD YMM15, YMM15, YMM15: clears the rest of ZMM15 */
     XFAST_SET_K7,       /* KXNORW K7, K7, K7 */
     XFAST_FLDZ,
     XFAST_XGETBV,       /* XGETBV(1), as a save of what is in use needs it */
+    XFAST_SET_PKRU,     /* WRPKRU of `mask` */
 };
 
 struct xfast_step {
@@ -78,8 +80,9 @@ xfast_hw_arch_prctl(int code, unsigned long argument)
 enum { REG_R8 = 0, REG_R9 = 1, REG_R10 = 2, REG_RIP = 16, REG_TRAPNO = 20 };
 #endif
 
-static struct sigaction xfast_hw_old[3];
-static const int xfast_hw_signals[3] = {SIGSEGV, SIGILL, SIGBUS};
+#define XFAST_SIGNALS 4
+static struct sigaction xfast_hw_old[XFAST_SIGNALS];
+static const int xfast_hw_signals[XFAST_SIGNALS] = {SIGSEGV, SIGILL, SIGBUS, SIGFPE};
 
 static void
 xfast_hw_caught(int signal, siginfo_t *info, void *context)
@@ -91,9 +94,35 @@ xfast_hw_caught(int signal, siginfo_t *info, void *context)
         r[REG_R10] = (greg_t)signal << 32 | (r[REG_TRAPNO] & 0xFF);
         return;
     }
-    for (int i = 0; i < 3; i++)     /* not ours: fault again under the old handler */
+    for (int i = 0; i < XFAST_SIGNALS; i++)     /* not ours: fault again under the old handler */
         if (xfast_hw_signals[i] == signal)
             sigaction(signal, &xfast_hw_old[i], NULL);
+}
+
+#define XFAST_PKRU (UINT64_C(1) << 9)
+#define XFAST_KEY_0 3   /* PKRU's bits for key 0, which is the caller's own memory */
+
+/* Where PKRU lies in the standard format, and the bytes of the components before it. */
+static uint32_t xfast_hw_pkru_at, xfast_hw_before[9];
+
+/* Return `mask` without PKRU if the area would load one that forbids key 0 and so ends the
+ * process. What a save leaves in an area is harmless: it was loaded before. */
+XFAST_GENERAL_REGS static uint64_t
+xfast_hw_harmless(const struct xfast_step *s)
+{
+    uint64_t header[2];
+    uint32_t at = xfast_hw_pkru_at;
+    if (!(s->mask & XFAST_PKRU))
+        return s->mask;
+    __builtin_memcpy(header, s->area + 512, sizeof header);
+    if (header[1] >> 63) {
+        at = 576;
+        for (int nr = 2; nr < 9; nr++)
+            at += header[1] >> nr & 1 ? xfast_hw_before[nr] : 0;
+    }
+    if (header[0] & XFAST_PKRU && (at >= s->length || s->area[at] & XFAST_KEY_0))
+        return s->mask & ~XFAST_PKRU;
+    return s->mask;
 }
 
 #define XFAST_GUARDED(INSN)                                                          \
@@ -111,16 +140,23 @@ xfast_hw_steps(struct xfast_step *steps, int n, uint64_t rounds, int observe, ui
     for (uint64_t round = 0; round < rounds; round++) {
         for (int i = 0; i < n; i++) {
             struct xfast_step *s = &steps[i];
-            uint64_t fault = 0;
+            uint64_t fault = 0, given = s->mask;
             switch (s->op) {
             case XFAST_XSAVE64: XFAST_GUARDED("xsave64"); break;
             case XFAST_XSAVEOPT64: XFAST_GUARDED("xsaveopt64"); break;
             case XFAST_XSAVEC64: XFAST_GUARDED("xsavec64"); break;
-            case XFAST_XRSTOR64: XFAST_GUARDED("xrstor64"); break;
+            case XFAST_XRSTOR64:
+                s->mask = xfast_hw_harmless(s);
+                XFAST_GUARDED("xrstor64");
+                break;
             case XFAST_XSAVE: XFAST_GUARDED("xsave"); break;
             case XFAST_XSAVEOPT: XFAST_GUARDED("xsaveopt"); break;
             case XFAST_XSAVEC: XFAST_GUARDED("xsavec"); break;
-            case XFAST_XRSTOR: XFAST_GUARDED("xrstor"); break;
+            case XFAST_XRSTOR:
+                s->mask = xfast_hw_harmless(s);
+                XFAST_GUARDED("xrstor");
+                break;
+            case XFAST_FLDCW: XFAST_GUARDED("fldcw"); break;
             case XFAST_FILL: {
                 void *to = s->area;
                 uint64_t count = s->length;
@@ -133,7 +169,12 @@ xfast_hw_steps(struct xfast_step *steps, int n, uint64_t rounds, int observe, ui
             case XFAST_SET_K7: __asm__ volatile ("kxnorw %k7, %k7, %k7"); break;
             case XFAST_FLDZ: __asm__ volatile ("fldz"); break;
             case XFAST_XGETBV: xfast_hw_xgetbv(1); break;
+            case XFAST_SET_PKRU:
+                __asm__ volatile ("wrpkru" :: "a"((uint32_t)s->mask & ~XFAST_KEY_0), "c"(0), "d"(0)
+                                  : "memory");
+                break;
             }
+            s->mask = given;
             if (observe) {
                 s->signal = (uint32_t)(fault >> 32);
                 s->trap = (uint32_t)fault;
@@ -154,18 +195,27 @@ xfast_hw_run(struct xfast_step *steps, int n, uint64_t rounds, int observe, uint
     struct sigaction action;
     struct timespec a, b;
     int caught = 0;
+    for (uint32_t nr = 2; nr < 10 && !xfast_hw_pkru_at && own_mask & XFAST_PKRU; nr++) {
+        uint32_t r[4];
+        xfast_hw_cpuid(0xD, nr, r);
+        if (nr < 9)
+            xfast_hw_before[nr] = r[0];
+        else
+            xfast_hw_pkru_at = r[1];
+    }
     memset(&action, 0, sizeof(action));
     action.sa_sigaction = xfast_hw_caught;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    while (caught < 3 && !sigaction(xfast_hw_signals[caught], &action, &xfast_hw_old[caught]))
+    while (caught < XFAST_SIGNALS &&
+            !sigaction(xfast_hw_signals[caught], &action, &xfast_hw_old[caught]))
         caught++;
     clock_gettime(CLOCK_MONOTONIC, &a);
-    if (caught == 3)
+    if (caught == XFAST_SIGNALS)
         xfast_hw_steps(steps, n, rounds, observe, own, own_mask);
     clock_gettime(CLOCK_MONOTONIC, &b);
     for (int i = 0; i < caught; i++)
         sigaction(xfast_hw_signals[i], &xfast_hw_old[i], NULL);
-    if (caught < 3)
+    if (caught < XFAST_SIGNALS)
         return 0;
     return (uint64_t)(b.tv_sec - a.tv_sec) * 1000000000u + (uint64_t)(b.tv_nsec - a.tv_nsec) + 1;
 }

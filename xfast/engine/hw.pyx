@@ -1,9 +1,7 @@
-# cython: language_level=3, binding=False, embedsignature=False
-# cython: freethreading_compatible=True
 """The real XSAVE family in user mode: for comparing the model with the CPU, and for timing.
 
-Everything here needs x86-64 Linux with XSAVE enabled; `available` tells. PKRU is never restored:
-a key that forbids the caller's own memory would end the process.
+Everything here needs x86-64 Linux with XSAVE enabled; `available` tells. A PKRU that forbids key
+0, the caller's own memory, would end the process: none is loaded.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -40,12 +38,11 @@ cdef cython.pymutex signals  # while a run has its own handlers for them
 
 OPS = (
     "xsave64", "xsaveopt64", "xsavec64", "xrstor64", "xsave", "xsaveopt", "xsavec", "xrstor",
-    "fill", "set_xmm15", "set_ymm15", "set_k7", "fldz", "xgetbv",
+    "fldcw", "fill", "set_xmm15", "set_ymm15", "set_k7", "fldz", "xgetbv", "set_pkru",
 )
 
 cdef dict _CODES = {name: code for code, name in enumerate(OPS)}
-cdef tuple _RESTORES = ("xrstor64", "xrstor")
-cdef dict _NEEDS = {"set_xmm15": 2, "set_ymm15": 4, "set_k7": 0x20, "fldz": 1}
+cdef dict _NEEDS = {"set_xmm15": 2, "set_ymm15": 4, "set_k7": 0x20, "fldz": 1, "set_pkru": PKRU}
 
 
 def available():
@@ -80,8 +77,10 @@ def run(list steps, uint64_t rounds=1):
     ----------
     steps : list of (op, area, mask)
         `op` is one of OPS; `area` a contiguous, writable 1-D uint8 array, or None; `mask`
-        EDX:EAX (``fill``: the byte). At most 16. Instructions access `area` at its own address,
-        and may only be given areas that hold all they write.
+        EDX:EAX (``fill``: the byte; ``set_pkru``: the value, of which key 0's bits are cleared).
+        At most 16. Instructions access `area` at its own address, and may only be given areas
+        that hold all they write. A restore from an area whose PKRU forbids key 0 leaves PKRU
+        alone.
     rounds : int
         How often to run them all.
 
@@ -120,17 +119,17 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
     _need()
     if n > LIMIT:
         raise ValueError(f"steps: got {n}, needed at most {LIMIT}")
-    own_mask = xfast_hw_xgetbv(0) & ~PKRU
+    own_mask = xfast_hw_xgetbv(0)
     for i in range(n):
         op, memory, mask = steps[i]
         if op not in _CODES:
             raise ValueError(f"steps[{i}]: got {op!r}, needed one of: {', '.join(OPS)}")
         if _NEEDS.get(op, 0) & ~xfast_hw_xgetbv(0):
             raise ValueError(f"steps[{i}]: {op} needs components {_NEEDS[op]:#x} in XCR0")
+        if op == "set_pkru" and not cpuid(7)[2] >> 4 & 1:
+            raise ValueError(f"steps[{i}]: expected CR4.PKE to be 1, got 0")
         if op == "xgetbv" and not cpuid(0xD, 1)[0] & 4:
             raise ValueError(f"steps[{i}]: this CPU has no XGETBV(1)")
-        if op in _RESTORES:
-            mask &= ~PKRU
         program[i].op = _CODES[op]
         program[i].mask = mask
         program[i].signal = program[i].trap = 0
@@ -144,7 +143,7 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
                 or not cnp.PyArray_IS_C_CONTIGUOUS(area) or not cnp.PyArray_ISWRITEABLE(area)
             ):
                 raise ValueError(f"steps[{i}]: needed a contiguous, writable 1-D uint8 array")
-            need = 0 if op == "fill" else cpuid(0xD, 0)[1]
+            need = {"fill": 0, "fldcw": 2}.get(op, cpuid(0xD, 0)[1])
             if cnp.PyArray_DIM(area, 0) < need:
                 raise ValueError(
                     f"steps[{i}]: got an area of {cnp.PyArray_DIM(area, 0)} bytes, needed {need}"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from xfast.errors import FormatError, XfastError
+from xfast.errors import XfastError, printable
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, of_release
 
 __all__ = ["Host", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
 
-SIZE_LIMIT = 64 << 20
-"""No host description is larger than this (bytes)."""
-
 
 def load(path: str | Path) -> list[Host]:
     """Return the hosts that a file describes; its kind is recognised by its content.
+
+    A snapshot, a file or a directory, stands for the machine that wrote it.
 
     Raises
     ------
@@ -26,13 +26,19 @@ def load(path: str | Path) -> list[Host]:
     OSError
         If it can't be read.
     """
-    if not Path(path).is_file():
-        raise XfastError(f"{path}: not a regular file, needed a host description")
-    with open(path, "rb") as file:
-        data = file.read(SIZE_LIMIT + 1)
-    if len(data) > SIZE_LIMIT:
-        raise FormatError(str(path), SIZE_LIMIT, f"found more than {SIZE_LIMIT} bytes of a host")
-    return parse(data, str(path))
+    name = os.fspath(path)
+    if not Path(name).is_file() and not is_snapshot_folder(name):
+        raise XfastError(f"{name}: not a regular file, needed a host description")
+    from xfast.hosts import readers
+
+    return readers.load(name)
+
+
+def is_snapshot_folder(path: str) -> bool:
+    """Return whether a directory is one snapshot, and so tells of the machine that wrote it."""
+    from xfast.hosts import snapshot
+
+    return os.path.isdir(path) and snapshot.is_folder(path)
 
 
 def parse(data: bytes, path: str = "host") -> list[Host]:
@@ -41,8 +47,7 @@ def parse(data: bytes, path: str = "host") -> list[Host]:
     Parameters
     ----------
     data : bytes
-        Our JSON or TOML, the output of `cpuid -r`, an InstLatx64 dump, libvirt's ``<cpudata>``,
-        a struct kvm_cpuid2, a Firecracker fingerprint, or a boot log with its ``x86/fpu:`` lines.
+        Of any kind in `xfast.hosts.readers.READERS`; docs/hosts.md says what each tells.
     path : str
         For messages; the file's name without suffix is the host's name, unless the data has one.
 
@@ -51,9 +56,9 @@ def parse(data: bytes, path: str = "host") -> list[Host]:
     FormatError
         If `data` is none of these, or damaged.
     """
-    from xfast.hosts import dumps
+    from xfast.hosts import readers
 
-    return dumps.parse(data, path)
+    return readers.parse(data, path)
 
 
 def resolve_all(spec: str) -> list[Host]:
@@ -79,12 +84,46 @@ def resolve_all(spec: str) -> list[Host]:
     base, at, kernel = spec.rpartition("@")
     hosts = _find(base) if at else []
     if not hosts:
-        from xfast.hosts.catalogue import catalogue
-
-        known = ", ".join(catalogue())
-        raise XfastError(f"host: got {spec!r}, needed a file, 'this', or one of: {known}")
+        raise _no_such_host(spec, base if at else spec)
     behaviours = parse_kernel(kernel)
     return [host.with_kernel(behaviours).replace(name=f"{host.name}@{kernel}") for host in hosts]
+
+
+def expand(spec: str) -> list[str]:
+    """Return the specifications that one stands for: the files of a directory, else itself.
+
+    ``DIRECTORY@KERNEL`` gives each of its descriptions that kernel. Hidden files and
+    directories that are no snapshot are passed over.
+
+    Raises
+    ------
+    OSError
+        If the directory can't be read.
+    """
+    base, at, kernel = spec, "", ""
+    if not Path(spec).is_dir():
+        base, at, kernel = spec.rpartition("@")
+    if not base or not Path(base).is_dir() or is_snapshot_folder(base):
+        return [spec]
+    entries = sorted(entry for entry in Path(base).iterdir() if not entry.name.startswith("."))
+    files = (e for e in entries if not e.is_dir() or is_snapshot_folder(str(e)))
+    return [f"{file}{at}{kernel}" for file in files]
+
+
+def _no_such_host(spec: str, base: str) -> XfastError:
+    """Return the error that says what a host may be, and what may have been meant."""
+    from xfast.hosts.catalogue import catalogue
+    from xfast.hosts.names import suggestions
+
+    close = suggestions(base)
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    else:
+        hint = f"the catalogue has: {', '.join(catalogue())}"
+    return XfastError(
+        f"host: expected a file, a directory, 'this', or the name of a host, a CPU model, a CPU or "
+        f"a cloud instance, got {spec!r:.80}; {hint}"
+    )
 
 
 def resolve(spec: str) -> Host:
@@ -120,7 +159,7 @@ def parse_kernel(text: str) -> Behaviours:
     releases = [word for word in words if word.removeprefix("v")[:1].isdigit()]
     try:
         if words == releases[:1]:
-            return of_release(text)
+            return of_release(printable(text))
         names = frozenset(words) - frozenset(releases)
         return Behaviours(names.union(*(of_release(word).names for word in releases)))
     except ValueError as error:
@@ -141,14 +180,23 @@ def _find(spec: str) -> list[Host]:
 
 
 def _find_base(spec: str) -> list[Host]:
-    """Return this machine, a catalogue entry, or the hosts of a file, if `spec` names one."""
-    from xfast.hosts.catalogue import catalogue
-
+    """Return this machine, what a name stands for, or the hosts of a file."""
     if spec == "this":
         from xfast.hosts.this import this_host
 
         return [this_host()]
+    from xfast.hosts.catalogue import catalogue
+
     if spec in catalogue():
         return [catalogue()[spec]]
     path = Path(spec)
-    return load(path) if path.exists() and not path.is_dir() else []
+    try:
+        found = path.exists() and (not path.is_dir() or is_snapshot_folder(spec))
+    except (OSError, ValueError):  # no file can have this name
+        found = False
+    if found:
+        return load(path)
+    from xfast.hosts.names import named
+
+    host = named(spec)
+    return [] if host is None else [host]

@@ -1,6 +1,6 @@
 """What a pool of hosts has in common, and how to say so to QEMU and Firecracker.
 
-*Source*: QEMU target/i386/cpu.c feature_word_info (names); Firecracker docs/cpu_templates.
+*Source*: QEMU target/i386/cpu.c builtin_x86_defs (qemu64); Firecracker docs/cpu_templates.
 """
 
 from __future__ import annotations
@@ -13,23 +13,11 @@ from typing import Any
 from xfast.errors import XfastError
 from xfast.hosts.derive import common_layout
 from xfast.hosts.model import Host
+from xfast.hosts.models import qemu_name
 from xfast.xsave.cpuid import FEATURES, PSABI_LEVELS
 
 QEMU_MODEL_FEATURES = PSABI_LEVELS["x86-64"] | {"sep", "clflush", "pni", "cx16", "lahf_lm", "nx"}
 """What ``-cpu qemu64`` has without being asked (SVM apart, which is switched off)."""
-
-QEMU_NAMES: dict[str, str] = {
-    "apx_f": "apxf",
-    "avx512_bitalg": "avx512bitalg",
-    "avx512_vbmi2": "avx512vbmi2",
-    "avx512_vnni": "avx512vnni",
-    "ibt": "cet-ibt",
-    "sse4_1": "sse4.1",
-    "sse4_2": "sse4.2",
-    "tsxldtrk": "tsx-ldtrk",
-    "user_shstk": "cet-ss",
-}
-"""QEMU's names, where they are not the kernel's with a hyphen for each underscore."""
 
 QEMU_LACKS = frozenset(["enqcmd", "hreset", "mwaitx", "rao_int", "rdpru", "uintr", "user_msr"])
 """Features that QEMU has no name for, and so never shows a guest."""
@@ -54,7 +42,7 @@ def common(hosts: Sequence[Host], name: str = "baseline") -> Host:
     layouts = [host.layout for host in hosts if host.layout is not None]
     facts["layout"] = common_layout(layouts) if len(layouts) == len(hosts) else None
     facts["xsave"] = reduce(and_, (host.xsave for host in hosts))
-    for field in ("vendor", "kernel"):
+    for field in ("vendor", "kernel", "x87_pointer_bits"):
         values = [getattr(host, field) for host in hosts]
         facts[field] = values[0] if all(value == values[0] for value in values) else None
     known = {field: "derived" for field, value in facts.items() if value is not None}
@@ -69,12 +57,8 @@ def qemu_cpu(features: Collection[str]) -> str:
     """
     add = sorted(set(features) - QEMU_MODEL_FEATURES - QEMU_LACKS)
     drop = sorted(QEMU_MODEL_FEATURES - set(features))
-    flags = [f"+{_qemu_name(f)}" for f in add] + [f"-{_qemu_name(f)}" for f in drop]
+    flags = [f"+{qemu_name(f)}" for f in add] + [f"-{qemu_name(f)}" for f in drop]
     return ",".join(["qemu64", "-svm", *flags])
-
-
-def _qemu_name(feature: str) -> str:
-    return QEMU_NAMES.get(feature, feature.replace("_", "-"))
 
 
 def firecracker_template(hosts: Sequence[Host]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xfast.errors import FormatError, LayoutError
+from xfast.errors import FormatError, LayoutError, printable
 from xfast.hosts.model import Host
+from xfast.hosts.silicon import family_and_model, generation
 from xfast.kernels.behaviour import (
     BEHAVIOURS,
     Behaviours,
@@ -21,14 +22,14 @@ from xfast.kernels.behaviour import (
     user_supported,
     without_xfd,
 )
-from xfast.xsave.cpuid import RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
+from xfast.xsave.cpuid import FEATURES, RUNTIME_FEATURES, XSAVE_FEATURES, Cpuid
 from xfast.xsave.features import (
     COMPONENTS,
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     XFEATURE_MASK_FPSSE,
 )
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import PRESETS, Layout, candidates
 
 NEWEST = Behaviours(frozenset(BEHAVIOURS))
 """The newest kernel: what a CPU is taken to run where its kernel is not known."""
@@ -98,6 +99,11 @@ def from_cpuid(
     if features is not None and (extended or cpuid.vendor == "GenuineIntel"):
         facts["mxcsr_mask"] = MXCSR_MASK_AMD if "misalignsse" in features else MXCSR_MASK_INTEL
         provenance["mxcsr_mask"] = "derived"
+    signature = cpuid.signature
+    known = generation(cpuid.vendor, *family_and_model(signature)) if signature else None
+    if known:
+        facts["x87_pointer_bits"] = known.x87_pointer_bits
+        provenance["x87_pointer_bits"] = "derived"
     try:
         masks = _masks(cpuid, features, by_kvm)
         layout: Layout | None = cpuid.layout if masks else None
@@ -127,6 +133,103 @@ def _masks(cpuid: Cpuid, features: frozenset[str] | None, by_kvm: bool) -> dict[
     return {"xcr0": xcr0, "xss": xss, "kvm_xcr0": kvm_xcr0}
 
 
+LAYOUTS_BY_CPU: tuple[tuple[str, int | None, str], ...] = (
+    ("GenuineIntel", None, "intel"),
+    ("CentaurHauls", None, "intel"),
+    ("  Shanghai  ", None, "intel"),
+    ("AuthenticAMD", 21, "amd-bulldozer"),
+    ("AuthenticAMD", 23, "amd-zen2"),
+    ("AuthenticAMD", 25, "amd-zen4"),
+    ("AuthenticAMD", 26, "amd-zen4"),
+    ("HygonGenuine", 24, "amd-zen2"),
+)
+"""Vendor, family, and the preset of which all its CPUs have a part; Zen 3 has one of Zen 4's.
+
+*Source*: CPUID dumps of 404 machines; tests compare every one of them.
+"""
+
+
+def likely_layout(
+    mask: int, vendor: str | None, family: int | None = None, size: int | None = None
+) -> Layout | None:
+    """Return the layout that a CPU has where nothing tells it, or None.
+
+    Where several are possible, only the components are placed that lie alike in all of them.
+
+    Parameters
+    ----------
+    mask : int
+        Its user components.
+    vendor, family
+        CPUID's, as far as they are known.
+    size : int, optional
+        Bytes of a standard-format area with `mask`, where that is known.
+    """
+    rows = [row for row in LAYOUTS_BY_CPU if row[0] == vendor]
+    names = [preset for _, known, preset in rows if known in (None, family)]
+    possible = names or [preset for *_, preset in rows] or list(PRESETS)
+    fitting = [
+        PRESETS[name].restricted(mask) for name in candidates(mask, size) if name in possible
+    ]
+    if not fitting and size is not None:
+        return likely_layout(mask, vendor, family)
+    return common_layout(fitting) if fitting else None
+
+
+def from_features(
+    features: frozenset[str],
+    name: str,
+    source: str,
+    *,
+    vendor: str | None = None,
+    family: int | None = None,
+    model: int | None = None,
+    how: str = "dump",
+) -> Host:
+    """Return the host that a list of feature names describes: low confidence, and marked so.
+
+    The features are certain, as far as `how` is. Which components the kernel enables is derived
+    from them; the layout is assumed, by vendor and family, and so is what KVM offers.
+
+    Parameters
+    ----------
+    features : frozenset of str
+        By the names in `xfast.xsave.cpuid.FEATURES`; others are left out.
+    name, source : str
+        The host's name, and where the list came from.
+    vendor, family, model
+        CPUID's, as far as they are known.
+    how : str
+        How the features are known; see `Host.provenance`.
+    """
+    known = frozenset(features & FEATURES.keys()) - RUNTIME_FEATURES
+    if "amx_tile" in known:
+        known |= {"xfd"}  # the kernel shows no flag for it, and enables no tiles without it
+    xcr0 = XFEATURE_MASK_FPSSE
+    if "xsave" in known:
+        xcr0 |= enabled_by_kernel(user_supported(NEWEST), known)
+    facts: dict[str, Any] = {
+        "features": known,
+        "xsave": known & XSAVE_FEATURES,
+        "vendor": vendor,
+        "xcr0": xcr0,
+        "kvm_xcr0": kvm_supported_xcr0(NEWEST, xcr0, vendor) if "xsave" in known else 0,
+        "layout": likely_layout(xcr0, vendor, family),
+        "xss": None if "xsave" in known else 0,
+    }
+    provenance = {"features": how, "xsave": how, "vendor": how, "xcr0": "derived"}
+    provenance |= {"kvm_xcr0": "assumed", "layout": "assumed", "xss": "derived"}
+    if "misalignsse" in known or vendor == "GenuineIntel":
+        facts["mxcsr_mask"] = MXCSR_MASK_AMD if "misalignsse" in known else MXCSR_MASK_INTEL
+        provenance["mxcsr_mask"] = "derived"
+    known_core = generation(vendor, family, model)
+    if known_core:
+        facts["x87_pointer_bits"] = known_core.x87_pointer_bits
+        provenance["x87_pointer_bits"] = "derived"
+    provenance = {fact: how for fact, how in provenance.items() if facts[fact] is not None}
+    return Host(name, source=source, provenance=provenance, **facts)
+
+
 def common_layout(layouts: Iterable[Layout]) -> Layout:
     """Return the slots that are the same in all of `layouts`."""
     first, *others = layouts
@@ -137,6 +240,6 @@ def common_layout(layouts: Iterable[Layout]) -> Layout:
 def kernel_of(release: object, path: str) -> Behaviours | None:
     """Return the behaviours of the release that a file names, None where it names none."""
     try:
-        return of_release(release) if isinstance(release, str) else None
+        return of_release(printable(release)) if isinstance(release, str) else None
     except ValueError as error:
         raise FormatError(path, None, str(error)) from None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from xfast.errors import FormatError
+from xfast.hosts.bounds import check_json, check_toml
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, of_release
 from xfast.xsave.cpuid import Cpuid, Entry
@@ -30,7 +31,8 @@ def _text(value: object) -> str:
     return value
 
 
-def _integer(value: object, limit: int = 1 << 64) -> int:
+def integer(value: object, limit: int = 1 << 64) -> int:
+    """Return a number below `limit`, from itself or hexadecimal text. Raises ValueError."""
     number = value
     if isinstance(value, str):
         try:
@@ -65,10 +67,10 @@ def _names(value: object) -> frozenset[str]:
 
 def _slot(value: object) -> Slot:
     table = _table(value, ("nr", "name", "size", "offset", *SLOT_FLAGS))
-    nr = _integer(table.get("nr"), 64)
+    nr = integer(table.get("nr"), 64)
     if table.get("name", name_of(nr)) != name_of(nr):
         raise ValueError(f"got name {table['name']!r:.40}, needed {name_of(nr)} for nr {nr}")
-    size, offset = _integer(table.get("size"), 1 << 32), _integer(table.get("offset", 0), 1 << 32)
+    size, offset = integer(table.get("size"), 1 << 32), integer(table.get("offset", 0), 1 << 32)
     flags = [table.get(flag, False) for flag in SLOT_FLAGS]
     if not all(isinstance(flag, bool) for flag in flags):
         raise ValueError(f"got {flags}, needed true or false for {', '.join(SLOT_FLAGS)}")
@@ -114,7 +116,7 @@ def _cpuid(value: object) -> Cpuid:
     rows = (_table(item, Entry._fields) for item in _items(value))
     u32 = 1 << 32
     return Cpuid(
-        tuple(Entry(*(_integer(row.get(f, 0), u32) for f in Entry._fields)) for row in rows)
+        tuple(Entry(*(integer(row.get(f, 0), u32) for f in Entry._fields)) for row in rows)
     )
 
 
@@ -126,6 +128,10 @@ def _provenance(value: object) -> dict[str, str]:
     return {name: _text(how) for name, how in _table(value, FIELDS).items()}
 
 
+def _notes(value: object) -> tuple[str, ...]:
+    return tuple(_text(item) for item in _items(value))
+
+
 class _Codec(NamedTuple):
     """How one field is read from JSON or TOML, and written."""
 
@@ -134,7 +140,7 @@ class _Codec(NamedTuple):
 
 
 _TEXT = _Codec(_text, str)
-_MASK = _Codec(_integer, hex)
+_MASK = _Codec(integer, hex)
 _NAMES = _Codec(_names, sorted)
 
 FIELDS: dict[str, _Codec] = {
@@ -145,13 +151,15 @@ FIELDS: dict[str, _Codec] = {
     "xss": _MASK,
     "kvm_xcr0": _MASK,
     "guest_permission": _MASK,
-    "xsave2_size": _Codec(_integer, int),
+    "xsave2_size": _Codec(integer, int),
     "mxcsr_mask": _MASK,
+    "x87_pointer_bits": _Codec(lambda value: integer(value, 65), int),
     "kernel": _Codec(_kernel, _write_kernel),
     "xsave": _NAMES,
     "features": _NAMES,
     "layout": _Codec(_layout, _write_layout),
     "provenance": _Codec(_provenance, dict),
+    "notes": _Codec(_notes, list),
     "cpuid": _Codec(_cpuid, _write_cpuid),
 }
 """Every field of `Host`, in the order in which they are written."""
@@ -160,7 +168,7 @@ FIELDS: dict[str, _Codec] = {
 def to_dict(host: Host) -> dict[str, Any]:
     """Return a host as plain values, what is not known left out."""
     values = ((name, codec, getattr(host, name)) for name, codec in FIELDS.items())
-    return {name: codec.write(value) for name, codec, value in values if value is not None}
+    return {name: codec.write(value) for name, codec, value in values if value not in (None, ())}
 
 
 def from_dict(data: object, path: str = "host", where: str = "host") -> Host:
@@ -184,27 +192,36 @@ def from_dict(data: object, path: str = "host", where: str = "host") -> Host:
             values[name] = FIELDS[name].read(value)
     except ValueError as error:
         raise FormatError(path, None, f"{at}: {error}") from None
-    facts = table.keys() - {"name", "source"}
+    facts = table.keys() - {"name", "source", "notes"}
     values.setdefault("provenance", dict.fromkeys(sorted(facts), "given"))
     return Host(**values)
 
 
-def read_json(text: str, path: str) -> dict[str, Any]:
-    """Return a JSON document. Raises FormatError if it is none, or not an object."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(path, None, f"not JSON: {error}") from None
+def parse_json(document: object, path: str) -> dict[str, Any]:
+    """Return a JSON value that is an object. Raises FormatError if it is another."""
     if not isinstance(document, dict):
         raise FormatError(path, None, f"found {document!r:.40}, needed a JSON object")
     return document
 
 
+def read_json(text: str, path: str) -> dict[str, Any]:
+    """Return a JSON document. Raises FormatError if it is none, no object, or costs too much."""
+    check_json(text, path)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, None, f"not JSON: {error}") from None
+    return parse_json(document, path)
+
+
 def read_toml(text: str, path: str) -> list[Host]:
     """Return the hosts of a description in TOML. Raises FormatError if it is none."""
+    check_toml(text, path)
     try:
         return hosts_of(tomllib.loads(text), path)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(path, None, f"not TOML: {error}") from None
 
 

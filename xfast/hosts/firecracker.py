@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from xfast.errors import FormatError
 from xfast.hosts.derive import from_cpuid, kernel_of
-from xfast.hosts.description import read_json
+from xfast.hosts.description import integer, read_json
 from xfast.hosts.model import Host
 from xfast.xsave.cpuid import FEATURES, Cpuid, Entry
 from xfast.xsave.features import TILEDATA
@@ -30,12 +30,19 @@ class Modifier(NamedTuple):
     keep: int
 
 
+def _hexadecimal(value: object) -> int:
+    if not isinstance(value, str):
+        raise ValueError(f"got {value!r:.40}, needed hexadecimal text")
+    return integer(value, 1 << 32)
+
+
 def read_modifiers(config: object, path: str) -> list[Modifier]:
     """Read the ``cpuid_modifiers`` of a Firecracker template or fingerprint."""
     try:
         modifiers = []
         for row in config["cpuid_modifiers"]:  # type: ignore[index]
-            leaf, subleaf, flags = int(row["leaf"], 16), int(row["subleaf"], 16), int(row["flags"])
+            leaf, subleaf = (_hexadecimal(row[key]) for key in ("leaf", "subleaf"))
+            flags = integer(row["flags"], 1 << 32)
             for item in row["modifiers"]:
                 bitmap = re.fullmatch(r"0b([01x]{32})", item["bitmap"])
                 if bitmap is None or item["register"] not in REGISTERS:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from xfast.errors import printable
 from xfast.kernels.behaviour import (
     Behaviours,
     kvm_supported_xcr0,
@@ -16,6 +17,25 @@ from xfast.kernels.behaviour import (
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import TILEDATA, XFEATURE_MASK_FPSSE
 from xfast.xsave.layout import Layout
+
+
+class Doubt(NamedTuple):
+    """A fact that is not certain: ``assumed`` or ``unknown``, and what would settle it."""
+
+    fact: str
+    how: str
+    remedy: str
+
+
+REMEDIES: dict[str, str] = {
+    "layout": "the output of `cpuid -r` there",
+    "xcr0": "the output of `cpuid -r`, or the boot log, there",
+    "kvm_xcr0": "`xfast host dump` there",
+    "features": "the output of `cpuid -r` there",
+}
+"""{fact: what makes it certain}, for the facts that verdicts rest on."""
+
+KERNEL_REMEDY = "HOST@RELEASE, or `xfast host dump` there"
 
 
 @dataclass(frozen=True)
@@ -51,10 +71,18 @@ class Host:
         CPUID's vendor text.
     cpuid : Cpuid or None
         All that is known of the CPU's, or KVM's supported, CPUID.
+    x87_pointer_bits : int or None
+        The bits of x87's instruction pointer, 48 or 57; CPUID does not tell.
     provenance : dict
-        {field: how it is known}: ``probed``, ``dump``, ``derived``, ``assumed``, ``given``.
+        {field: how it is known}: ``probed`` on the machine, told by a ``dump`` or ``given`` by
+        a person, ``derived`` (inferred) by the kernel's rules, or ``assumed``.
     source : str
         Where the description came from: a file, a catalogue entry, ``this machine``.
+    notes : tuple of str
+        What whoever relies on the description should know; one clause each.
+
+    Names, vendors, sources and notes are fit for a terminal: what is not printable in them is
+    escaped, for they come from files.
     """
 
     name: str
@@ -70,8 +98,31 @@ class Host:
     guest_permission: int | None = None
     vendor: str | None = None
     cpuid: Cpuid | None = None
+    x87_pointer_bits: int | None = None
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     source: str = ""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for text in ("name", "source", "vendor"):
+            value = getattr(self, text)
+            if value is not None and not value.isprintable():
+                object.__setattr__(self, text, printable(value))
+        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
+
+    @property
+    def doubts(self) -> list[Doubt]:
+        """The facts that are assumed or not known, and what would settle each."""
+        settled = [
+            Doubt(name, "unknown" if getattr(self, name) is None else "assumed", remedy)
+            for name, remedy in REMEDIES.items()
+            if getattr(self, name) is None or self.provenance.get(name) == "assumed"
+        ]
+        kernel = self.kernel
+        if kernel is None or kernel.provenance == "assumed":
+            how = "unknown" if kernel is None else "assumed"
+            settled.append(Doubt("kernel", how, KERNEL_REMEDY))
+        return settled
 
     @property
     def has_xsave(self) -> bool:
@@ -110,7 +161,7 @@ class Host:
         changes: dict[str, Any] = {"kernel": kernel}
         for name, mask in masks.items():
             value = getattr(self, name)
-            if value is not None and self.provenance.get(name) in ("derived", "dump"):
+            if value is not None and self.provenance.get(name) in ("derived", "dump", "assumed"):
                 changes[name] = value & mask
         provenance = {**self.provenance, "kernel": kernel.provenance}
         kvm_xcr0 = changes.get("kvm_xcr0", self.kvm_xcr0)

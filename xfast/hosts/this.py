@@ -40,11 +40,16 @@ from xfast.kernels.uapi import (
     KVM_SET_CPUID2,
     KVM_SET_XSAVE,
 )
+from xfast.xsave.area import empty
 from xfast.xsave.cpuid import ENTRY, Cpuid
 from xfast.xsave.features import (
     AVX,
+    EXTENDED_OFFSET,
+    FCW_INIT,
+    HEADER_OFFSET,
     KVM_XSAVE_SIZE,
     TILEDATA,
+    X87,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
 )
@@ -73,6 +78,9 @@ def this_host(name: str = "this") -> Host:
     host = host.replace(provenance=host.provenance | read_here)
     if hw.available():
         host = _known(host, xcr0=hw.xgetbv(0))
+        width = probe_x87_pointer_bits()
+        if width is not None:
+            host = _known(host, x87_pointer_bits=width)
     try:
         with ExitStack() as stack:
             return _ask_kvm(host, stack)
@@ -82,6 +90,31 @@ def this_host(name: str = "this") -> Host:
 
 def _known(host: Host, **facts: Any) -> Host:
     return host.replace(**facts, provenance=host.provenance | dict.fromkeys(facts, "probed"))
+
+
+def probe_x87_pointer_bits() -> int | None:
+    """Return how many bits this CPU's x87 instruction pointer has, or None where it is unclear.
+
+    The pointer 1 << 47 comes back extended where there are 48 bits, and as it is where there are
+    more. Some CPUs keep pointers only while an exception is pending, so one is.
+    """
+
+    def returned(fip: int) -> int:
+        memory = empty(1, max(hw.cpuid(0xD)[1], EXTENDED_OFFSET))[0]
+        struct.pack_into("<HHxxxxQ", memory, 0, FCW_INIT & ~FCW_INVALID, FSW_INVALID, fip)
+        memory[HEADER_OFFSET] = X87
+        hw.run([("xrstor64", memory, X87), ("xsave64", memory, X87)])
+        return int(memory[8:16].view("<u8")[0])
+
+    for width in (48, 57):
+        top = 1 << width - 1
+        if returned(top) == (1 << 64) - top:
+            return width
+    return None
+
+
+FCW_INVALID, FSW_INVALID = 1, 1
+"""Invalid operation: its mask in FCW, its flag in FSW."""
 
 
 def read_cpuid() -> Cpuid:

@@ -18,6 +18,7 @@ import numpy as np
 
 from xfast.errors import XfastError
 from xfast.hosts.model import Host
+from xfast.hosts.silicon import family_and_model
 from xfast.kernels.behaviour import (
     CET_S,
     Behaviours,
@@ -27,7 +28,7 @@ from xfast.kernels.behaviour import (
 )
 from xfast.kvm.arguments import check_host, unsigned
 from xfast.kvm.instructions import Fault, xrstor, xrstors, xsave, xsavec, xsaveopt, xsaves
-from xfast.kvm.processor import BY_VENDOR, Cpu, Processor
+from xfast.kvm.processor import Cpu, Processor, cpu_by_model
 from xfast.xsave import area
 from xfast.xsave.area import Areas
 from xfast.xsave.features import (
@@ -38,6 +39,7 @@ from xfast.xsave.features import (
     MXCSR_INIT,
     PKRU,
     PKRU_DEFAULT,
+    PKRU_NR,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_USER_DYNAMIC,
@@ -51,6 +53,9 @@ ARCH_GET_XCOMP_PERM = 0x1022
 ARCH_REQ_XCOMP_PERM = 0x1023
 ARCH_GET_XCOMP_GUEST_PERM = 0x1024
 ARCH_REQ_XCOMP_GUEST_PERM = 0x1025
+
+NO_FCS_FDS = 1 << 13
+"""CPUID leaf 7 EBX: the CPU deprecates FCS and FDS."""
 
 
 class KernelPanic(XfastError):
@@ -130,16 +135,32 @@ class FpuGuest:
 
 
 def cpu_of(host: Host) -> Cpu:
-    """Return the CPU that a host describes, with what is known of its vendor's CPUs."""
+    """Return the CPU that a host describes, with what is known of its like."""
     if host.layout is None or host.mxcsr_mask is None:
-        raise ValueError(f"host {host.name}: needed layout and mxcsr_mask for a CPU")
-    return replace(
-        BY_VENDOR.get(host.vendor or "", Cpu(host.name, host.layout)),
+        raise ValueError(f"host {host.name}: expected layout and mxcsr_mask for a CPU")
+    signature = host.cpuid.signature if host.cpuid else None
+    model = (None, None) if signature is None else family_and_model(signature)
+    cpu = replace(
+        cpu_by_model(host.vendor, *model),
         name=host.name,
         layout=host.layout,
         xsave=host.xsave & {"xsaveopt", "xsavec", "xgetbv1", "xsaves"},
         mxcsr_mask=host.mxcsr_mask,
     )
+    if host.x87_pointer_bits is not None:
+        cpu = replace(cpu, x87_pointer_bits=host.x87_pointer_bits)
+    leaf7 = host.cpuid.find(7) if host.cpuid else None
+    if leaf7 is not None:
+        cpu = replace(cpu, keeps_x87_selectors=not leaf7.ebx & NO_FCS_FDS)
+    return replace(cpu, linear_bits=linear_bits(host))
+
+
+def linear_bits(host: Host) -> int:
+    """Return the bits of a linear address, by CPUID: 57 with LA57, otherwise 48.
+
+    *Source*: Linux arch/x86/kvm/x86.h max_host_virt_addr_bits(), since 9245fd6b8531 (in v6.13).
+    """
+    return 57 if "la57" in (host.features or ()) else 48
 
 
 class Fpu:
@@ -451,7 +472,7 @@ class Fpu:
         if "fpu-core-uabi" not in self.behaviours:
             out[:LEGACY_SIZE] = fpstate.regs[:LEGACY_SIZE]
         elif "copies-header-bits" not in self.behaviours and fpstate.user_xfeatures & PKRU:
-            at = self.layout.slot(9).offset
+            at = self.layout.slot(PKRU_NR).offset
             out[at : at + 4].view("<u4")[0] = pkru
         return out
 

@@ -25,6 +25,7 @@ from xfast.xsave.features import (
     AVX,
     EXTENDED_OFFSET,
     MXCSR_INIT,
+    PKRU,
     SSE,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
@@ -272,7 +273,7 @@ def _modified(cpu: Processor, address: int, xcomp_bv: int) -> int:
     *Source*: Intel SDM vol. 1 sections 13.9 and 13.11, the conditions on XRSTOR_INFO.
     """
     if cpu.xrstor_info == (cpu.cpl, cpu.guest, address, xcomp_bv):
-        return cpu.xmodified
+        return cpu.xmodified | (PKRU if cpu.cpu.pkru_always_modified else 0)
     return cpu.cpu.layout.mask
 
 

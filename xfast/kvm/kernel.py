@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, kvm_supported_xcr0, kvm_supported_xss, of_release
-from xfast.kvm.fpu import Fpu
+from xfast.kvm.fpu import Fpu, linear_bits
 from xfast.kvm.processor import Processor
 from xfast.kvm.vcpu import Vcpu
 from xfast.xsave.features import KVM_XSAVE_SIZE, XFEATURE_MASK_USER_DYNAMIC, XFEATURE_MASK_XTILE
@@ -22,6 +22,11 @@ class Kernel:
         The kernel's behaviours, or a release that has them; default: the host's.
     processor : Processor, optional
         The CPU to run on; default: one as the host describes it.
+
+    Attributes
+    ----------
+    linear_bits : int
+        What the kernel takes for canonical in CET's MSRs: 57 bits with LA57, otherwise 48.
 
     Raises
     ------
@@ -48,6 +53,7 @@ class Kernel:
         if behaviours is None:
             raise ValueError(f"host {host.name}: its kernel is not known, needed behaviours")
         self.host = host
+        self.linear_bits = linear_bits(host)
         self.behaviours = behaviours
         self.fpu = Fpu(host, behaviours, processor)
         self.supported_xcr0 = supported_xcr0(host, behaviours, self.fpu.user_cfg.max_features)

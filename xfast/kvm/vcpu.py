@@ -371,7 +371,7 @@ class Vcpu:
         unsigned(value, 64, f"MSR {index:#x}")
         if index in CET_MSRS:
             nr, at = self._cet(index)
-            problem = cet_problem(index, value, self._cet_features, self._linear_bits)
+            problem = cet_problem(index, value, self._cet_features, self.kernel.linear_bits)
             if problem:
                 raise refuse(errno.EINVAL, f"MSR {index:#x} can't be {value:#x}: {problem}")
             self._with_guest_fpu(lambda p: store(p, nr, at, value))
@@ -402,10 +402,6 @@ class Vcpu:
         """Which of CET's two features the guest has."""
         offered = self.kernel.supported_xss & CET_U
         return self.cpuid.features & {"user_shstk", "ibt"} if offered else frozenset()
-
-    @property
-    def _linear_bits(self) -> int:
-        return self.kernel.fpu.processor.cpu.linear_bits
 
     def _cet(self, index: int) -> tuple[int, int]:
         """Return where a CET MSR is; of the two features, its own must be the guest's."""

@@ -1,7 +1,8 @@
 """ELF cores: NT_X86_XSTATE of each thread, and NT_X86_XSAVE_LAYOUT where the kernel wrote it.
 
 64-bit, i386 and x32 cores of Linux (kernel or gdb) and FreeBSD; notes may be edited freely, a
-core has no checksum.
+core has no checksum. A thread without NT_X86_XSTATE has x87 and SSE in an FXSAVE area:
+NT_PRFPREG (64-bit) or NT_PRXFPREG (i386).
 
 *Source*: ELF gABI ("Note Section"); Linux fs/binfmt_elf.c fill_note_info() and commit
 ba386777a30b ("x86/elf: Add a new FPU buffer layout info to x86 core files") (in v6.12);
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, LayoutError
-from xfast.snapshots import infer
+from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
@@ -34,9 +35,13 @@ PN_XNUM = 0xFFFF
 MACHINES = {3: "i386", 62: "x86-64"}
 
 NT_PRSTATUS = 1
+NT_PRFPREG = 2
 NT_PRPSINFO = 3
 NT_X86_XSTATE = 0x202
 NT_X86_XSAVE_LAYOUT = 0x205
+NT_PRXFPREG = 0x46E62B7F
+FXSAVE_NOTES = {("CORE", NT_PRFPREG), ("FreeBSD", NT_PRFPREG), ("LINUX", NT_PRXFPREG)}
+"""Notes that are FXSAVE areas if they have 512 bytes; i386's NT_PRFPREG is FSAVE's 108."""
 PID_OFFSET = {("CORE", 8): 32, ("CORE", 4): 24, ("FreeBSD", 8): 40, ("FreeBSD", 4): 24}
 """Where struct prstatus has the thread's id, by the note's name and the bytes of a long."""
 
@@ -49,11 +54,26 @@ LOOK_BACK = 1 << 16
 """How far before the notes others are looked for (bytes): as a rule program headers lie there."""
 
 SEGMENT_LIMIT = 1 << 20
+SEGMENTS_AT_ONCE = 1 << 14
 NOTE_LIMIT = 1 << 20
 """Notes that are looked at: a core has 3 to 6 a thread."""
 NAME_LIMIT = 64
 AREA_LIMIT = 1 << 20
+AREAS_LEAST, AREAS_RATIO = 16 << 20, 16
+"""Bytes of all areas together: so many, or so many times what the file takes on the disk."""
 WINDOW = 1 << 20
+
+
+def _segment(itemsize: int, kind: str, offset: int, size: int) -> np.dtype[np.void]:
+    formats = ["<u4", kind, kind]
+    names = ["type", "offset", "size"]
+    places = [0, offset, size]
+    return np.dtype({"names": names, "formats": formats, "offsets": places, "itemsize": itemsize})
+
+
+SEGMENT = _segment(32, "<u4", 4, 16)
+WIDE_SEGMENT = _segment(56, "<u8", 8, 32)
+"""What is needed of a program header, in 32-bit and 64-bit files."""
 
 
 class Note(NamedTuple):
@@ -67,7 +87,7 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a thread's NT_X86_XSTATE lies."""
+    """Where a thread's NT_X86_XSTATE lies, or its FXSAVE area."""
 
     area: Span
 
@@ -82,6 +102,7 @@ class Thread:
 
     tid: int
     area: Note | None = None
+    fxsave: Note | None = None
 
 
 @dataclass
@@ -127,22 +148,32 @@ def read(
     found = Found()
     for start, end in segments:
         _take(source, found, long_size, start, end)
-    threads = [(thread.tid, thread.area) for thread in found.threads if thread.area]
-    if not threads:
+    threads = [(thread.tid, thread.area or thread.fxsave) for thread in found.threads]
+    noted = [(tid, note) for tid, note in threads if note]
+    if not noted:
         notes = ", ".join(sorted(found.names)) or "none"
         raise FormatError(
             source.path,
             segments[0][0] if segments else 0,
-            f"found no extended state (notes: {notes}), needed NT_X86_XSTATE of each thread",
+            f"found no extended state (notes: {notes}), needed NT_X86_XSTATE or an FXSAVE area "
+            "of each thread",
+        )
+    whole = sum(note.length for _, note in noted)
+    if whole > max(AREAS_LEAST, AREAS_RATIO * source.stored):
+        raise FormatError(
+            source.path,
+            noted[0][1].offset,
+            f"found areas of {whole} bytes in a file that takes {source.stored} on the disk, "
+            "needed areas that are stored",
         )
     producer = _producer(found)
-    vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in threads]
+    vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in noted]
     for vcpu in vcpus:
         vcpu.mode = 32 if abi == "i386" else 64
     facts = {
         "abi": abi,
         "os": "freebsd" if "FreeBSD" in found.names else "linux",
-        "threads_without_state": len(found.threads) - len(threads),
+        "threads_without_state": len(threads) - len(noted),
     }
     return [
         Snapshot(
@@ -167,10 +198,11 @@ def _doubts(source: Source, found: Found, segments: list[Span]) -> tuple[str, ..
     read = sum(thread.area is not None for thread in found.threads)
     headers: set[int] = set()
     for start, end in segments:
-        begin, stop = max(0, start - LOOK_BACK), min(end + PRSTATUS_SIZE, source.size)
-        for at in range(begin, stop, WINDOW):
-            window = source.read(at, min(WINDOW + PRSTATUS_SIZE, stop - at))
-            headers.update(at + match.start() for match in PRSTATUS.finditer(window))
+        stop = min(end + PRSTATUS_SIZE, source.size)
+        for begin, last in source.stored(max(0, start - LOOK_BACK), stop):
+            for at in range(begin, last, WINDOW):
+                window = source.read(at, min(WINDOW + PRSTATUS_SIZE, stop - at))
+                headers.update(at + match.start() for match in PRSTATUS.finditer(window))
     told = len(headers)
     doubts = []
     if len(found.threads) > read:
@@ -203,24 +235,33 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         table, sections, _, _, entry, count = source.unpack("<2II3H", 28)
     if count == PN_XNUM:
         (count,) = source.unpack("<I", sections + (44 if wide else 28))
-    if entry < (56 if wide else 32):
+    row = WIDE_SEGMENT if wide else SEGMENT
+    if entry != row.itemsize and count:
         raise FormatError(
-            source.path, 54 if wide else 42, f"found program headers of {entry} bytes"
+            source.path,
+            54 if wide else 42,
+            f"found program headers of {entry} bytes, needed {row.itemsize}",
         )
     if count > SEGMENT_LIMIT:
         raise FormatError(source.path, table, f"found {count} segments, over {SEGMENT_LIMIT}")
-    headers = source.read(table, entry * count)
+    if table + entry * count > source.size:
+        raise FormatError(
+            source.path,
+            table,
+            f"found {max(0, source.size - table)} bytes, needed {entry * count} for "
+            f"{count} program headers",
+        )
     segments = []
-    for at in range(0, len(headers), entry):
-        if wide:
-            kind, _, start, _, _, length = struct.unpack_from("<2I4Q", headers, at)
-        else:
-            kind, start, _, _, length = struct.unpack_from("<5I", headers, at)
-        if kind == PT_NOTE:
+    for begin in range(0, count, SEGMENTS_AT_ONCE):
+        at = table + begin * entry
+        headers = source.read(at, min(SEGMENTS_AT_ONCE, count - begin) * entry)
+        rows = np.frombuffer(headers, row)
+        for i in np.flatnonzero(rows["type"] == PT_NOTE).tolist():
+            start, length = int(rows["offset"][i]), int(rows["size"][i])
             if start + length > source.size:
                 raise FormatError(
                     source.path,
-                    table + at,
+                    at + i * entry,
                     f"found notes up to offset {start + length}, needed at most {source.size}",
                 )
             segments.append((start, start + length))
@@ -256,6 +297,10 @@ def _take(source: Source, found: Found, long_size: int, start: int, end: int) ->
             if not found.threads or found.threads[-1].area:
                 found.threads.append(Thread(len(found.threads)))
             found.threads[-1].area = note
+        elif note.length == fxsave.SIZE and (note.name, note.type) in FXSAVE_NOTES:
+            if not found.threads or found.threads[-1].fxsave:
+                found.threads.append(Thread(len(found.threads)))
+            found.threads[-1].fxsave = note
         elif note.type == NT_X86_XSAVE_LAYOUT and note.name == "LINUX":
             try:
                 found.layout = from_note(source.read(note.offset, min(note.length, 63 * 16)))
@@ -271,6 +316,8 @@ def _notes(source: Source, start: int, end: int) -> Iterator[Note]:
             base = start
             window = source.read(start, min(WINDOW, end - start))
         name_size, length, kind = struct.unpack_from("<3I", window, start - base)
+        if not (name_size or length or kind):
+            return  # zeros: what is left is padding, or a hole
         offset = start + 12 + (name_size + 3 & ~3)
         if offset + length > end:
             raise FormatError(
@@ -292,6 +339,10 @@ def _producer(found: Found) -> str:
 
 
 def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Layout | None) -> Vcpu:
+    origin = Origin((note.offset, note.length))
+    if note.length == fxsave.SIZE:
+        image = fxsave.as_area(source.read(note.offset, note.length))
+        return Vcpu(tid, image, fxsave.LAYOUT, "format", origin=origin)
     area = np.frombuffer(source.read(note.offset, note.length), np.uint8)
     if not infer.headed(area):
         raise FormatError(
@@ -317,7 +368,7 @@ def _vcpu(source: Source, tid: int, note: Note, noted: Layout | None, given: Lay
         layout_source=place.source,
         layout_note=place.note,
         xcr0=mask or None,
-        origin=Origin((note.offset, note.length)),
+        origin=origin,
     )
 
 
@@ -355,8 +406,15 @@ def splices(
     found: list[Splice] = []
     for i, area in areas.items():
         vcpu = snapshot.vcpus[i]
-        new = edit.fitted(area, vcpu.area.size, f"{source.path}: thread {vcpu.index}")
-        found += edit.changes(kept(vcpu, Origin).area[0], vcpu.area, new, f"thread {vcpu.index}")
+        name = f"thread {vcpu.index}"
+        offset, length = kept(vcpu, Origin).area
+        if length == fxsave.SIZE:
+            old = source.read(offset, length)
+            image = fxsave.renewed(old, area, f"{source.path}: {name}")
+            was, new = (np.frombuffer(data, np.uint8) for data in (old, image))
+        else:
+            was, new = vcpu.area, edit.fitted(area, length, f"{source.path}: {name}")
+        found += edit.changes(offset, was, new, name)
     return found
 
 

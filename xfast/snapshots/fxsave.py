@@ -19,6 +19,7 @@ from xfast.xsave.features import (
     EXTENDED_OFFSET,
     FCW_INIT,
     MXCSR_INIT,
+    MXCSR_MASK_AMD,
     SSE,
     X87,
     XFEATURE_MASK_FPSSE,
@@ -34,6 +35,15 @@ HEADER_OFFSET = 512
 
 LAYOUT = Layout((), "fxsave")
 """x87 and SSE lie where they lie on every machine."""
+
+
+def plausible(data: bytes) -> bool:
+    """Tell whether 512 bytes have FCW, MXCSR and MXCSR_MASK as a CPU can have written them.
+
+    *Source*: Intel SDM vol. 1 section 8.1.5 (FCW bit 6 is always set), section 11.6.6.
+    """
+    fcw, mxcsr, mask = struct.unpack_from("<H22x2I", data)
+    return fcw & 0xE0C0 == 0x40 and not (mxcsr | mask) & ~MXCSR_MASK_AMD
 
 
 def as_area(data: bytes) -> NDArray[np.uint8]:

@@ -1,6 +1,8 @@
-"""Raw KVM_GET_XSAVE(2) areas: plain files, .npy stacks, and what lies beside them.
+"""Raw areas of KVM_GET_XSAVE(2), ptrace and FXSAVE: plain files, .npy stacks, companions.
 
-A plain file has no header: it is n areas of one size. A file ``NAME.xsave`` may have
+A plain file has no header: it is n areas of one size. Without anybody's word for the size, a file
+of 512 bytes is an FXSAVE area, one of a standard area's size below a page is ptrace's, and zeros
+that fill up 2 or 3 pages behind one area are padding. A file ``NAME.xsave`` may have
 ``NAME.xcrs`` (struct kvm_xcrs) and ``NAME.cpuid2`` (struct kvm_cpuid2) beside it; areas
 ``NAME-VARIANT.xsave`` may share those of NAME.
 
@@ -24,14 +26,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, LayoutError, PolicyError
-from xfast.snapshots import infer
+from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.bytes.source import Source, private_copy
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import PRESETS, Layout
 
 T = TypeVar("T")
 
@@ -44,10 +46,19 @@ COMPANIONS = (".xcrs", ".cpuid2")
 """The ends of the names of files that only go with raw areas."""
 COMPRESSION = (".bz2", ".gz", ".lz4", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
+PTRACE_SIZES = {EXTENDED_OFFSET} | {
+    end
+    for layout in PRESETS.values()
+    for slot in layout.slots
+    if slot.offset and (end := slot.offset + slot.size) < KVM_XSAVE_SIZE
+}
+"""Bytes of a standard area that ends with one of its components, and not with a page."""
+PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
 MAP_FROM = 64 << 20
-"""Files from this size on (bytes) are mapped, not read: a map costs a file descriptor."""
+"""Files from this size on (bytes) are mapped, not read: a map costs a file descriptor. The map is
+of a copy that has no name: of a file that others can cut off, it would end the run by SIGBUS."""
 
 
 class Beside(NamedTuple):
@@ -124,10 +135,13 @@ def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
     if _has_npy_magic(source) or _name(source).endswith(".xsave"):
         return True
+    if source.size == fxsave.SIZE:
+        return fxsave.plausible(source.read(0, fxsave.SIZE))
     sizes = (KVM_XSAVE_SIZE, XSAVE2_SIZES[0])
-    if source.size < KVM_XSAVE_SIZE or all(source.size % size for size in sizes):
+    paged = source.size >= KVM_XSAVE_SIZE and not all(source.size % size for size in sizes)
+    if not paged and source.size not in PTRACE_SIZES:
         return False
-    area = _bytes(source, 0, KVM_XSAVE_SIZE)
+    area = _bytes(source, 0, min(source.size, KVM_XSAVE_SIZE))
     return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
 
 
@@ -143,18 +157,21 @@ def read(
         The layout of every area; default: from the CPUID beside the file, or inferred.
     size : int, optional
         Bytes of an area in a plain file; default: 4096, or where AMX tiles ask for more, or the
-        file's size for it, 11008.
+        file's size for it, 11008; below a page the size of the file.
 
     Returns
     -------
     list of Snapshot
-        One, with an area a vCPU, in the file's order.
+        One, with an area a vCPU, in the file's order. Of kind ``process`` where the areas are
+        smaller than KVM's and no companion tells of a vCPU.
 
     Raises
     ------
     FormatError
         If the file does not hold areas of that size, or a companion is damaged.
     """
+    if source.size == fxsave.SIZE and size is None:
+        return [_fxsave(source)]
     beside = _beside(source)
     npy = _has_npy_magic(source)
     areas, start = _stack(source) if npy else _plain(source, size, beside)
@@ -176,9 +193,24 @@ def read(
                 origin=Origin((offset, size)),
             )
         )
-    snapshot = Snapshot(source.path, "raw", "vm", "kvm", vcpus, source.container)
+    whose = ("vm", "kvm") if size >= KVM_XSAVE_SIZE or any(beside) else ("process", "ptrace")
+    snapshot = Snapshot(source.path, "raw", *whose, vcpus, source.container)
     snapshot.origin = Wrapping(npy)
     return [snapshot]
+
+
+def _fxsave(source: Source) -> Snapshot:
+    """Read a file that is one FXSAVE area."""
+    data = source.read(0, fxsave.SIZE)
+    if not fxsave.plausible(data):
+        raise FormatError(
+            source.path, 0, "found no FCW and MXCSR as a CPU writes them, needed an FXSAVE area"
+        )
+    origin = Origin((0, fxsave.SIZE))
+    vcpu = Vcpu(0, fxsave.as_area(data), fxsave.LAYOUT, "format", origin=origin)
+    snapshot = Snapshot(source.path, "raw", "process", "", [vcpu], source.container)
+    snapshot.origin = Wrapping(False)
+    return snapshot
 
 
 def companion(folder: Folder, name: str) -> bool:
@@ -221,7 +253,12 @@ def _has_npy_magic(source: Source) -> bool:
 
 
 def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np.uint8], int]:
-    size = _area_size(source, beside) if size is None else size
+    whole = source.size
+    if size is None:
+        size = _area_size(source, beside)
+        if whole in PADDED_SIZES and size == KVM_XSAVE_SIZE:
+            rest = _bytes(source, size, whole - size)
+            whole = whole if rest.any() else size
     if not EXTENDED_OFFSET <= size <= AREA_LIMIT:
         raise FormatError(
             source.path, None, f"found areas of {size} bytes, needed {EXTENDED_OFFSET} to 1 MiB"
@@ -230,13 +267,13 @@ def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np
         raise FormatError(
             source.path, 0, f"found {source.size} bytes, needed a multiple of {size}; see --size"
         )
-    return _bytes(source, 0, source.size).reshape(-1, size), 0
+    return _bytes(source, 0, whole).reshape(-1, size), 0
 
 
 def _area_size(source: Source, beside: Beside) -> int:
     """Return the size of an area (bytes) in a plain file, where nobody says it."""
     if source.size <= KVM_XSAVE_SIZE:
-        return KVM_XSAVE_SIZE
+        return source.size if source.size in PTRACE_SIZES else KVM_XSAVE_SIZE
     head = _bytes(source, 0, KVM_XSAVE_SIZE)
     mask = infer.header(head)[0] | infer.software_mask(head) | (beside.xcr0 or 0)
     if mask & TILEDATA:
@@ -275,10 +312,11 @@ def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
 
 
 def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
-    """Return part of a file: a copy, or where it is large a read-only map."""
+    """Return part of a file: a copy, or where it is large a read-only map of a private one."""
     if length <= MAP_FROM:
         return np.frombuffer(source.read(offset, length), np.uint8)
-    whole = mmap.mmap(source.fd, offset + length, access=mmap.ACCESS_READ)
+    with private_copy(source) as fd:
+        whole = mmap.mmap(fd, offset + length, access=mmap.ACCESS_READ)
     return np.frombuffer(whole, np.uint8, length, offset)
 
 
@@ -319,6 +357,11 @@ def splices(
         If only some of the areas change their size, so that the file would no longer hold
         areas of one size.
     """
+    if kept(snapshot.vcpus[0], Origin).area == (0, fxsave.SIZE):
+        old = source.read(0, fxsave.SIZE)
+        new = fxsave.renewed(old, areas[0], source.path) if areas else old
+        was, now = (np.frombuffer(data, np.uint8) for data in (old, new))
+        return list(edit.changes(0, was, now, "area"))
     size = snapshot.vcpus[0].area.size
     sizes = {areas[i].size if i in areas else size for i in range(len(snapshot.vcpus))}
     if len(sizes) > 1:

@@ -43,7 +43,7 @@ class Source:
     path : str
         The name as the user gave it; ``-`` is standard input.
     fd : int
-        A regular file, which the Source owns from here on.
+        A regular file or block device, which the Source owns from here on.
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
@@ -66,7 +66,7 @@ class Source:
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.size = os.fstat(fd).st_size
+        self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -90,16 +90,54 @@ class Source:
         """
         name = os.fspath(path)
         source = cls(name, _stdin(expand_limit) if name == "-" else _regular(name))
+        return source.expanded(expand_limit)
+
+    @classmethod
+    def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
+        """Take bytes in memory (any buffer), or a binary file opened for reading, as an input.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        """
+        if hasattr(data, "read"):
+            return cls(name, _spool(name, data, expand_limit)).expanded(expand_limit)
+        fd = os.memfd_create("xfast", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(memoryview(data).cast("B"))
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(name, fd).expanded(expand_limit)
+
+    def expanded(self, limit: int) -> Source:
+        """Return the bytes without what they are packed in; this Source is closed with that one.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        XfastError
+            If it needs a module that is missing.
+        """
+        source = self
         try:
             for _ in range(NESTING_LIMIT):
                 codec, body = _compression(source)
                 if not codec:
                     return source
-                source = cls(name, _expand(source, codec, body, expand_limit), source, codec, body)
-            raise FormatError(name, 0, f"found {source.container}, needed fewer layers")
+                fd = _expand(source, codec, body, limit)
+                source = Source(self.path, fd, source, codec, body)
+            raise FormatError(self.path, 0, f"found {source.container}, needed fewer layers")
         except BaseException:
             source.close()
             raise
+
+    def whole(self) -> IO[bytes]:
+        """Return all bytes as a file, to be read from its start and closed."""
+        return os.fdopen(os.dup(self.fd), "rb")
 
     def close(self) -> None:
         """Close the file; temporary ones vanish."""
@@ -121,6 +159,11 @@ class Source:
         self.close()
 
     @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
+
+    @property
     def base(self) -> Source:
         """The file itself, as it lies on the disk."""
         return self.outer.base if self.outer else self
@@ -130,6 +173,11 @@ class Source:
         """What tells that the file is the same one, unchanged."""
         status = os.fstat(self.base.fd)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    @property
+    def stored(self) -> int:
+        """How many bytes the file truly takes: holes cost nothing to make, and count nothing."""
+        return os.fstat(self.fd).st_blocks * 512
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
@@ -169,6 +217,20 @@ class Source:
         end = self.size if end is None else end
         for offset in range(start, end, CHUNK):
             yield self.read(offset, min(CHUNK, end - offset))
+
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets, without the file's holes."""
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+                stop = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as problem:
+                if problem.errno == errno.ENXIO:  # only a hole is left
+                    return
+                stop = end  # a file system, or device, that can't tell
+            if start < end:
+                yield start, min(stop, end)
+            start = stop
 
     def view(self, offset: int, length: int | None = None) -> View:
         """Return a part as a Source of its own: `length` bytes (or all the rest) at `offset`."""
@@ -283,8 +345,18 @@ class View(Source):
         self.container = source.container
         self.bytes_read = 0
 
+    @property
+    def is_device(self) -> bool:
+        """Whether the bytes lie on a block device, which has room behind them."""
+        return self.source.is_device
+
     def close(self) -> None:
         """Leave the file to its owner."""
+
+    @property
+    def stored(self) -> int:
+        """How many bytes the source truly takes; see `Source.stored`."""
+        return self.source.stored
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         while length:
@@ -300,6 +372,11 @@ class View(Source):
             bytes(count) if start is None else self.source.read(start, count)
             for start, count in self._pieces(offset, length)
         )
+
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets: all of it."""
+        if start < end:
+            yield start, end
 
     def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
         """Return where bytes lie in the file; see `Source.runs`."""
@@ -319,12 +396,12 @@ class View(Source):
 
 
 def _regular(name: str) -> int:
-    """Open a regular file; anything else might never end, or act when opened."""
+    """Open a regular file or a block device; anything else might never end, or act when opened."""
     try:
         mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
-            raise FormatError(name, None, f"found {kind}, needed a regular file")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a character device, pipe or socket"
+            raise FormatError(name, None, f"found {kind}, expected a file or a block device")
         if os.path.lexists(name + JOURNAL):
             raise FormatError(
                 name,
@@ -358,7 +435,7 @@ def _compression(source: Source) -> tuple[str, int]:
 
 
 def _expand(source: Source, codec: str, body: int, limit: int) -> int:
-    with os.fdopen(os.dup(source.fd), "rb") as packed:
+    with source.whole() as packed:
         packed.seek(body)
         try:
             with CODECS[codec](packed, "rb") as file:
@@ -402,6 +479,35 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
         return os.dup(spool.fileno())
 
 
+@contextlib.contextmanager
+def private_copy(source: Source) -> Iterator[int]:
+    """Yield a descriptor of a source's bytes that nobody else can change while they are mapped.
+
+    What was expanded is such a copy already; of a file, an anonymous temporary one is made, which
+    costs no data where the file system shares blocks.
+
+    Raises
+    ------
+    XfastError
+        If it shrinks meanwhile, or there is no room.
+    """
+    import tempfile
+
+    if source.outer is not None:
+        yield source.fd
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            copy_bytes(source.fd, copy.fileno(), source.size)
+        except OSError as problem:
+            raise XfastError(
+                f"{source.path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
+            ) from None
+        except XfastError as problem:
+            raise FormatError(source.path, None, str(problem)) from None
+        yield copy.fileno()
+
+
 def _moving(edits: list[Splice]) -> bool:
     """Tell whether edits move what lies behind them."""
     return any(len(edit.old) != len(edit.new) for edit in edits)
@@ -433,4 +539,4 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     return count
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes"]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes", "private_copy"]

@@ -19,7 +19,8 @@ from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
 from xfast.snapshots.qemu.cpu import INTEL, Section
 from xfast.snapshots.qemu.domain import Domain, domain
-from xfast.snapshots.qemu.stream import Sections, configuration, find_cpus, start_of
+from xfast.snapshots.qemu.forward import located
+from xfast.snapshots.qemu.stream import Sections, configuration, start_of
 from xfast.xsave.layout import Layout
 
 
@@ -174,10 +175,16 @@ def _streams(source: Source) -> list[_Stream]:
     return [stream]
 
 
-def _read(stream: _Stream) -> Snapshot:
+def from_sections(stream: Source, found: Sections) -> Snapshot:
+    """Return the snapshot in a stream at the beginning of `stream`, whose vCPUs were found."""
+    return _read(_Stream(stream, 0), found)
+
+
+def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     source, guest = stream.source, stream.domain
     config = configuration(source, stream.start)
-    found = find_cpus(source)
+    if found is None:
+        source, found = located(source, stream.start)
     data = [source.read(place.offset, place.size) for place in found.cpus]
     kvm, basis = _is_kvm(found, data, guest)
     facts: dict[str, Any] = {

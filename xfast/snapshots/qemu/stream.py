@@ -137,20 +137,16 @@ def find_cpus(stream: Source) -> Sections:
     end, devices = _description(stream)
     if devices is None:
         found = search(stream)
-        described = None
+        described = 0
     else:
         described = sum(device["name"] == "cpu" for device in devices)
         cpus, doubts = _walk(stream, devices, end)
-        if len(cpus) < described:
-            found = search(stream)
-        else:
-            apics = sum(device["name"] == "apic" for device in devices)
-            found = Found(cpus, _instances(devices, "cpu_common"), apics)
+        found = Found(cpus) if len(cpus) >= described else search(stream)
         kvmclock = any(device["name"] == "kvmclock" for device in devices)
         found = found._replace(
             kvmclock=kvmclock, description="whole", doubts=(*found.doubts, *doubts)
         )
-    if not found.cpus or len(found.cpus) < (described or 0):
+    if not found.cpus or len(found.cpus) < described:
         hint = "" if devices else " (cut off? it does not end with its description)"
         needed = described or "at least one"
         raise FormatError(
@@ -158,35 +154,45 @@ def find_cpus(stream: Source) -> Sections:
             stream.size,
             f"found {len(found.cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
         )
-    return Sections(
-        sorted(found.cpus), found.kvmclock, found.description, _doubts(found, described)
-    )
+    return checked(found, devices)
+
+
+def checked(found: Found, devices: Sequence[Mapping[str, Any]] | None) -> Sections:
+    """Return what was found, and what makes one doubt that it is all.
+
+    QEMU writes a section ``cpu_common`` for every vCPU, of the same instance, and an ``apic``
+    (whose instance is the APIC's id) for every one that has one.
+
+    Parameters
+    ----------
+    found : Found
+    devices : sequence of mapping, optional
+        What the description lists.
+
+    *Source*: QEMU hw/core/cpu-system.c cpu_vmstate_register(); hw/intc/apic_common.c.
+    """
+    count = len(found.cpus)
+    commons, apics = set(found.commons), found.apics
+    doubts = list(misnumbered(cpu.instance for cpu in found.cpus))
+    if devices is not None:
+        names = [device["name"] for device in devices]
+        described = names.count("cpu")
+        if described != count:
+            doubts.append(f"expected {described} vCPUs, as the description lists, got {count}")
+        commons.update(_instances(devices, "cpu_common"))
+        apics = max(apics, names.count("apic"))
+    alone = sorted(commons - {cpu.instance for cpu in found.cpus})
+    if alone:
+        doubts.append(f"got a section cpu_common of vCPU {alone[0]}, expected its cpu section")
+    if apics > count:
+        doubts.append(f"expected {apics} vCPUs, as many as have an apic, got {count}")
+    return Sections(sorted(found.cpus), found.kvmclock, found.description, (*doubts, *found.doubts))
 
 
 def _instances(devices: Sequence[Mapping[str, Any]], name: str) -> list[int]:
     """Return the instances of a device, as far as the description tells them."""
     found = [device.get("instance_id") for device in devices if device["name"] == name]
     return [instance for instance in found if isinstance(instance, int)]
-
-
-def _doubts(found: Found, described: int | None) -> tuple[str, ...]:
-    """Compare the vCPUs that were found with all else that tells of them.
-
-    QEMU writes a section ``cpu_common`` for every vCPU, of the same instance, and an ``apic``
-    (whose instance is the APIC's id) for every one that has one.
-
-    *Source*: QEMU hw/core/cpu-system.c cpu_vmstate_register(); hw/intc/apic_common.c.
-    """
-    count = len(found.cpus)
-    doubts = list(misnumbered(cpu.instance for cpu in found.cpus))
-    if described not in (None, count):
-        doubts.append(f"expected {described} vCPUs, as the description lists, got {count}")
-    alone = sorted(set(found.commons) - {cpu.instance for cpu in found.cpus})
-    if alone:
-        doubts.append(f"got a section cpu_common of vCPU {alone[0]}, expected its cpu section")
-    if found.apics > count:
-        doubts.append(f"expected {found.apics} vCPUs, as many as have an apic, got {count}")
-    return (*doubts, *found.doubts)
 
 
 def _description(stream: Source) -> tuple[int, list[dict[str, Any]] | None]:
@@ -225,7 +231,7 @@ def _devices(stream: Source, offset: int, text: bytes) -> list[dict[str, Any]]:
     return devices
 
 
-def _measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
+def measure(stream: Source, entry: Mapping[str, Any], text: int) -> int:
     """Return the bytes that a device or subsection takes, by the description at `text`."""
     try:
         return _size(entry, 0)
@@ -268,7 +274,7 @@ def _walk(
     doubts = []
     text = end + 6
     for device in reversed(devices):
-        size = _measure(stream, device, text)
+        size = measure(stream, device, text)
         name = device["name"].encode(errors="replace")
         found = _section(stream, name, size, end)
         if found is None:
@@ -279,7 +285,7 @@ def _walk(
                 f"as the description lists, got {found[0]}"
             )
         if name == b"cpu":
-            cpus.append(_described_cpu(stream, device, text, found, size))
+            cpus.append(described_cpu(stream, device, text, found, size))
         end = found[2] - 14 - len(name)
     if cpus and _is_cpu_before(stream, end):
         doubts.append("got a cpu section that the description does not list")
@@ -308,15 +314,22 @@ def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int
     return None
 
 
-def _described_cpu(
+def described_cpu(
     stream: Source,
     device: Mapping[str, Any],
     text: int,
     found: tuple[int, int, int],
     size: int,
 ) -> CpuSection:
+    """Return the cpu section at (instance, version, offset of the payload), as described.
+
+    Raises
+    ------
+    FormatError
+        If it is of another version, or not as described.
+    """
     instance, version, offset = found
-    fixed = _measure(stream, {"fields": device.get("fields", [])}, text)
+    fixed = measure(stream, {"fields": device.get("fields", [])}, text)
     if version != CPU_VERSION or fixed not in FIXED_SIZES:
         raise FormatError(
             stream.path,
@@ -328,7 +341,7 @@ def _described_cpu(
     at = offset + fixed
     for part in device.get("subsections", ()):
         name = part["vmsd_name"].encode(errors="replace")
-        length = _measure(stream, part, text)
+        length = measure(stream, part, text)
         head = bytes([SUBSECTION, len(name) & 0xFF]) + name
         if stream.read(at, len(head)) != head:
             raise FormatError(stream.path, at, f"found no {part['vmsd_name'][:40]}, as described")

@@ -1,0 +1,81 @@
+"""Write `xfast/hosts/models.toml` from libvirt's CPU map.
+
+    python docs/make_models.py /usr/share/libvirt/cpu_map > xfast/hosts/models.toml
+
+Only facts are taken: which CPUID features, of those that xfast knows, each named model has. The
+map of libvirt 9.0 was used; models that are newer are its relatives and what libvirt 11's map
+gives them more or less.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from xfast.hosts.models import Model, read_map
+
+NEWER = {
+    "EPYC-Genoa": (
+        "EPYC-Milan",
+        (25, 17),
+        "avx512_bf16 avx512_vpopcntdq avx512_bitalg avx512bw avx512cd avx512dq avx512f avx512ifma "
+        "avx512vbmi avx512_vbmi2 avx512vl avx512_vnni gfni la57 vaes vpclmulqdq",
+        "",
+    ),
+    "EPYC-Turin": (
+        "EPYC-Genoa",
+        (26, 0),
+        "avx_vnni avx512_vp2intersect movdir64b movdiri",
+        "",
+    ),
+    "SapphireRapids": (
+        "Icelake-Server",
+        (6, 143),
+        "amx_bf16 amx_int8 amx_tile avx_vnni avx512_bf16 avx512_fp16 avx512ifma fsgsbase rdpid "
+        "serialize sha_ni tsxldtrk xfd xsaves",
+        "mpx",
+    ),
+    "GraniteRapids": ("SapphireRapids", (6, 173), "amx_fp16", ""),
+    "SierraForest": (
+        "Icelake-Server",
+        (6, 175),
+        "avx_ifma avx_ne_convert avx_vnni avx_vnni_int8 cmpccxadd fsgsbase rdpid serialize sha_ni "
+        "xsaves",
+        "mpx hle rtm la57 avx512f avx512dq avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 "
+        "avx512_vnni avx512_bitalg avx512_vpopcntdq avx512ifma",
+    ),
+}
+"""{name: (relative, family and model, features it has more, features it lacks)}."""
+
+
+def newer(models: dict[str, Model]) -> dict[str, Model]:
+    """Return `models` and those of NEWER."""
+    found = dict(models)
+    for name, (relative, signature, more, less) in NEWER.items():
+        features = found[relative].features | set(more.split())
+        found[name] = found[relative]._replace(
+            name=name,
+            signatures=(signature,),
+            features=features - set(less.split()),
+            source="libvirt 11 cpu map",
+        )
+    return found
+
+
+def main(folder: Path) -> None:
+    """Print the table."""
+    print("# Written by docs/make_models.py; see there.")
+    for model in newer(read_map(folder, "libvirt 9.0 cpu map")).values():
+        print("\n[[models]]")
+        print(f"name = {json.dumps(model.name)}")
+        if model.vendor:
+            print(f"vendor = {json.dumps(model.vendor)}")
+        if model.signatures:
+            print(f"signatures = {json.dumps(model.signatures)}")
+        print(f"source = {json.dumps(model.source)}")
+        print(f"features = {json.dumps(' '.join(sorted(model.features)))}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

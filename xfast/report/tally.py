@@ -1,0 +1,50 @@
+"""What a run has come to: verdicts by kind, inputs that could not be judged, files passed over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from xfast.judge.verdict import Verdict
+
+VERDICTS = ("identical", "superset", "incompatible", "unknown")
+
+
+class Problem(NamedTuple):
+    """An input that could not be judged: its name, and the one line that says why."""
+
+    path: str
+    message: str
+
+
+class Tally:
+    """Counts verdicts and problems as they pass, for the closing line and the exit code."""
+
+    def __init__(self) -> None:
+        self.words: Counter[str] = Counter()
+        self.fixable = 0
+        self.risky = 0
+        self.contradicted = False
+        self.skipped = 0
+        self.problems: list[Problem] = []
+
+    def count(self, verdict: Verdict) -> None:
+        """Count a verdict."""
+        self.words[verdict.verdict] += 1
+        self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
+        self.risky += any(finding.severity == "risky" for finding in verdict.findings)
+        self.contradicted |= verdict.kvm is not None and verdict.kvm.doubtful
+
+    def closing_line(self) -> str:
+        """Say how many pairs of each kind there were, and what was not judged."""
+        parts = [f"{self.words[word]} {word}" for word in VERDICTS if self.words[word]]
+        total = self.words.total()
+        text = f"{total:,} pair{'s' * (total != 1)}: " + (", ".join(parts) or "none judged")
+        text += f"; {self.fixable} can be fixed without loss" if self.fixable else ""
+        text += f"; {self.risky} at a risk" if self.risky else ""
+        if self.problems:
+            text += f"; {len(self.problems)} input{'s' * (len(self.problems) != 1)} not judged"
+        if self.skipped:
+            text += f"; {self.skipped} other file{'s' * (self.skipped != 1)} skipped"
+        return text
