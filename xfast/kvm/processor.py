@@ -277,6 +277,16 @@ class Processor:
                 return
         self.tracked |= 1 << nr
 
+    def write(self, nr: int, at: int, data: bytes) -> None:
+        """Do what an instruction does that writes component `nr`, from its byte `at` on.
+
+        The component is in use and modified from then on.
+        """
+        start = self.offsets[nr] + at
+        self.values[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        self.tracked |= 1 << nr
+        self.xmodified |= 1 << nr
+
     def init(self, nr: int) -> None:
         """Give component `nr` its initial value; MXCSR stays."""
         if nr == 0:

@@ -199,7 +199,7 @@ def _doubts(source: Source, found: Found, segments: list[Span]) -> tuple[str, ..
     headers: set[int] = set()
     for start, end in segments:
         stop = min(end + PRSTATUS_SIZE, source.size)
-        for begin, last in source.stored(max(0, start - LOOK_BACK), stop):
+        for begin, last in source.stored_runs(max(0, start - LOOK_BACK), stop):
             for at in range(begin, last, WINDOW):
                 window = source.read(at, min(WINDOW + PRSTATUS_SIZE, stop - at))
                 headers.update(at + match.start() for match in PRSTATUS.finditer(window))

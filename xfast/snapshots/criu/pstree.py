@@ -6,9 +6,10 @@ include/uapi/task-state.h.
 
 from __future__ import annotations
 
-from xfast.snapshots.criu.wire import fields, message, varint
+from xfast.snapshots.criu.wire import fields, inner, varint
 
 PID, THREADS = 1, 5
+THREAD_LIMIT = 1 << 16
 TC, TASK_STATE = 3, 1
 DEAD = {2, 6}
 """COMPEL_TASK_DEAD and COMPEL_TASK_ZOMBIE: such a task has no registers."""
@@ -23,7 +24,7 @@ def threads_of(process: bytes) -> set[int]:
         If it is no message.
     """
     found = set()
-    for number, value, _ in fields(process):
+    for number, value, _ in fields(process, THREAD_LIMIT):
         if number not in (PID, THREADS):
             continue
         if isinstance(value, int):
@@ -38,7 +39,7 @@ def threads_of(process: bytes) -> set[int]:
 
 def is_dead(core: bytes) -> bool:
     """Tell whether a core image is that of a task that had ended."""
-    task = message(core, TC)
+    task = inner(fields(core), TC)
     if task is None:
         return False
     return any(number == TASK_STATE and value in DEAD for number, value, _ in fields(task))
