@@ -18,11 +18,11 @@ from qemu_machine import GUESTS, PROGRAM, Machine, guest, restored
 import xfast
 from xfast.cli.main import main
 from xfast.errors import PolicyError
-from xfast.repair import amend
 from xfast.repair.plan import plan_fix
 from xfast.snapshots import splices
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.store import put
 from xfast.xsave import area as engine
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import BY_NAME, PKRU, XFEATURE_MASK_AVX512
@@ -51,7 +51,7 @@ def test_a_leaked_stream_restores_under_kvm_after_a_fix(shared, tmp_path, monkey
     if way == "new file":
         with contextlib.suppress(EOFError):  # QEMU 10 refuses it; QEMU 7.2 says that all is well
             assert restored(arguments, path)["MXCSR"] == [0x1F80]
-    monkeypatch.setattr(amend, "PATCH_FROM", 0 if way == "patched" else 1 << 40)
+    monkeypatch.setattr(put, "PATCH_FROM", 0 if way == "patched" else 1 << 40)
     out = path
     words = ["fix", str(path), "--host", "this"]
     if way == "new file":
@@ -73,7 +73,7 @@ def test_a_leaked_stream_restores_under_kvm_after_a_fix(shared, tmp_path, monkey
 @needs_qemu
 def test_a_guest_with_memory_after_a_fix_and_edits_in_place(shared, tmp_path, monkeypatch):
     """What QEMU shows is what was saved: fixed where it lay, edited there and back, repacked."""
-    monkeypatch.setattr(amend, "PATCH_FROM", 0)
+    monkeypatch.setattr(put, "PATCH_FROM", 0)
     packed = shared / "samples/qemu/q72-max-smp2-pc-fullram.qemustate.zst"
     truth = json.loads(packed.with_name("q72-max-smp2-pc-fullram.json").read_text())["regs"]
     path = tmp_path / "stream"

@@ -110,6 +110,18 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
             )
 
 
+def candidates(named: Sequence[str]) -> list[str]:
+    """Return the paths that `snapshots_of` goes through, without what it passes over."""
+    from xfast.snapshots import walk
+
+    return [
+        path
+        for name in named
+        for path in walk([name])
+        if path == name or not (_is_passed_over(path) or _is_text(path))
+    ]
+
+
 def fail(tally: Tally, path: str, problem: object) -> None:
     """Complain of an input that can't be judged, and count it."""
     complain(problem)

@@ -26,6 +26,7 @@ VERBS = {
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",
+    "undo": "put back what a change record says was changed",
     "convert": "write areas in another layout or format",
     "diff": "tell in which registers two snapshots differ",
     "bench": "measure on this machine",

@@ -69,7 +69,8 @@ def boots_in(text: str) -> list[str]:
                 last_end = -1
             else:
                 last_end = match.end()
-    starts = [0, *(start for start in starts if not text[:start].isspace() and start)]
+    first = len(text) - len(text.lstrip())
+    starts = [0, *(start for start in starts if start > first)]
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 

@@ -23,6 +23,9 @@ from xfast.hosts.description import hosts_of, parse_json, read_toml
 from xfast.hosts.firecracker import read_fingerprint
 from xfast.hosts.model import Host
 
+REPLIES_LIMIT = 1024
+"""JSON values one after the other, at most: a transcript of QMP."""
+
 
 class Document:
     """The bytes that describe a host, and what is worked out of them once."""
@@ -56,6 +59,10 @@ class Document:
         found: list[Any] = []
         position = 0
         while position < len(text):
+            if len(found) == REPLIES_LIMIT:
+                raise FormatError(
+                    self.path, None, f"expected at most {REPLIES_LIMIT} JSON values, got more"
+                )
             try:
                 value, position = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:

@@ -42,8 +42,6 @@ NPY_HEADER_LIMIT = 4096
 AREA_LIMIT = 1 << 20
 CPUID_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
-COMPANIONS = (".xcrs", ".cpuid2")
-"""The ends of the names of files that only go with raw areas."""
 COMPRESSION = (".bz2", ".gz", ".lz4", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
 PTRACE_SIZES = {EXTENDED_OFFSET} | {
@@ -131,6 +129,10 @@ def cpuid_of(data: bytes) -> Cpuid:
     return Cpuid(tuple(Entry(*row) for row in rows))
 
 
+COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
+"""The ends of the names of files that only go with raw areas, and what parses each."""
+
+
 def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
     if _has_npy_magic(source) or _name(source).endswith(".xsave"):
@@ -215,7 +217,7 @@ def _fxsave(source: Source) -> Snapshot:
 
 def companion(folder: Folder, name: str) -> bool:
     """Tell whether a file only goes with areas."""
-    return name.endswith(COMPANIONS)
+    return name.endswith(tuple(COMPANIONS))
 
 
 def _place(
@@ -326,10 +328,7 @@ def _beside(source: Source) -> Beside:
 
 
 def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
-    folder = os.path.dirname(source.path)
-    stem = os.path.splitext(_name(source))[0]
-    for base in (stem, stem.rpartition("-")[0]):
-        path = os.path.join(folder, base + suffix)
+    for path in companion_paths(source.path, suffix):
         if source.path == "-" or not os.path.isfile(path):
             continue
         with Source.open(path) as file:
@@ -339,6 +338,15 @@ def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | 
         except ValueError as problem:
             raise FormatError(path, 0, str(problem)) from None
     return None
+
+
+def companion_paths(path: str, suffix: str) -> tuple[str, str]:
+    """Return where a companion of a file is looked for: under its own name, and its variant's."""
+    folder, name = os.path.split(path)
+    stem, end = os.path.splitext(name)
+    stem = os.path.splitext(stem if end in COMPRESSION else name)[0]
+    bases = stem, stem.rpartition("-")[0]
+    return os.path.join(folder, bases[0] + suffix), os.path.join(folder, bases[1] + suffix)
 
 
 def splices(

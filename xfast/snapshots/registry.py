@@ -206,8 +206,7 @@ def walk(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield path
             continue
         unreadable: list[OSError] = []
-        for place, subfolders, names in os.walk(path, onerror=unreadable.append):
-            subfolders.sort()
+        for place, subfolders, names in _folders(path, unreadable):
             folder = Folder(place, tuple(sorted(names)))
             if _is_whole(folder):
                 yield place
@@ -217,6 +216,29 @@ def walk(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
                 if not _is_companion(folder, name):
                     yield os.path.join(place, name)
         yield from (str(problem.filename) for problem in unreadable)
+
+
+def _folders(top: str, unreadable: list[OSError]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield a directory and all below it, as os.walk does, however deep they lie.
+
+    Before Python 3.12 that one calls itself for every level.
+    """
+    waiting = [top]
+    while waiting:
+        place = waiting.pop()
+        subfolders: list[str] = []
+        names: list[str] = []
+        try:
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    (subfolders if entry.is_dir() else names).append(entry.name)
+        except OSError as problem:
+            unreadable.append(problem)
+            continue
+        subfolders.sort()
+        yield place, subfolders, names
+        below = (os.path.join(place, name) for name in reversed(subfolders))
+        waiting += [path for path in below if not os.path.islink(path)]
 
 
 def _is_whole(folder: Folder) -> bool:

@@ -73,11 +73,20 @@ class Source:
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, expand_limit: int = EXPAND_LIMIT) -> Source:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        fd: int | None = None,
+        expand_limit: int = EXPAND_LIMIT,
+    ) -> Source:
         """Open a file, or standard input for ``-``, and take compression off.
 
         Parameters
         ----------
+        path : str or path
+        fd : int, optional
+            The file, open already; the Source owns it from here on, and `path` only names it.
         expand_limit : int
             What a compressed file, or standard input, may expand to (bytes).
 
@@ -89,8 +98,9 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        source = cls(name, _stdin(expand_limit) if name == "-" else _regular(name))
-        return source.expanded(expand_limit)
+        if fd is None:
+            fd = _stdin(expand_limit) if name == "-" else _regular(name)
+        return cls(name, fd).expanded(expand_limit)
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -198,15 +208,14 @@ class Source:
 
     def _fetch(self, offset: int, length: int) -> bytes:
         self.bytes_read += length
-        pieces = []
-        while length:
-            piece = os.pread(self.fd, length, offset)
-            if not piece:
-                raise FormatError(self.path, offset, f"found the end, needed {length} bytes more")
-            pieces.append(piece)
-            offset += len(piece)
-            length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        data = read_at(self.fd, length, offset)
+        if len(data) < length:
+            raise FormatError(
+                self.path,
+                offset + len(data),
+                f"found the end, needed {length - len(data)} bytes more",
+            )
+        return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
         """Return the values that lie at `offset` in the struct format `fmt`."""
@@ -251,7 +260,7 @@ class Source:
             base = self.base
             copy_bytes(base.fd, out.fileno(), base.size)
             for edit in edits:
-                os.pwrite(out.fileno(), edit.new, edit.offset)
+                write_all(out.fileno(), edit.new, edit.offset)
             return
         size = self.size + sum(len(edit.new) - len(edit.old) for edit in edits)
         with self._packer(out, size) as file:
@@ -282,7 +291,7 @@ class Source:
                 "needed a file to edit in place",
             )
         for edit in edits:
-            os.pwrite(fd, edit.new, edit.offset)
+            write_all(fd, edit.new, edit.offset)
 
     def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
         edits = sorted(splices)
@@ -494,6 +503,29 @@ def _moving(edits: list[Splice]) -> bool:
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """Return the bytes at an offset, however many calls that takes; fewer where the file ends."""
+    piece = os.pread(fd, length, offset)
+    if len(piece) in (0, length):
+        return piece
+    pieces = [piece]
+    while piece:
+        length -= len(piece)
+        offset += len(piece)
+        piece = os.pread(fd, length, offset) if length else b""
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write bytes at an offset, however many calls that takes."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest = rest[count:]
+        offset += count
+
+
 def copy_bytes(source: int, target: int, size: int) -> None:
     """Copy a file: holes stay holes, and where the file system shares blocks no data moves."""
     os.truncate(target, size)
@@ -514,10 +546,21 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     try:
         count = os.copy_file_range(source, target, length, offset, offset)
     except OSError:  # two file systems, or one that can't
-        count = os.pwrite(target, os.pread(source, min(length, CHUNK), offset), offset)
+        piece = os.pread(source, min(length, CHUNK), offset)
+        write_all(target, piece, offset)
+        count = len(piece)
     if not count:
         raise XfastError(f"the file shrank to {offset} bytes while it was copied")
     return count
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes", "private_copy"]
+__all__ = [
+    "EXPAND_LIMIT",
+    "JOURNAL",
+    "Source",
+    "View",
+    "copy_bytes",
+    "private_copy",
+    "read_at",
+    "write_all",
+]
