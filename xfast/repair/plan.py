@@ -8,7 +8,7 @@ disables, moves components to the target's places, trims and cleans. Only what l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,7 +257,7 @@ def _plan(snapshot: Snapshot, host: Host, asked: int, even_if_live: bool, rules:
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 
 
-def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
+def _resized(before: Sequence[Vcpu], after: Sequence[Vcpu]) -> Iterator[Change]:
     """Yield the changes of size; all areas of a file have the same."""
     for old, new in zip(before, after, strict=True):
         if len(old.area) != len(new.area):

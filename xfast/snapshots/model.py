@@ -5,6 +5,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -137,7 +138,8 @@ class Snapshot:
     producer : str
         Who wrote it, as far as the file tells: ``qemu-kvm``, ``qemu-tcg``, ``kvm``, ``kernel``,
         ``gdb``, ...; empty where it does not.
-    vcpus : list of Vcpu
+    vcpus : sequence of Vcpu
+        A list; of a file with very many areas, a `xfast.snapshots.stack.Stack`.
     container : tuple of str
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
@@ -154,7 +156,7 @@ class Snapshot:
     format: str
     kind: str
     producer: str
-    vcpus: list[Vcpu]
+    vcpus: Sequence[Vcpu]
     container: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     part: str = ""
