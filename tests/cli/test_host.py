@@ -375,3 +375,14 @@ def test_baseline_names_the_best_model(capsys):
     assert main(["host", "baseline", "m5.metal", "EPYC-Milan"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["named"].startswith("-cpu x86-64-v3")
+
+
+def test_check_says_which_facts_of_a_host_are_assumed(capsys, tmp_path, data):
+    path = tmp_path / "flags.txt"
+    path.write_text("vendor_id : GenuineIntel\nflags : fpu sse sse2 xsave avx\n")
+    area = str(data / "raw/kvm618-guestxcr0_e7-bv03.xsave")
+    main(["check", area, "--host", str(path), "amd-milan"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "assumed" in line]
+    assert line.startswith("xfast: flags: layout, kvm_xcr0 assumed; certain with ")
+    main(["check", "--quiet", area, "--host", str(path)])
+    assert "assumed" not in capsys.readouterr().err

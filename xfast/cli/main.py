@@ -23,6 +23,7 @@ VERBS = {
     "show": "print what is in snapshots",
     "check": "judge which hosts can restore which snapshots",
     "scan": "judge a fleet of any size into a dataset",
+    "report": "draw what a scan has found",
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",

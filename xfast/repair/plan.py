@@ -8,7 +8,7 @@ disables, moves components to the target's places, trims and cleans. Only what l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -190,7 +190,7 @@ def plan_fix(
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
         known, so that its data would stay; or if an area that is to move contradicts the layout
-        that was given.
+        that was given; or if there may be vCPUs that were not read (`Snapshot.doubts`).
     ValueError
         If a word of `drop` names no component.
 
@@ -198,6 +198,10 @@ def plan_fix(
     """
     rules = policy if isinstance(policy, Policy) else Policy(policy)
     asked = sum({1 << parse_component(word) for word in drop})
+    if snapshot.doubts:
+        raise PolicyError(
+            f"{snapshot.path}: not every vCPU may have been read: {snapshot.doubts[0]}"
+        )
     plan = _plan(snapshot, host, asked, even_if_live, rules)
     lossy = {finding.component for finding in plan.left if finding.fix == "lossy"}
     if not lossy:
@@ -257,7 +261,7 @@ def _plan(snapshot: Snapshot, host: Host, asked: int, even_if_live: bool, rules:
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 
 
-def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
+def _resized(before: Sequence[Vcpu], after: Sequence[Vcpu]) -> Iterator[Change]:
     """Yield the changes of size; all areas of a file have the same."""
     for old, new in zip(before, after, strict=True):
         if len(old.area) != len(new.area):
