@@ -23,7 +23,7 @@ FLOORS = (
     {"kvm"},
     {"judge", "store"},
     {"messages", "repair", "report"},
-    {"fleet"},
+    {"arrow", "fleet"},
     {"bench"},
     {"cli"},
     {"__main__", "__init__"},

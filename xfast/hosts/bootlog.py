@@ -187,9 +187,11 @@ def _slots(boot: str) -> dict[int, Slot]:
     for nr, offset, size in _SLOT.findall(boot):
         base = 16 if offset[0] == "0" and len(offset) == 4 else 10
         try:
-            found[int(nr)] = Slot(int(nr), int(size, base), int(offset, base))
+            slot = Slot(int(nr), int(size, base), int(offset, base))
         except ValueError:
             continue
+        if slot.size:  # RHEL 7 lists components that the CPU lacks as 0000
+            found[slot.nr] = slot
     return found
 
 
