@@ -17,7 +17,7 @@ from collections import Counter
 
 from xfast.engine import hw
 from xfast.hosts.this import this_host
-from xfast.kernels.uapi import CR4_OSXSAVE, CR4_PKE, CR4_SMEP, KVM_FPU
+from xfast.kernels.uapi import CR4_OSXSAVE, CR4_PKE, CR4_SMEP, KVM_EXIT_HLT, KVM_FPU
 from xfast.kvm import Kernel, live
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM
 from xfast.xsave.cpuid import Cpuid
@@ -110,6 +110,25 @@ def wrpkru(value):
         libc.pkey_set(key, value >> 2 * key & 3)
 
 
+def wrpkru_guest(value):
+    """Return a real-mode guest that executes WRPKRU and halts."""
+    load = b"\x66\xb8" + value.to_bytes(4, "little")  # MOV EAX, value
+    clear = b"\x66\x31\xc9\x66\x31\xd2"  # XOR ECX, ECX; XOR EDX, EDX
+    return load + clear + b"\x0f\x01\xef\xf4"  # WRPKRU; HLT
+
+
+def guests_run_wrpkru(cpuid):
+    """Return whether a guest can execute WRPKRU; kvm_pvm emulates real mode, and lacks it."""
+    with live.Kernel() as kernel:
+        vcpu = kernel.create_vcpu()
+        vcpu.set_cpuid2(cpuid)
+        try:
+            vcpu.set_cr4(CR4_PKE)
+        except OSError:
+            return False
+        return vcpu.run(wrpkru_guest(PKRU_DEFAULT)) == KVM_EXIT_HLT
+
+
 def checks_cr4(without_xsave):
     """Return whether this KVM refuses CR4 bits that the guest's CPUID lacks; kvm_pvm does not."""
     with live.Kernel() as kernel:
@@ -139,6 +158,9 @@ class Machine:
         self.host = this_host()
         self.cpuids = cpuid_lists(self.host.kvm_xcr0)
         self.has_pku = has_pku()
+        self.guests_run_wrpkru = self.has_pku and guests_run_wrpkru(
+            self.cpuids["the host's, with features"]
+        )
         self.checks_cr4 = checks_cr4(self.cpuids["no leaf 0xD"])
         self.live = None
         self.made = 0
@@ -225,7 +247,7 @@ class Pair:
     @property
     def runs_wrpkru(self):
         """Whether the guest can execute WRPKRU now."""
-        return bool(self.machine.has_pku and self.model.cr4 & CR4_PKE)
+        return bool(self.machine.guests_run_wrpkru and self.model.cr4 & CR4_PKE)
 
     def _guest(self, vcpu, value):
         """Return a guest that executes WRPKRU, if CR4 lets it, and halts: real or modelled."""
@@ -233,9 +255,7 @@ class Pair:
             return None
         if vcpu is self.model:
             return lambda processor: self.machine.model.fpu.wrpkru(value)
-        load = b"\x66\xb8" + value.to_bytes(4, "little")  # MOV EAX, value
-        clear = b"\x66\x31\xc9\x66\x31\xd2"  # XOR ECX, ECX; XOR EDX, EDX
-        return load + clear + b"\x0f\x01\xef\xf4"  # WRPKRU; HLT
+        return wrpkru_guest(value)
 
     def _adopt(self):
         """Let the model go on with the list as the kernel has it: some rewrite what they get."""
@@ -498,6 +518,8 @@ def report(done, machine, seconds):
     lines.append(f"  {rest}; the VMM's WRPKRU {done['vmm_wrpkru'] if machine.has_pku else 0}")
     if not machine.checks_cr4:
         lines.append("  this KVM takes CR4 bits that CPUID lacks: the model took what it took")
+    if machine.has_pku and not machine.guests_run_wrpkru:
+        lines.append("  guests can't execute WRPKRU here: this KVM emulates real mode")
     lines.append(f"  by kind: {dict(sorted(done.items()))}")
     return "\n".join(lines)
 

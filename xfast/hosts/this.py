@@ -99,18 +99,27 @@ def kernel_flags() -> frozenset[str] | None:
     return None if flags is None else frozenset(flags.partition(":")[2].split())
 
 
+SWITCHED = frozenset(
+    {"user_shstk", "la57", "pku", "fsgsbase", "umip", "smep", "smap", "pcid", "enqcmd"}
+)
+"""Features that work only if the kernel switches them on; /proc/cpuinfo shows them then.
+
+Of others, a missing flag proves nothing: the kernel does not show all that it knows.
+"""
+
+
 def told_apart(host: Host, flags: frozenset[str] | None) -> Host:
-    """Return a host without the features that only CPUID has: a note names them.
+    """Return a host without the features that the kernel leaves off: a note names them.
 
     `flags` are the kernel's; None where they can't be read, and then nothing changes.
     """
     if host.features is None or flags is None:
         return host
-    raw = host.features - flags
+    raw = host.features & SWITCHED - flags
     if not raw:
         return host
     why = f"CPUID has these, and the kernel does not use them: {' '.join(sorted(raw))}"
-    return host.replace(features=host.features & flags, notes=(*host.notes, why))
+    return host.replace(features=host.features - raw, notes=(*host.notes, why))
 
 
 def with_offer(host: Host, offered: frozenset[str] | None) -> Host:

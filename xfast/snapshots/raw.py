@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.entry import beside
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source, private_copy
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
@@ -406,11 +407,11 @@ def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | 
 
 def companion_paths(path: str, suffix: str) -> tuple[str, str]:
     """Return where a companion of a file is looked for: under its own name, and its variant's."""
-    folder, name = os.path.split(path)
+    name = os.path.basename(path)
     stem, end = os.path.splitext(name)
     stem = os.path.splitext(stem if end in COMPRESSION else name)[0]
     bases = stem, stem.rpartition("-")[0]
-    return os.path.join(folder, bases[0] + suffix), os.path.join(folder, bases[1] + suffix)
+    return beside(path, bases[0] + suffix), beside(path, bases[1] + suffix)
 
 
 def splices(

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
+from xfast.snapshots.bytes.entry import way_to
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
@@ -227,6 +228,20 @@ class Source:
         for offset in range(start, end, CHUNK):
             yield self.read(offset, min(CHUNK, end - offset))
 
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets, without the file's holes."""
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+                stop = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as problem:
+                if problem.errno == errno.ENXIO:  # only a hole is left
+                    return
+                stop = end  # a file system, or device, that can't tell
+            if start < end:
+                yield start, min(stop, end)
+            start = stop
+
     def view(self, offset: int, length: int | None = None) -> View:
         """Return a part as a Source of its own: `length` bytes (or all the rest) at `offset`."""
         length = self.size - offset if length is None else length
@@ -368,6 +383,11 @@ class View(Source):
             for start, count in self._pieces(offset, length)
         )
 
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets: all of it."""
+        if start < end:
+            yield start, end
+
     def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
         """Return where bytes lie in the file; see `Source.runs`."""
         self.read(offset, 0)
@@ -388,10 +408,6 @@ class View(Source):
 def _regular(name: str) -> int:
     """Open a regular file or a block device; anything else might never end, or act when opened."""
     try:
-        mode = os.stat(name).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a character device, pipe or socket"
-            raise FormatError(name, None, f"found {kind}, expected a file or a block device")
         if os.path.lexists(name + JOURNAL):
             raise FormatError(
                 name,
@@ -399,12 +415,33 @@ def _regular(name: str) -> int:
                 f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
                 "xfast fix --in-place undoes it first",
             )
-        return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with way_to(name) as (folder, last, flags):
+            _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
+            flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(last, flags, dir_fd=folder)
+        try:
+            _check_kind(name, os.fstat(fd).st_mode)  # it may be another one by now
+        except FormatError:
+            os.close(fd)
+            raise
+        return fd
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
             raise
         reason = getattr(problem, "strerror", None) or problem
         raise XfastError(f"{name}: can't be opened: {reason}") from None
+
+
+def _check_kind(name: str, mode: int) -> None:
+    """Raise FormatError unless a mode is that of a file or a block device."""
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return
+    kind = "a character device, pipe or socket"
+    if stat.S_ISDIR(mode):
+        kind = "a directory"
+    elif stat.S_ISLNK(mode):
+        kind = "a symbolic link, which is followed only where it is named"
+    raise FormatError(name, None, f"found {kind}, expected a file or a block device")
 
 
 def _stdin(limit: int) -> int:
