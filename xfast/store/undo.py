@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from xfast.errors import XfastError
-from xfast.snapshots.bytes.files import copy_bytes
+from xfast.snapshots.bytes.copying import copy_bytes
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Splice
 from xfast.store.journal import Warrant, recover_in

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
+from xfast.snapshots.bytes.copying import copy_bytes, read_at, write_all
 from xfast.snapshots.bytes.entry import way_to
-from xfast.snapshots.bytes.files import copy_bytes, read_at, write_all
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp

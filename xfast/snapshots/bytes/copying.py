@@ -1,4 +1,4 @@
-"""Bytes between file descriptors: whole however many calls it takes, holes kept as holes."""
+"""Bytes read, written and copied by descriptor: however many calls that takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 from xfast.errors import XfastError
 
 CHUNK = 1 << 20
-"""What is copied at a time where the kernel can't copy by itself (bytes)."""
 
 
 def read_at(fd: int, length: int, offset: int) -> bytes:
