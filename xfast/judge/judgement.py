@@ -117,8 +117,8 @@ def _merged(findings: list[Finding]) -> list[Finding]:
 _verdict = partial(tuple.__new__, Verdict)
 """Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
 
-_findings_of = lru_cache(maxsize=1 << 14)(findings_of)
-_target_of = lru_cache(maxsize=1 << 14)(target_of)
+_findings_of = lru_cache(maxsize=16_384)(findings_of)
+_target_of = lru_cache(maxsize=16_384)(target_of)
 
 
 class _Case:
