@@ -2,6 +2,7 @@
 # make test: build it with everything that the tests need, and run them.
 # make san: build the engine with the address and undefined-behaviour sanitizers and test that.
 # make lint: what reads the sources. make bench: the benchmarks beside numpy, some minutes.
+# make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
 # All need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd
 STUBBED := xfast._core $(patsubst xfast/engine/%.pyi,xfast.engine.%,$(wildcard xfast/engine/*.pyi))
 SAN := build/san
 
-.PHONY: demo test lint san bench clean
+.PHONY: demo test lint san bench fuzz clean
 
 demo: $(VENV)/.demo
 	@echo
@@ -46,6 +47,11 @@ san: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
 
+TIME ?= 60
+TARGETS ?=
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python fuzz/run.py --seconds $(TIME) $(TARGETS)
+
 clean:
 	rm -rf $(VENV) build xfast/_core.c xfast/engine/*.c xfast/*.so xfast/engine/*.so *.egg-info
 
@@ -59,4 +65,8 @@ $(VENV)/.demo: $(BIN)/pip $(SOURCES)
 
 $(VENV)/.test: $(BIN)/pip $(SOURCES)
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev,fuzz]'
 	@touch $@

@@ -320,11 +320,12 @@ class Instruction:
 def pass_through_a_signal(cpu):
     """Do to the registers what Linux does when a fault becomes a signal.
 
-    The frame is saved and restored by 64-bit forms, and says that x87 and SSE are in use.
+    The frame is saved and restored by 64-bit forms, and says that x87 and SSE are in use; PKRU
+    is written on its own.
     """
     cpu.fcs = cpu.fds = 0
     if not cpu.cpu.finds_init:
-        cpu.tracked |= XFEATURE_MASK_FPSSE
+        cpu.tracked |= XFEATURE_MASK_FPSSE | cpu.xcr0 & PKRU
 
 
 def modify(cpu, how):
@@ -337,7 +338,7 @@ def modify(cpu, how):
     if how == 2:
         values[at[2] + 240 : at[2] + 256] = 0xFF
         written |= BY_NAME["avx"].bit
-        if cpu.xcr0 & BY_NAME["zmm_hi256"].bit:
+        if cpu.xinuse & BY_NAME["zmm_hi256"].bit:  # what is not in use stays so
             values[at[6] + 480 : at[6] + 512] = 0
             written |= BY_NAME["zmm_hi256"].bit
     if how == 3:  # KXNORW K7, K7, K7

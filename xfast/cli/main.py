@@ -22,9 +22,12 @@ from xfast.errors import XfastError
 VERBS = {
     "show": "print what is in snapshots",
     "check": "judge which hosts can restore which snapshots",
+    "scan": "judge a fleet of any size into a dataset",
+    "report": "draw what a scan has found",
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",
+    "undo": "put back what a change record says was changed",
     "convert": "write areas in another layout or format",
     "diff": "tell in which registers two snapshots differ",
     "bench": "measure on this machine",

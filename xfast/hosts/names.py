@@ -3,7 +3,8 @@
 All but the catalogue's names stand for what such a machine is taken to be, and their facts are
 marked ``assumed``.
 
-*Source*: Intel's and AMD's numbering of Xeon and EPYC; the pages named in INSTANCES, as of 2026.
+*Source*: Intel's and AMD's numbering of Xeon and EPYC. The instance types are common knowledge and
+have not been checked row by row: the page to check a row against is named in it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ Of Xeon Scalable the second digit is the generation; of EPYC it is the last one.
 
 
 class Instance(NamedTuple):
-    """Types of cloud instance, and the catalogue's entries of the CPUs that they may run on."""
+    """Types of cloud instance, and the catalogue's entries of the CPUs that they may run on.
+
+    `source` is the provider's page to compare with.
+    """
 
     pattern: str
     cpus: tuple[str, ...]
@@ -76,6 +80,15 @@ INSTANCES: tuple[Instance, ...] = (
     Instance(r"[cmr]6a\..+", ("amd-milan",), AWS),
     Instance(r"[cmr]7a\..+", ("amd-genoa",), AWS),
     Instance(r"[cmr]8a\..+", ("amd-turin",), AWS),
+    Instance(r"p3(?:dn)?\..+", ("intel-broadwell", _SKX), AWS),
+    Instance(r"p4de?\..+", (_CLX,), AWS),
+    Instance(r"g5\..+", ("amd-rome",), AWS),
+    Instance(r"p5\..+|g6\..+|hpc6a\..+", ("amd-milan",), AWS),
+    Instance(r"hpc6id\..+", (_ICX,), AWS),
+    Instance(r"hpc7a\..+", ("amd-genoa",), AWS),
+    Instance(r"u-\d+tb1\..+", (_SKX, _CLX), AWS),
+    Instance(r"n1-.+", ("intel-sandybridge", "intel-haswell", "intel-broadwell", _SKX), GCP),
+    Instance(r"e2-.+", ("intel-broadwell", _SKX, "amd-rome", "amd-milan"), GCP),
     Instance(r"c2-.+", (_CLX,), GCP),
     Instance(r"n2-.+", (_CLX, _ICX), GCP),
     Instance(r"n2d-.+", ("amd-rome", "amd-milan"), GCP),
@@ -84,7 +97,11 @@ INSTANCES: tuple[Instance, ...] = (
     Instance(r"c3d-.+", ("amd-genoa",), GCP),
     Instance(r"c4-.+|n4-.+", (_EMR, _GNR), GCP),
     Instance(r"c4d-.+", ("amd-turin",), GCP),
-    Instance(r"standard_[de]\d+[a-z]*_v4", (_ICX, _CLX), AZURE),
+    Instance(
+        r"standard_[de]\d+s?_v3", ("intel-haswell", "intel-broadwell", _SKX, _CLX, _ICX), AZURE
+    ),
+    Instance(r"standard_f\d+s_v2", (_SKX, _CLX, _ICX), AZURE),
+    Instance(r"standard_[de]\d+[ds]*_v4", (_ICX, _CLX), AZURE),
     Instance(r"standard_[de]\d+a[a-z]*_v4", ("amd-rome", "amd-milan"), AZURE),
     Instance(r"standard_[de]\d+[bdils]*_v5", (_ICX, _SPR, _EMR), AZURE),
     Instance(r"standard_[de]c?\d+a[a-z]*_v5", ("amd-milan", "amd-genoa"), AZURE),
@@ -143,7 +160,7 @@ def _of_instance(name: str) -> Host | None:
     """Return what all CPUs have that a type of cloud instance may run on."""
     for pattern, cpus, source in INSTANCES:
         if re.fullmatch(pattern, name.lower()):
-            return _assumed(name, cpus, f"the CPUs of {name} by {source}")
+            return _assumed(name, cpus, f"table of instance types; compare {source}")
     return None
 
 

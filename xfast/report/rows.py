@@ -14,7 +14,7 @@ from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.area import classify, headers
 from xfast.xsave.features import bits, name_of
 from xfast.xsave.layout import Layout, recognise
-from xfast.xsave.registers import REGISTERS, as_integers
+from xfast.xsave.registers import REGISTERS, as_integers, without_place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,7 @@ def vcpu_as_json(vcpu: Vcpu, *, registers: bool) -> dict[str, Any]:
             else f"0x{value:0{2 * size}x}"
             for name, (value, size) in as_integers(vcpu.area, known, vcpu.mode).items()
         }
+        answer["registers_without_place"] = without_place(vcpu.area, known, vcpu.mode)
     return answer
 
 
@@ -110,11 +111,14 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
             out.print(f"    {component['nr']:>2} {component['name']:<10} {component['state']}")
         for name, value in answer.get("registers", {}).items():
             out.print(f"      {name:<10} {value}")
+        if answer.get("registers_without_place"):
+            names = ", ".join(answer["registers_without_place"])
+            out.print(f"      not shown, for their place is unknown: {names}")
 
 
 COLUMNS = (
     "snapshot", "host", "verdict", "fixable", "code", "component", "vcpu", "severity",
-    "snapshot_value", "host_value", "fix", "why", "ref",
+    "snapshot_value", "host_value", "fix", "why", "ref", "count",
 )  # fmt: skip
 
 
@@ -128,7 +132,8 @@ def flat(verdict: Verdict) -> Iterator[dict[str, Any]]:
     whole.pop("live", None)
     findings = whole.pop("findings")
     for finding in findings or [{}]:
-        row = {**dict.fromkeys(COLUMNS), **whole, **finding}
+        count = {"count": 1} if finding else {}
+        row = {**dict.fromkeys(COLUMNS), **whole, **count, **finding}
         yield {name: row[name] for name in COLUMNS}
 
 
@@ -199,6 +204,6 @@ def _write_parquet(verdicts: Iterable[Verdict], out: TextIO, tally: Tally) -> No
     rows = [row for verdict in verdicts for row in flat(verdict)]
     rows += [_flat_problem(problem) for problem in tally.problems]
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
-    types = {name: pa.int64() if name == "vcpu" else pa.string() for name in COLUMNS}
+    types = {name: pa.int64() if name in ("vcpu", "count") else pa.string() for name in COLUMNS}
     arrays = [pa.array(columns[name], types[name]) for name in COLUMNS]
     parquet.write_table(pa.table(arrays, names=list(COLUMNS)), out.buffer)
