@@ -16,7 +16,9 @@ from xfast.kernels.behaviour import Behaviours
 from xfast.xsave.area import ALL
 from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
+    PKRU,
     TILEDATA,
+    X87,
     XFEATURE_MASK_FPSSE,
 )
 from xfast.xsave.layout import Layout
@@ -66,6 +68,8 @@ class Target(NamedTuple):
         Dynamic components that the guest needs permission for, and those that are granted.
     missing : tuple of str
         CPUID features that the guest was told of and that the host lacks.
+    refuses_cr4 : bool
+        Whether KVM_SET_SREGS refuses the guest's CR4.
     """
 
     host: int | None
@@ -89,6 +93,7 @@ class Target(NamedTuple):
     asks: int
     granted: int | None
     missing: tuple[str, ...]
+    refuses_cr4: bool
 
 
 class Facts:
@@ -170,6 +175,7 @@ def target_of(state: State, facts: Facts) -> Target:
         asks,
         granted,
         _missing(state, host),
+        vm and _refuses_cr4(state, facts, supported),
     )
 
 
@@ -268,6 +274,15 @@ def _permission(state: State, host: Host, supported: int | None) -> tuple[int, i
     if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
         granted = 0
     return wants, granted
+
+
+def _refuses_cr4(state: State, facts: Facts, supported: int | None) -> bool:
+    """Tell whether CR4 has PKE without PKU, or OSXSAVE (as a guest that set XCR0) without XSAVE.
+
+    *Source*: Linux arch/x86/kvm/x86.c kvm_is_valid_sregs(), __cr4_reserved_bits().
+    """
+    pke = bool(state.pkru_enabled) and supported is not None and not supported & PKRU
+    return pke or ((state.xcr0 or 0) > X87 and not any(facts.uses_xsave))
 
 
 def _missing(state: State, host: Host) -> tuple[str, ...]:

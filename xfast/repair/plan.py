@@ -190,7 +190,7 @@ def plan_fix(
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
         known, so that its data would stay; or if an area that is to move contradicts the layout
-        that was given.
+        that was given; or if there may be vCPUs that were not read (`Snapshot.doubts`).
     ValueError
         If a word of `drop` names no component.
 
@@ -198,6 +198,10 @@ def plan_fix(
     """
     rules = policy if isinstance(policy, Policy) else Policy(policy)
     asked = sum({1 << parse_component(word) for word in drop})
+    if snapshot.doubts:
+        raise PolicyError(
+            f"{snapshot.path}: not every vCPU may have been read: {snapshot.doubts[0]}"
+        )
     plan = _plan(snapshot, host, asked, even_if_live, rules)
     lossy = {finding.component for finding in plan.left if finding.fix == "lossy"}
     if not lossy:

@@ -12,6 +12,8 @@ KvmVcpu::set_state().
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,14 +30,16 @@ from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept
+from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept, misnumbered
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
 from xfast.xsave.layout import Layout
 
 STATE = "state.json"
+CONFIG = "config.json"
 MEMORY = "memory-ranges"
-"""The files of a snapshot's directory that hold the vCPUs, and the guest's memory."""
+"""The files of a snapshot's directory: the vCPUs, the machine's definition, its memory."""
+CONFIG_LIMIT = 1 << 20
 
 SIZE_LIMIT = 32 << 20
 STATE_LIMIT = 1 << 20
@@ -325,8 +329,39 @@ def read(
     for index, state, text in _states(source):
         generation = "v39 or later" if text.numbers is None else "v38 or earlier"
         vcpus.append(_vcpu(index, text, state, layout))
-    facts = {"generation": generation}
-    return [Snapshot(source.path, "cloud-hypervisor", "vm", "kvm", vcpus, source.container, facts)]
+    doubts = misnumbered(vcpu.index for vcpu in vcpus)
+    told = _boot_vcpus(source)
+    if told not in (None, len(vcpus)):
+        doubts += (f"expected {told} vCPUs, as {CONFIG} beside it says, got {len(vcpus)}",)
+    return [
+        Snapshot(
+            source.path,
+            "cloud-hypervisor",
+            "vm",
+            "kvm",
+            vcpus,
+            source.container,
+            {"generation": generation},
+            doubts=doubts,
+        )
+    ]
+
+
+def _boot_vcpus(source: Source) -> int | None:
+    """Return how many vCPUs the config.json beside a state.json tells, or None.
+
+    *Source*: Cloud Hypervisor vmm/src/vm_config.rs (struct CpusConfig); vmm/src/vm.rs
+    Vm::resize() keeps it up to date.
+    """
+    if os.path.basename(source.path) != STATE:
+        return None
+    try:
+        with Source.open(os.path.join(os.path.dirname(source.path), CONFIG)) as file:
+            config = json.loads(file.read(0, min(file.size, CONFIG_LIMIT)))
+        count = config["cpus"]["boot_vcpus"]
+    except (XfastError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return count if type(count) is int else None
 
 
 def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:

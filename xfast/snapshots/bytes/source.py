@@ -231,6 +231,20 @@ class Source:
         for offset in range(start, end, CHUNK):
             yield self.read(offset, min(CHUNK, end - offset))
 
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets, without the file's holes."""
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+                stop = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as problem:
+                if problem.errno == errno.ENXIO:  # only a hole is left
+                    return
+                stop = end  # a file system, or device, that can't tell
+            if start < end:
+                yield start, min(stop, end)
+            start = stop
+
     def view(self, offset: int, length: int | None = None) -> View:
         """Return a part as a Source of its own: `length` bytes (or all the rest) at `offset`."""
         length = self.size - offset if length is None else length
@@ -371,6 +385,11 @@ class View(Source):
             bytes(count) if start is None else self.source.read(start, count)
             for start, count in self._pieces(offset, length)
         )
+
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets: all of it."""
+        if start < end:
+            yield start, end
 
     def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
         """Return where bytes lie in the file; see `Source.runs`."""

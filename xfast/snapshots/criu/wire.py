@@ -49,16 +49,16 @@ def encoded(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-def fields(data: bytes) -> Iterator[Field]:
+def fields(data: bytes, limit: int = FIELD_LIMIT) -> Iterator[Field]:
     """Yield the fields of a protobuf message in order; numbers as int, the rest as bytes.
 
     Raises
     ------
     Broken
-        If it is none, or has more than `FIELD_LIMIT`.
+        If it is none, or has more fields than `limit`.
     """
     position, end = 0, len(data)
-    for _ in range(FIELD_LIMIT):
+    for _ in range(limit):
         if position == end:
             return
         start = position
@@ -84,7 +84,7 @@ def fields(data: bytes) -> Iterator[Field]:
         position += size
         yield Field(tag >> 3, data[position - size : position], data[start:position])
     if position < end:
-        raise Broken(f"found over {FIELD_LIMIT} fields in a message")
+        raise Broken(f"found over {limit} fields in a message")
 
 
 def inner(message: Iterable[Field], number: int) -> bytes | None:
