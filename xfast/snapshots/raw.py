@@ -29,9 +29,8 @@ from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.entry import beside
-from xfast.snapshots.bytes.files import private_copy
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.bytes.source import Source, private_copy
 from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, MXCSR_MASK_AMD, TILEDATA
@@ -382,11 +381,8 @@ def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
     """Return part of a file: a copy, or where it is large a read-only map of a private one."""
     if length <= MAP_FROM:
         return np.frombuffer(source.read(offset, length), np.uint8)
-    if source.outer is not None:  # what was expanded is such a copy already
-        whole = mmap.mmap(source.fd, offset + length, access=mmap.ACCESS_READ)
-    else:
-        with private_copy(source.path, source.fd, source.size) as fd:
-            whole = mmap.mmap(fd, offset + length, access=mmap.ACCESS_READ)
+    with private_copy(source) as fd:
+        whole = mmap.mmap(fd, offset + length, access=mmap.ACCESS_READ)
     return np.frombuffer(whole, np.uint8, length, offset)
 
 

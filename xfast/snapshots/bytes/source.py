@@ -19,12 +19,13 @@ from typing import IO, TYPE_CHECKING, Any
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
+from xfast.snapshots.bytes.copying import copy_bytes, read_at, write_all
 from xfast.snapshots.bytes.entry import way_to
-from xfast.snapshots.bytes.files import CHUNK, copy_bytes, read_at, write_all
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
 
+CHUNK = 1 << 20
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
@@ -511,17 +512,38 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
         return os.dup(spool.fileno())
 
 
+@contextlib.contextmanager
+def private_copy(source: Source) -> Iterator[int]:
+    """Yield a descriptor of a source's bytes that nobody else can change while they are mapped.
+
+    What was expanded is such a copy already; of a file, an anonymous temporary one is made, which
+    costs no data where the file system shares blocks.
+
+    Raises
+    ------
+    XfastError
+        If it shrinks meanwhile, or there is no room.
+    """
+    import tempfile
+
+    if source.outer is not None:
+        yield source.fd
+        return
+    with tempfile.TemporaryFile() as copy:
+        try:
+            copy_bytes(source.fd, copy.fileno(), source.size)
+        except OSError as problem:
+            raise XfastError(
+                f"{source.path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
+            ) from None
+        except XfastError as problem:
+            raise FormatError(source.path, None, str(problem)) from None
+        yield copy.fileno()
+
+
 def _moving(edits: list[Splice]) -> bool:
     """Tell whether edits move what lies behind them."""
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
-__all__ = [
-    "EXPAND_LIMIT",
-    "JOURNAL",
-    "Source",
-    "View",
-    "copy_bytes",
-    "read_at",
-    "write_all",
-]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "private_copy"]

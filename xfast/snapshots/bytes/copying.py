@@ -1,13 +1,11 @@
-"""Files by their descriptors: whole reads and writes, copies, and copies that nobody else has."""
+"""Bytes read, written and copied by descriptor: however many calls that takes."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 
-from xfast.errors import FormatError, XfastError
+from xfast.errors import XfastError
 
 CHUNK = 1 << 20
 
@@ -61,35 +59,3 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     if not count:
         raise XfastError(f"the file shrank to {offset} bytes while it was copied")
     return count
-
-
-@contextlib.contextmanager
-def private_copy(path: str, fd: int, size: int) -> Iterator[int]:
-    """Yield a descriptor of a file's bytes that nobody else can change while they are mapped.
-
-    It is of an anonymous temporary file, which costs no data where the file system shares blocks.
-
-    Parameters
-    ----------
-    path : str
-        What errors call the file.
-    fd, size : int
-        The file, open, and how much of it is copied (bytes).
-
-    Raises
-    ------
-    XfastError
-        If it shrinks meanwhile, or there is no room.
-    """
-    import tempfile
-
-    with tempfile.TemporaryFile() as copy:
-        try:
-            copy_bytes(fd, copy.fileno(), size)
-        except OSError as problem:
-            raise XfastError(
-                f"{path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
-            ) from None
-        except XfastError as problem:
-            raise FormatError(path, None, str(problem)) from None
-        yield copy.fileno()
