@@ -176,7 +176,7 @@ def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
 
 def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ...]) -> State:
     """Return the State of a vCPU whose area of `size` bytes holds what `found` (FACTS) says."""
-    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved = found[:9]
+    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved, *_ = found
     layout = vcpu.layout or NO_LAYOUT
     return State(
         kind,

@@ -105,13 +105,14 @@ class Facts:
         Its name and where its description came from make no difference.
     """
 
-    __slots__ = ("_moves", "host", "kernels", "supported", "uses_xsave")
+    __slots__ = ("_moves", "_users", "host", "kernels", "supported", "uses_xsave")
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.kernels = TYPICAL if host.kernel is None else (host.kernel,)
         self.uses_xsave = tuple(host.uses_xsave(kernel) for kernel in self.kernels)
         self.supported = host.kvm_xcr0 if any(self.uses_xsave) else XFEATURE_MASK_FPSSE
+        self._users = tuple(host.enabled_by(kernel) for kernel in self.kernels)
         self._moves: dict[int, tuple[tuple[int, int], ...]] = {}
 
     def moves(self, guest: int) -> tuple[tuple[int, int], ...]:
@@ -121,16 +122,17 @@ class Facts:
         """
         found = self._moves.get(guest)
         if found is None:
-            kernels = zip(self.kernels, self.uses_xsave, strict=True)
-            found = tuple([self._masks(kernel, uses, guest) for kernel, uses in kernels])
+            kernels = zip(self.kernels, self.uses_xsave, self._users, strict=True)
+            found = tuple([self._masks(*kernel, guest) for kernel in kernels])
             self._moves[guest] = found
         return found
 
-    def _masks(self, kernel: Behaviours, uses_xsave: bool, guest: int) -> tuple[int, int]:
+    def _masks(
+        self, kernel: Behaviours, uses_xsave: bool, user: int | None, guest: int
+    ) -> tuple[int, int]:
         if not uses_xsave:
             return XFEATURE_MASK_FPSSE, XFEATURE_MASK_FPSSE
         supported = self.supported or 0
-        user = self.host.enabled_by(kernel)
         if user is None:
             user = supported
         supported &= user
