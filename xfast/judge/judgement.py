@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xfast.hosts.model import Host
-from xfast.judge.findings import FUNCTIONS, WHOLE
-from xfast.judge.rules import FIXES, SEVERITIES
+from xfast.judge.findings import WHOLE
+from xfast.judge.registry import FUNCTIONS
+from xfast.judge.rules import CALLS, FIXES, SEVERITIES
 from xfast.judge.subject import State, Subject, subject_of
 from xfast.judge.target import Facts, Target, target_of
-from xfast.judge.verdict import Finding, Judgement, Policy, Verdict
+from xfast.judge.verdict import Failure, Finding, Judgement, Policy, Verdict
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.layout import Layout
@@ -72,7 +73,21 @@ def judge(subject: Subject, facts: Facts, policy: Policy) -> Judgement:
     if subject.stacked:
         findings = _merged(findings)
     findings += _of_the_whole(subject, facts.host, policy)
-    return conclude(findings, all(target.same for target in targets.values()))
+    verdict = conclude(findings, all(target.same for target in targets.values()))
+    calls = (
+        ([f.call for f in _findings_of(state, targets[state], policy) if f.call], state.xss or 0)
+        for state, _, _ in subject.parts
+    )
+    return replace(verdict, failure=_first_failure(calls), asked=(subject, facts, policy))
+
+
+def _first_failure(vcpus: Iterable[tuple[list[str], int]]) -> Failure | None:
+    """Return what fails first, of each vCPU's calls that would fail; with its IA32_XSS."""
+    for calls, xss in vcpus:
+        if calls:
+            call = min(calls, key=CALLS.index)
+            return Failure(call, "EPERM" if call == "KVM_SET_CPUID2" else "EINVAL", xss)
+    return None
 
 
 def conclude(findings: list[Finding], same: bool) -> Judgement:
@@ -102,8 +117,8 @@ def _merged(findings: list[Finding]) -> list[Finding]:
 _verdict = partial(tuple.__new__, Verdict)
 """Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
 
-_findings_of = lru_cache(maxsize=1 << 14)(findings_of)
-_target_of = lru_cache(maxsize=1 << 14)(target_of)
+_findings_of = lru_cache(maxsize=16_384)(findings_of)
+_target_of = lru_cache(maxsize=16_384)(target_of)
 
 
 class _Case:

@@ -6,7 +6,7 @@ scheduler that asks about a hundred hosts gets a hundred verdicts and a handful 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from xfast.errors import PolicyError, escape
@@ -57,7 +57,8 @@ class Finding:
 
     `vcpu` is the vCPU's number or the thread's id; `fix` is what ``xfast fix`` can do about it.
     `open` marks a finding that leaves the verdict unknown: a fact is missing. In a stack of
-    areas, `vcpu` is the first that it is about, and `count` says how many there are.
+    areas, `vcpu` is the first that it is about, and `count` says how many there are. `call` is
+    the call of KVM that fails for it.
     """
 
     code: str
@@ -71,6 +72,7 @@ class Finding:
     ref: str
     open: bool = False
     count: int = 1
+    call: str = ""
 
     def of(self, vcpu: int, count: int = 1) -> Finding:
         """Return the same finding about other vCPUs."""
@@ -81,10 +83,24 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         """Return the finding as the JSON answer has it: with `count` where there are several."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        del fields["open"]
+        del fields["open"], fields["call"]
         if self.count == 1:
             del fields["count"]
         return fields
+
+
+class Failure(NamedTuple):
+    """The first call of a VMM that fails, its error, and the guest's IA32_XSS."""
+
+    call: str
+    error: str
+    xss: int = 0
+
+    def texts(self, form: str = "") -> dict[str, str]:
+        """Return {program: what it prints}, of those that load snapshots of a format (or all)."""
+        from xfast.judge.vmm import texts
+
+        return texts(self.call, form, self.xss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,12 @@ class Judgement:
     verdict: str
     fixable: str
     findings: tuple[Finding, ...]
+    failure: Failure | None = None
+    asked: Any = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what was asked: it is only needed to find other hosts."""
+        return Judgement, (self.verdict, self.fixable, self.findings, self.failure)
 
 
 class KvmAnswer(NamedTuple):
@@ -170,7 +192,12 @@ class Verdict(NamedTuple):
     @property
     def settable(self) -> bool:
         """Whether no finding says that KVM_SET_XSAVE itself would refuse the area."""
-        return not any(f.severity == "blocks" and RULES[f.code].refuses_set for f in self.findings)
+        return not any(f.call == "KVM_SET_XSAVE" for f in self.findings)
+
+    @property
+    def failure(self) -> Failure | None:
+        """The call of the VMM that fails first, and what it prints; None where none does."""
+        return self.judgement.failure
 
     def __str__(self) -> str:
         return f"{self.snapshot} on {self.host}: {self.verdict}"
