@@ -6,6 +6,7 @@ scheduler that asks about a hundred hosts gets a hundred verdicts and a handful 
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -214,3 +215,26 @@ class Verdict(NamedTuple):
         if self.kvm is not None:
             answer["live"] = str(self.kvm)
         return answer
+
+
+class Verdicts(list[Verdict]):
+    """The answers to one snapshot: a list that prints as a table, and draws one in a notebook."""
+
+    def __str__(self) -> str:
+        width = max((len(verdict.host) for verdict in self), default=0)
+        return "\n".join(f"{escape(v.host):<{width}}  {v.verdict}" for v in self)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{_html(v.snapshot)}</td><td>{_html(v.host)}</td><td>{v.verdict}</td>"
+            f"<td>{v.fixable}</td><td>{'<br>'.join(_html(f.why) for f in v.findings)}</td></tr>"
+            for v in self
+        )
+        heads = "".join(
+            f"<th>{name}</th>" for name in ("snapshot", "host", "verdict", "fix", "why")
+        )
+        return f"<table><tr>{heads}</tr>{rows}</table>"
+
+
+def _html(text: str) -> str:
+    return html.escape(escape(text))
