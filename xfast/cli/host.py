@@ -7,7 +7,6 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from xfast.cli.arguments import OK, UNJUDGED, hosts_of
@@ -20,6 +19,7 @@ from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
 from xfast.hosts.models import largest, models
 from xfast.report.tally import Tally
+from xfast.store.staged import write_text
 from xfast.xsave.cpuid import psabi_level
 from xfast.xsave.features import (
     AVX,
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("spec", nargs="*", help=SPEC_HELP)
     show.add_argument("--json", action="store_true", help="print the descriptions as JSON")
     dump = actions.add_parser("dump", help="describe the running machine as JSON")
-    dump.add_argument("-o", "--output", type=Path, help="write to this file, not to stdout")
+    dump.add_argument("-o", "--output", help="write to this file, not to stdout")
     layout = actions.add_parser(
         "layout", help="print where components lie, and which of them makes the size"
     )
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     actions = {"show": _show, "dump": _dump, "baseline": _baseline, "layout": _layout_of_mask}
     answer = actions[args.action](args, tally)
     if args.action == "dump" and args.output:
-        args.output.write_text(answer, encoding="utf-8")
+        write_text(args.output, answer, replace=True)
     else:
         sys.stdout.write(answer)
     return UNJUDGED if tally.problems else OK
