@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--in-place", action="store_true", help="replace the snapshot itself")
     where.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     parser.add_argument("--backup", action="store_true", help="keep the old one as SNAPSHOT.orig")
+    repair_arguments(parser)
+    parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
+    parser.add_argument("--json", action="store_true", help="print the plans as JSON")
+
+
+def repair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what a repair may do."""
     parser.add_argument(
         "--drop",
         action="append",
@@ -54,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--even-if-live", action="store_true", help="give up the data of --drop where live"
     )
-    parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
     parser.add_argument("--level", default="xstate", help="what the host is asked for; see check")
-    parser.add_argument("--json", action="store_true", help="print the plans as JSON")
 
 
 def _component(word: str) -> str:
@@ -69,6 +74,10 @@ def _component(word: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
+    if args.snapshots == ["-"] and args.output == "-":
+        from xfast.cli.filter import pass_through
+
+        return pass_through(args)
     _require_consistent(args)
     host = resolve(args.host)
     if args.in_place:
@@ -99,7 +108,7 @@ def _require_consistent(args: argparse.Namespace) -> None:
     if args.backup and not args.in_place:
         raise XfastError("fix: got --backup, needed --in-place with it")
     if "-" in args.snapshots:
-        raise XfastError("fix: got standard input, needed a file")
+        raise XfastError("fix: got standard input, needed a file, or -o - with it (a filter)")
     if args.output == "-":
         raise XfastError("fix: got -o -, needed a file: the result is read back before it is named")
     paths = list(walk(args.snapshots))
@@ -127,7 +136,7 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
         output = os.path.join(output, os.path.basename(path.rstrip("/")))
     if not args.json:
         for plan in plans:
-            _print(plan, sys.stdout)
+            print_plan(plan, sys.stdout)
     written = ""
     if not blocked and not args.dry_run:
         limit = {"expand_limit": args.expand_limit} if args.expand_limit else {}
@@ -151,7 +160,7 @@ def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -
     ]
 
 
-def _print(plan: Any, out: TextIO) -> None:
+def print_plan(plan: Any, out: TextIO) -> None:
     """Print a plan for people."""
     who = printable(f"{plan.snapshot.path} on {plan.host.name}")
     print(f"{who}: {plan.before.verdict}, then {plan.after.verdict}", file=out)
