@@ -10,10 +10,23 @@ cimport numpy as cnp
 
 from xfast.engine.area cimport Slots
 from xfast.engine.loops cimport Loops, Scan
+from xfast.engine.trial cimport Trial
 
 cdef const Loops *loops
 cdef Py_ssize_t stream_above  # bytes from which a batch bypasses the caches
 cdef int rows_ahead  # whose data such a batch fetches ahead
+
+cdef enum:  # batches that are tried out: an operation, reading ones on dense rows and on pages
+    TRIAL_CONVERT
+    TRIAL_MERGE
+    TRIAL_CLASSIFY
+    TRIAL_CLASSIFY_PAGES
+    TRIAL_XINUSE
+    TRIAL_XINUSE_PAGES
+    TRIAL_DIFF
+    TRIAL_DIFF_PAGES
+    TRIALS
+cdef Trial trials[TRIALS]  # whether such a batch fetches whole rows
 
 cdef class Table:
     cdef Slots slots
@@ -39,7 +52,10 @@ cdef struct Rows:
     Py_ssize_t size
     Py_ssize_t stride
 
+cdef void run_scan(
+    Scan *scan, void (*loop)(const Scan *scan) noexcept nogil, int trial, Py_ssize_t value
+) noexcept nogil
 cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, Table table) except *
-cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1
-cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL
+cdef int check_rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1
+cdef void *check_vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL
 cdef bint overlap(const Rows *one, const Rows *two) noexcept nogil

@@ -1,6 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, binding=False, embedsignature=False
-# cython: freethreading_compatible=True
 """The engine: layouts in C, the checks of what comes in, and the loops that read areas.
 
 Holds no policy and imports nothing of xfast but its own loops, compiled for several
@@ -17,10 +14,12 @@ from libc.string cimport memset
 
 cimport numpy as cnp
 
-from xfast.engine.area cimport EXTENDED, FP, LEGACY, SSE, Facts, Slots, bit, load32, load64
+from xfast.engine.area cimport EXTENDED, FP, LEGACY, PAGE, SSE, Facts, Slots, bit, load32, load64
 from xfast.engine.loops cimport Loops, Scan
-from xfast.engine.plan cimport RING
-from xfast.engine.simd cimport widest_isa
+from xfast.engine.cache cimport RING
+from xfast.engine.plan cimport DENSE
+from xfast.engine.simd cimport LINE, widest_isa
+from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, force, next_way, note, now
 
 import os
 from importlib import import_module
@@ -46,20 +45,33 @@ loops = <const Loops *>PyCapsule_GetPointer(
     import_module(f"xfast.engine.loops_{ISA}").loops(), "xfast.loops"
 )
 
-stream_above = 16 << 20
-rows_ahead = 4
 
+def tune(Py_ssize_t stream_above_, int rows_ahead_, int whole_rows):
+    """Set from how many bytes on a batch bypasses the caches, and how it fetches ahead.
 
-def tune(Py_ssize_t stream_above_, int rows_ahead_):
-    """Set from how many bytes on a batch bypasses the caches, and how far it fetches ahead.
-
-    A negative number leaves a setting as it is.
+    A negative number leaves a setting as it is. `whole_rows`: 0 no, 1 yes, 2 measure (again).
     """
     global stream_above, rows_ahead
+    cdef int i
     if stream_above_ >= 0:
         stream_above = stream_above_
     if rows_ahead_ >= 0:
         rows_ahead = min(rows_ahead_, RING - 1)
+    if whole_rows >= 0:
+        for i in range(TRIALS):
+            force(&trials[i], UNKNOWN if whole_rows == 2 else whole_rows)
+
+
+tune(16 << 20, 4, 2)
+
+
+def whole_rows():
+    """Return for each kind of batch whether it fetches whole rows; -1: not measured yet."""
+    names = (
+        "convert", "merge", "classify", "classify pages", "xinuse", "xinuse pages", "diff",
+        "diff pages",
+    )
+    return {name: trials[i].choice for i, name in enumerate(names)}
 
 
 cdef class Table:
@@ -130,7 +142,7 @@ cdef uint64_t xinuse_one(
     cdef uint64_t used = 0
     cdef Scan scan = scan_one(area, size, &used)
     scan.slots = slots
-    scan.flag = early
+    scan.early = early
     loops.xinuse(&scan)
     return used
 
@@ -158,7 +170,7 @@ cdef uint64_t keep_one(
     cdef Scan scan = scan_one(area, size, &dropped)
     scan.slots = slots
     scan.mask = mask
-    scan.flag = scrub
+    scan.scrub = scrub
     loops.keep(&scan)
     return dropped
 
@@ -169,7 +181,7 @@ cdef uint64_t keep_one(
 cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, Table table) except *:
     cdef Scan scan
     cdef Rows r
-    rows(&r, areas, name, writes)
+    check_rows(&r, areas, name, writes)
     memset(&scan, 0, sizeof(scan))
     scan.rows = r.data
     scan.n = r.n
@@ -183,17 +195,63 @@ cdef Scan scan_of(cnp.ndarray areas, str name, bint writes, Table table) except 
     return scan
 
 
+cdef void start_at(
+    Scan *part, const Scan *scan, Py_ssize_t first, Py_ssize_t n, Py_ssize_t value
+) noexcept nogil:
+    """Make `part` do `n` rows of a scan, from `first` on; `value`: bytes of each result."""
+    part[0] = scan[0]
+    part.rows += first * scan.stride
+    part.other += first * scan.other_stride
+    part.out = <uint8_t *>scan.out + first * value
+    part.n = n
+    part.beyond = scan.n - first - n + scan.beyond
+
+
+cdef void run_scan(
+    Scan *scan, void (*loop)(const Scan *scan) noexcept nogil, int trial, Py_ssize_t value
+) noexcept nogil:
+    """Run a loop that reads all of its rows; while the way to is open, slices try both."""
+    cdef Trial *tried = &trials[trial + (scan.stride == PAGE)]
+    cdef Scan part
+    cdef Py_ssize_t done = 0
+    cdef double start
+    cdef bint dense = (
+        scan.stream and scan.ahead and scan.size >= DENSE * LINE
+        and scan.size <= scan.stride < scan.size + LINE and scan.stride <= PAGE
+    )
+    if dense and begin(tried):
+        while tried.choice == UNKNOWN and done + SLICE <= scan.n:
+            start_at(&part, scan, done, SLICE, value)
+            set_way(&part, next_way(tried))
+            start = now()
+            loop(&part)
+            note(tried, part.whole, now() - start)
+            done += SLICE
+        end(tried)
+    if done and done == scan.n:
+        return
+    start_at(&part, scan, done, scan.n - done, value)
+    set_way(&part, dense and tried.choice == 1)
+    loop(&part)
+
+
+cdef void set_way(Scan *scan, bint whole) noexcept nogil:
+    scan.whole = whole
+    if whole:
+        scan.ahead = 0
+
+
 def headers(
     cnp.ndarray areas, cnp.ndarray xstate_bv, cnp.ndarray xcomp_bv, cnp.ndarray mxcsr,
     cnp.ndarray reserved,
 ):
     """Read XSTATE_BV, XCOMP_BV, MXCSR and whether reserved header bytes are set, a row each."""
     cdef Rows r
-    rows(&r, areas, "areas", False)
-    cdef uint64_t *bv = <uint64_t *>vector(xstate_bv, "xstate_bv", cnp.NPY_UINT64, r.n)
-    cdef uint64_t *xcomp = <uint64_t *>vector(xcomp_bv, "xcomp_bv", cnp.NPY_UINT64, r.n)
-    cdef uint32_t *mx = <uint32_t *>vector(mxcsr, "mxcsr", cnp.NPY_UINT32, r.n)
-    cdef uint8_t *dirty = <uint8_t *>vector(reserved, "reserved", cnp.NPY_BOOL, r.n)
+    check_rows(&r, areas, "areas", False)
+    cdef uint64_t *bv = <uint64_t *>check_vector(xstate_bv, "xstate_bv", cnp.NPY_UINT64, r.n)
+    cdef uint64_t *xcomp = <uint64_t *>check_vector(xcomp_bv, "xcomp_bv", cnp.NPY_UINT64, r.n)
+    cdef uint32_t *mx = <uint32_t *>check_vector(mxcsr, "mxcsr", cnp.NPY_UINT32, r.n)
+    cdef uint8_t *dirty = <uint8_t *>check_vector(reserved, "reserved", cnp.NPY_BOOL, r.n)
     cdef const uint8_t *row = r.data
     cdef uint64_t any
     cdef Py_ssize_t i, j
@@ -217,9 +275,9 @@ def classify(cnp.ndarray areas, Table table not None, cnp.ndarray facts):
     Unreadable: bit set, and the component is not in the layout or not inside the row.
     """
     cdef Scan scan = scan_of(areas, "areas", False, table)
-    scan.out = vector(facts, "facts", cnp.NPY_UINT64, sizeof(Facts) // 8 * scan.n)
+    scan.out = check_vector(facts, "facts", cnp.NPY_UINT64, sizeof(Facts) // 8 * scan.n)
     with nogil:
-        loops.classify(&scan)
+        run_scan(&scan, loops.classify, TRIAL_CLASSIFY, sizeof(Facts))
 
 
 def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray status):
@@ -227,7 +285,7 @@ def audit(cnp.ndarray areas, uint64_t mask, uint32_t mxcsr_mask, cnp.ndarray sta
     cdef Scan scan = scan_of(areas, "areas", False, None)
     scan.mask = mask
     scan.mxcsr_mask = mxcsr_mask
-    scan.out = vector(status, "status", cnp.NPY_UINT8, scan.n)
+    scan.out = check_vector(status, "status", cnp.NPY_UINT8, scan.n)
     with nogil:
         loops.audit(&scan)
     return 0
@@ -239,10 +297,13 @@ def xinuse(cnp.ndarray areas, Table table not None, bint early, cnp.ndarray inus
     `early`: look only at components in XSTATE_BV.
     """
     cdef Scan scan = scan_of(areas, "areas", False, table)
-    scan.flag = early
-    scan.out = vector(inuse, "inuse", cnp.NPY_UINT64, scan.n)
+    scan.early = early
+    scan.out = check_vector(inuse, "inuse", cnp.NPY_UINT64, scan.n)
     with nogil:
-        loops.xinuse(&scan)
+        if early:
+            loops.xinuse(&scan)
+        else:
+            run_scan(&scan, loops.xinuse, TRIAL_XINUSE, 8)
     return 0
 
 
@@ -253,16 +314,16 @@ def diff(
     """Find the components whose values differ, row by row; what can't be read differs."""
     cdef Scan scan = scan_of(one, "one", False, one_table)
     cdef Rows other
-    rows(&other, two, "two", False)
+    check_rows(&other, two, "two", False)
     if other.n != scan.n:
         raise ValueError(f"two: got {other.n} areas, needed {scan.n}, as many as one")
     scan.other = other.data
     scan.other_size = other.size
     scan.other_stride = other.stride
     scan.other_slots = &two_table.slots
-    scan.out = vector(differing, "differing", cnp.NPY_UINT64, scan.n)
+    scan.out = check_vector(differing, "differing", cnp.NPY_UINT64, scan.n)
     with nogil:
-        loops.diff(&scan)
+        run_scan(&scan, loops.diff, TRIAL_DIFF, 8)
     return 0
 
 
@@ -270,8 +331,8 @@ def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp
     """Clear the XSTATE_BV bits outside `mask` in place; `scrub` wipes their data as well."""
     cdef Scan scan = scan_of(areas, "areas", True, table)
     scan.mask = mask
-    scan.flag = scrub
-    scan.out = vector(dropped, "dropped", cnp.NPY_UINT64, scan.n)
+    scan.scrub = scrub
+    scan.out = check_vector(dropped, "dropped", cnp.NPY_UINT64, scan.n)
     with nogil:
         loops.keep(&scan)
     return 0
@@ -280,7 +341,7 @@ def keep(cnp.ndarray areas, Table table not None, uint64_t mask, bint scrub, cnp
 # --- what comes in --------------------------------------------------------------------------
 
 
-cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1:
+cdef int check_rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1:
     """Check an array of areas, (n, size) or (size,), and fill in its rows."""
     cdef int ndim
     if array is None:
@@ -312,7 +373,7 @@ cdef int rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1:
     return 0
 
 
-cdef void *vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL:
+cdef void *check_vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) except NULL:
     """Check a contiguous, writable result array of length `n`."""
     if array is None or (
         cnp.PyArray_TYPE(array) != typenum or cnp.PyArray_NDIM(array) != 1

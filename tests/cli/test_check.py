@@ -15,7 +15,7 @@ import pytest
 from xfast.cli.main import main
 from xfast.errors import escape, unescape
 from xfast.judge.rules import RULES
-from xfast.judge.verdict import Finding, Verdict
+from xfast.judge.verdict import Finding, Judgement, Verdict
 from xfast.report.matrix import CELLS, Answer, Fleet, cell
 from xfast.report.rows import console
 
@@ -83,7 +83,7 @@ def test_equal_answers_are_one_row_with_a_count(run, tmp_path):
 def test_every_cell_says_what_the_verdict_is():
     def verdict(word, fixable="none", severity="note"):
         finding = Finding("LEAK", "pkru", 0, severity, "", "", "safe", "why", "ref")
-        return Verdict("s", "h", word, fixable, (finding,))
+        return Verdict("s", "h", Judgement(word, fixable, (finding,)))
 
     assert cell(verdict("identical")) == cell(verdict("superset")) == "ok"
     assert cell(verdict("superset", severity="risky")) == "risk"
@@ -256,7 +256,7 @@ def test_a_fleet_of_a_million_keeps_no_more_than_its_groups():
     fleet = Fleet()
     finding = Finding("LEAK", "pkru", 0, "blocks", "", "", "safe", "why", "ref")
     for i in range(20_000):
-        fleet.add([Verdict(f"s{i}", "h", "incompatible", "safe", (finding,))])
+        fleet.add([Verdict(f"s{i}", "h", Judgement("incompatible", "safe", (finding,)))])
     (group,) = fleet.groups.values()
     assert group.count == fleet.count == 20_000
     assert len(group.names) == 4

@@ -22,13 +22,13 @@ CASES = [
 IDS = [f"{layout.name}-{size}-{compacted}" for layout, size, compacted in CASES]
 
 
-@pytest.fixture(params=["cached", "streamed"])
+@pytest.fixture(params=["cached", "streamed", "whole rows"])
 def streamed(request):
-    """Run with and without streaming stores and fetching ahead."""
-    if request.param == "streamed":
-        area.tune(stream_above=0)
+    """Run with and without streaming stores and fetching ahead, lines as needed or whole rows."""
+    if request.param != "cached":
+        area.tune(stream_above=0, whole_rows=request.param == "whole rows")
     yield request.param
-    area.tune(stream_above=16 << 20)
+    area.tune(stream_above=16 << 20, whole_rows="measure")
 
 
 @pytest.mark.usefixtures("streamed")
@@ -57,6 +57,22 @@ def test_readers(layout, size, compacted):
     assert area.diff(areas, other, layout).tolist() == [
         reference.diff(a, layout, b.tobytes(), layout) for a, b in zip(rows, other, strict=True)
     ]
+
+
+@pytest.mark.usefixtures("streamed")
+def test_padding_behind_pkru_does_not_count():
+    """Zen 2 gives PKRU a line of its own, of which four bytes are the register."""
+    layout = PRESETS["amd-zen2"]
+    assert layout.by_nr[9].size == 64
+    areas = np.zeros((300, 896), np.uint8)
+    areas[:, 513] = 2
+    others = areas.copy()
+    others[:, 836:896] = 7
+    others[::2, 832] = 1
+    expected = [0x200, 0] * 150
+    assert area.xinuse(others, layout).tolist() == expected
+    assert area.classify(others, layout).inuse.tolist() == expected
+    assert area.diff(areas, others, layout).tolist() == expected
 
 
 @pytest.mark.usefixtures("streamed")

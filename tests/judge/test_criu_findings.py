@@ -13,7 +13,7 @@ from xfast.hosts.catalogue import catalogue
 from xfast.hosts.model import Host
 from xfast.judge.criu import COMPARED, INS, INS_ONLY, criu_findings
 from xfast.judge.judgement import check
-from xfast.judge.subject import state_of
+from xfast.judge.subject import subject_of
 from xfast.judge.verdict import Policy
 from xfast.snapshots.criu import reader as criu
 from xfast.snapshots.criu.cpuinfo import CAPABILITY, cpuid_of
@@ -45,8 +45,7 @@ def twin(snapshot, **changes) -> Host:
 
 
 def said(snapshot, host, policy="fpu") -> list:
-    states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
-    return list(criu_findings(states, host, Policy(policy)))
+    return list(criu_findings(subject_of(snapshot), host, Policy(policy)))
 
 
 def levels(findings) -> set[str]:

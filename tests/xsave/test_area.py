@@ -102,7 +102,7 @@ def test_a_single_area_gives_scalars():
     row[528], row[520] = 1, 1
     assert area.audit(row, 0x7, 0xFFFF) == area.Audit.RESERVED | area.Audit.XCOMP_BV
     assert area.xinuse(row, INTEL, early=True) == 7
-    assert area.relayout(row, INTEL, INTEL).shape == (11008,)
+    assert area.relayout(row, INTEL, INTEL).shape == (832,)
     image = make(0x2E7, 1)
     before = image.tobytes()
     fault = area.set_uabi(row, INTEL, image, user_xfeatures=0x7, mxcsr_mask=0xFFFF)
@@ -135,3 +135,16 @@ def test_get_uabi_writes_the_vcpus_pkru(value):
     out = area.get_uabi(rows, INTEL, mask=0x207, pkru=np.array([value, 1], "u4"))
     assert out[:, 2688:2696].copy().view("<u8")[:, 0].tolist() == [value, 0]
     assert area.headers(out).xstate_bv.tolist() == [0x207, 0x7]
+
+
+def test_results_are_as_long_as_their_components_need():
+    """AVX data came out as rows of 11,008 bytes, since the layout knows AMX."""
+    rows = np.stack([make(0x3), make(0x7), make(0x23)])
+    assert area.relayout(rows, INTEL, INTEL).shape == (3, 1152)
+    assert area.relayout(rows[:2], INTEL, INTEL).shape == (2, 832)
+    assert area.relayout(rows, INTEL, INTEL, mask=3).shape == (3, 576)
+    assert area.relayout(rows, INTEL, ZEN4).shape == (3, ZEN4.standard_size(0x27))
+    assert area.compact(rows, INTEL).shape == (3, 576 + 256 + 64)
+    assert area.compact(rows[:1], INTEL).shape == (1, 576)
+    assert area.compact(rows, INTEL, xcomp_bv=0x2E7).shape == (3, INTEL.compacted_size(0x2E7))
+    assert area.relayout(rows, INTEL, INTEL, size=4096).shape == (3, 4096)

@@ -22,6 +22,7 @@ from xfast.errors import XfastError
 VERBS = {
     "show": "print what is in snapshots",
     "check": "judge which hosts can restore which snapshots",
+    "scan": "judge a fleet of any size into a dataset",
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",

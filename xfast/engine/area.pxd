@@ -6,7 +6,8 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-cdef enum:
+cdef enum:  # as in `xfast.xsave.features`, `Audit` and `UabiFault`; a test compares them
+    PAGE = 4096
     LEGACY = 512
     EXTENDED = 576
     COMPONENTS = 64
@@ -18,6 +19,19 @@ cdef enum:
     FCW_INIT = 0x37F
     MXCSR_INIT = 0x1F80
     PKRU_DEFAULT = 0x55555554
+
+cdef enum:
+    AUDIT_XSTATE_BV = 1
+    AUDIT_XCOMP_BV = 2
+    AUDIT_RESERVED = 4
+    AUDIT_MXCSR = 8
+
+cdef enum:
+    FAULT_XSTATE_BV = 1
+    FAULT_XCOMP_BV = 2
+    FAULT_RESERVED = 3
+    FAULT_MXCSR = 4
+    FAULT_STORAGE = 5
 
 cdef struct Slots:
     # A layout as the loops read it; `offset` is that of the standard format, 0: none.
@@ -91,13 +105,13 @@ cdef inline uint64_t bit(int i) noexcept nogil:
     return <uint64_t>1 << i
 
 
-cdef inline bint compacted(uint64_t xcomp) noexcept nogil:
+cdef inline bint is_compacted(uint64_t xcomp) noexcept nogil:
     return xcomp >> 63 != 0
 
 
 cdef inline bint has_mxcsr(uint64_t bv, uint64_t xcomp) noexcept nogil:
     """MXCSR belongs to SSE, and in the standard format to AVX as well."""
-    return bv & (SSE if compacted(xcomp) else SSE | AVX) != 0
+    return bv & (SSE if is_compacted(xcomp) else SSE | AVX) != 0
 
 
 cdef inline void place(
@@ -109,13 +123,13 @@ cdef inline void place(
     at.bv = bv
     at.xcomp = xcomp
     at.found = FP | SSE
-    rest = xcomp & ~bit(63) if compacted(xcomp) else slots.known
+    rest = xcomp & ~bit(63) if is_compacted(xcomp) else slots.known
     rest &= ~<uint64_t>(FP | SSE)
     while rest:
         i = take_lowest(&rest)
         if not slots.known & bit(i):
             break  # a compacted area: what follows an unknown component can't be placed
-        if compacted(xcomp):
+        if is_compacted(xcomp):
             if slots.align64 & bit(i):
                 position = (position + 63) & ~<uint64_t>63
             at.offset[i] = <uint32_t>position

@@ -1,29 +1,23 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, binding=False, freethreading_compatible=True
 """What the benchmarks measure the engine against, and with: clocks inside the core.
 
 Every function returns seconds. Built on the functions that other Cython code may cimport.
 """
 
 from libc.stdint cimport uint8_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cimport numpy as cnp
 
-from xfast.engine.convert cimport Converter, Merger, acquire, fill_job, release
-from xfast._core cimport Rows, loops, rows
-from xfast.engine.plan cimport Cache, Job
+from xfast._core cimport Rows, check_rows, loops
+from xfast.engine.convert cimport (
+    Converter, Merger, acquire, convert_rows, fill_job, merge_rows, release,
+)
+from xfast.engine.loops cimport Job
+from xfast.engine.trial cimport now
 
 cnp.import_array()
 
 # Where results of reads go, so that no compiler drops the read
 cdef bint sink = False
-
-
-cdef double now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <double>t.tv_sec + 1e-9 * <double>t.tv_nsec
 
 
 def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream, Py_ssize_t times=1):
@@ -66,7 +60,7 @@ def touch(cnp.ndarray areas):
     """Load from the two lines of each area that an audit needs."""
     global sink
     cdef Rows r
-    rows(&r, areas, "areas", False)
+    check_rows(&r, areas, "areas", False)
     cdef double start
     cdef uint64_t any
     with nogil:
@@ -77,53 +71,48 @@ def touch(cnp.ndarray areas):
     return start
 
 
+cdef int prepare(
+    Job *job, Rows *r, Rows *w, cnp.ndarray src, cnp.ndarray out
+) except -1:
+    check_rows(r, src, "src", False)
+    check_rows(w, out, "out", True)
+    if w.n != r.n:
+        raise ValueError(f"out: expected {r.n} areas, got {w.n}")
+    fill_job(job, r, w)
+    return 0
+
+
 def convert(Converter how not None, cnp.ndarray src, cnp.ndarray out, Py_ssize_t times=1):
-    """Convert the same batch again and again."""
+    """Convert the same batch again and again, as `Converter.convert` does after its checks."""
     cdef Rows r, w
-    rows(&r, src, "src", False)
-    rows(&w, out, "out", True)
-    cdef const uint8_t *s = r.data
-    cdef uint8_t *d = w.data
-    cdef bint one
-    cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
-    fill_job(&job, &r, &w)
-    one = r.n == 1 and not job.stream
-    job.cache = cache = acquire(how, r.size, w.size, True)
-    if cache == NULL:
+    prepare(&job, &r, &w, src, out)
+    job.cache = acquire(how, r.size, w.size, True)
+    if job.cache == NULL:
         raise MemoryError
     start = now()
     for _i in range(times):
-        if not (one and loops.convert_one(cache, s, d)):
-            loops.convert(&job)
+        convert_rows(&job)
     start = now() - start
-    release(how, cache, True)
+    release(how, job.cache, True)
     return start
 
 
 def merge(Merger how not None, cnp.ndarray src, cnp.ndarray into, Py_ssize_t times=1):
-    """Merge the same batch again and again."""
+    """Merge the same batch again and again, as `Merger.merge` does after its checks."""
     cdef Rows r, w
-    rows(&r, src, "src", False)
-    rows(&w, into, "into", True)
-    cdef const uint8_t *s = r.data
-    cdef uint8_t *d = w.data
-    cdef bint one
-    cdef Cache *cache
     cdef Job job
     cdef Py_ssize_t _i
     cdef double start
-    fill_job(&job, &r, &w)
-    one = r.n == 1 and not job.stream
-    job.cache = cache = acquire(how, r.size, w.size, True)
-    if cache == NULL:
+    prepare(&job, &r, &w, src, into)
+    job.cache = acquire(how, r.size, w.size, True)
+    if job.cache == NULL:
         raise MemoryError
     start = now()
     for _i in range(times):
-        if not (one and loops.merge_one(cache, s, d)):
-            loops.merge(&job)
+        merge_rows(&job)
     start = now() - start
-    release(how, cache, True)
+    release(how, job.cache, True)
     return start

@@ -6,9 +6,10 @@ components that had no place, and ``1 << 63`` if memory is out.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from xfast.engine.area cimport Slots
 from xfast._core cimport Rows
-from xfast.engine.plan cimport Cache, Job
+from xfast.engine.area cimport Slots
+from xfast.engine.cache cimport Cache
+from xfast.engine.loops cimport Job
 
 cdef struct Config:
     # What the plans of one Converter or Merger have in common
@@ -44,6 +45,8 @@ cdef Cache *acquire(
 ) noexcept nogil
 cdef void release(Plans plans, Cache *cache, bint gil) noexcept nogil
 cdef void fill_job(Job *job, const Rows *src, const Rows *dst) noexcept nogil
+cdef void convert_rows(Job *job) noexcept nogil
+cdef void merge_rows(Job *job) noexcept nogil
 cdef uint64_t convert_one(
     Converter how, const uint8_t *src, Py_ssize_t src_size, uint8_t *dst, Py_ssize_t dst_size
 ) noexcept nogil

@@ -1,6 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, binding=False, embedsignature=False
-# cython: freethreading_compatible=True
 """Rows that a judgement can't tell apart: each is described, and the same descriptions counted.
 
 A fleet of 10**6 areas has some hundred different `Facts`; judging one area of each is enough.
@@ -23,7 +20,7 @@ from libc.string cimport memcpy
 
 cimport numpy as cnp
 
-from xfast._core cimport Table, loops, scan_of, vector
+from xfast._core cimport TRIAL_CLASSIFY, Table, check_vector, loops, run_scan, scan_of
 from xfast.engine.area cimport Facts
 from xfast.engine.loops cimport Scan
 
@@ -136,7 +133,7 @@ cdef class Groups:
     def add(self, cnp.ndarray areas, Table table not None, cnp.ndarray index):
         """Describe areas, and write the number of each one's class to `index`, (n,) uint32."""
         cdef Scan scan = scan_of(areas, "areas", False, table)
-        cdef uint32_t *number = <uint32_t *>vector(index, "index", cnp.NPY_UINT32, scan.n)
+        cdef uint32_t *number = <uint32_t *>check_vector(index, "index", cnp.NPY_UINT32, scan.n)
         cdef Facts facts[BLOCK]
         cdef Py_ssize_t left = scan.n
         scan.out = facts
@@ -144,7 +141,7 @@ cdef class Groups:
             while left:
                 scan.n = min(left, <Py_ssize_t>BLOCK)
                 scan.beyond = left - scan.n
-                loops.classify(&scan)
+                run_scan(&scan, loops.classify, TRIAL_CLASSIFY, sizeof(Facts))
                 self.add_block(facts, scan.n, number)
                 scan.rows += scan.n * scan.stride
                 number += scan.n

@@ -1,5 +1,3 @@
-# cython: language_level=3, binding=False, embedsignature=False
-# cython: freethreading_compatible=True
 """The real XSAVE family in user mode: for comparing the model with the CPU, and for timing.
 
 Everything here needs x86-64 Linux with XSAVE enabled; `available` tells. A PKRU that forbids key

@@ -1,9 +1,30 @@
-"""The loops over rows that `loops.pxi` compiles for each instruction set."""
+"""The loops over rows that `loops.pxi` compiles for each instruction set, and what they work on."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from xfast.engine.area cimport Place, Slots
-from xfast.engine.plan cimport Cache, Job
+from xfast.engine.area cimport Slots
+from xfast.engine.cache cimport Cache
+
+cdef struct Job:
+    # One call that writes rows: which, from which, and how.
+    const uint8_t *src
+    Py_ssize_t src_stride
+    uint8_t *dst
+    Py_ssize_t dst_stride
+    Py_ssize_t n
+    Cache *cache
+    bint stream  # past the caches
+    int ahead  # rows whose data to fetch ahead
+    uint32_t row_lines  # from one source row to the next, or 0 if they are not for fetching whole
+    bint whole  # fetch whole rows where most of their lines are needed
+    Py_ssize_t dense  # out: rows of that kind
+    bint no_memory  # out: stopped early
+    uint64_t failed  # out: of all rows, what is lost, or the first status
+    uint64_t *lost  # out, or NULL: components lost, n masks
+    # convert only
+    const uint32_t *pkru  # n values, or NULL
+    # merge only
+    uint32_t *status  # out, or NULL: UabiFault, n codes
 
 cdef struct Scan:
     # One call that reads rows, or trims them in place, and fills one value a row.
@@ -19,9 +40,11 @@ cdef struct Scan:
     const Slots *other_slots
     uint64_t mask
     uint32_t mxcsr_mask
-    bint flag  # xinuse: stop early; keep: scrub
+    bint early  # xinuse: stop early
+    bint scrub  # keep: wipe the data as well
     bint stream
     int ahead
+    bint whole  # read rows to their end, and let the hardware fetch ahead
     void *out
 
 cdef struct Loops:

@@ -6,13 +6,15 @@ from libc.string cimport memcmp, memcpy, memset
 from cpython.pycapsule cimport PyCapsule_New
 
 from xfast.engine.area cimport (
-    AVX, COMPONENTS, EXTENDED, FCW_INIT, FP, LEGACY, MXCSR_INIT, PKRU, PKRU_DEFAULT, PKRU_SIZE,
-    SSE, Facts, Place, Slots, bit, compacted, has_mxcsr, load16, load32, load64, locate, store32,
-    store64, take_lowest,
+    AUDIT_MXCSR, AUDIT_RESERVED, AUDIT_XCOMP_BV, AUDIT_XSTATE_BV, AVX, COMPONENTS, EXTENDED,
+    FAULT_MXCSR, FAULT_RESERVED, FAULT_STORAGE, FCW_INIT, FP, LEGACY, MXCSR_INIT, PAGE, PKRU,
+    PKRU_DEFAULT, PKRU_SIZE, SSE, Facts, Place, Slots, bit, has_mxcsr, is_compacted, load16, load32,
+    load64, locate, store32, store64, take_lowest,
 )
 from xfast.engine.follow cimport ZERO, blend_into, blend_line, blend_t, follow, step_t
-from xfast.engine.loops cimport Loops, Scan
-from xfast.engine.plan cimport CACHE, PACKED, PROBES, RING, Cache, Job, Plan, Range
+from xfast.engine.cache cimport RING, Cache, find_plan, is_for
+from xfast.engine.loops cimport Job, Loops, Scan
+from xfast.engine.plan cimport PACKED, Plan, Range
 from xfast.engine.simd cimport (
     LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
     line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
@@ -24,7 +26,6 @@ cdef enum:
     HEADERS_AHEAD = 12  # rows by which a header is fetched before its row is planned
     AUDIT_AHEAD = 64  # rows whose two lines an audit fetches ahead
     KEEP_AHEAD = 32  # the same where little else of a row is touched
-    PAGE = 4096  # bytes by which a comparison fetches ahead
     HOLE = 512  # bytes between rows that a scan does not skip
     LEGACY_LINES = 0x7F  # one bit each: those with x87 and XMM registers
     SSE_LINES = 0x38  # those of which XMM registers are all
@@ -63,19 +64,22 @@ cdef uint64_t touch(const uint8_t *row, Py_ssize_t stride, Py_ssize_t n) noexcep
     return any
 
 
-LOOPS.convert = convert
-LOOPS.convert_one = convert_one
-LOOPS.merge = merge
-LOOPS.merge_one = merge_one
-LOOPS.swap = swap
-LOOPS.audit = audit
-LOOPS.classify = classify
-LOOPS.xinuse = xinuse
-LOOPS.diff = diff
-LOOPS.keep = keep
-LOOPS.copy = copy
-LOOPS.read = read
-LOOPS.touch = touch
+# Every slot by its name: Cython refuses a struct of which a member is missing.
+LOOPS = Loops(
+    convert=convert,
+    convert_one=convert_one,
+    merge=merge,
+    merge_one=merge_one,
+    swap=swap,
+    audit=audit,
+    classify=classify,
+    xinuse=xinuse,
+    diff=diff,
+    keep=keep,
+    copy=copy,
+    read=read,
+    touch=touch,
+)
 
 
 def loops():

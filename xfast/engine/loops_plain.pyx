@@ -1,5 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: freethreading_compatible=True
 """The loops of `loops.pxi`, compiled for: plain."""
 
 include "loops.pxi"

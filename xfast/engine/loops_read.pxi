@@ -17,8 +17,10 @@ cdef void audit(const Scan *scan) noexcept nogil:
             | load64(row + LEGACY + 40) | load64(row + LEGACY + 48) | load64(row + LEGACY + 56)
         )
         flags[i] = (
-            (bv & ~mask != 0) | (load64(row + LEGACY + 8) != 0) << 1 | (reserved != 0) << 2
-            | ((bv & (FP | SSE | AVX) != 0) & (load32(row + 24) & ~mxcsr_mask != 0)) << 3
+            (bv & ~mask != 0) * AUDIT_XSTATE_BV
+            | (load64(row + LEGACY + 8) != 0) * AUDIT_XCOMP_BV
+            | (reserved != 0) * AUDIT_RESERVED
+            | ((bv & (FP | SSE | AVX) != 0) & (load32(row + 24) & ~mxcsr_mask != 0)) * AUDIT_MXCSR
         )
         row += stride
 
@@ -70,8 +72,8 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
 
 
 cdef struct Dense:
-    # Rows that follow each other with few lines between their components: these are read line by
-    # line, holes and all, as prefetchers like it, and components asked afterwards.
+    # Rows that follow each other with few lines between their components, or that are to be read
+    # whole: line by line, holes and all, as prefetchers like it, and components asked afterwards.
     uint32_t lines  # of each row, up to 64; 0: go from component to component
     uint64_t xcomp  # of the rows that the rest holds for
     uint64_t whole  # components that own whole lines among them
@@ -91,6 +93,8 @@ cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept n
     while rest:
         c = take_lowest(&rest)
         end = max(end, at.offset[c] + slots.size[c])
+        if c == 9:
+            continue  # of which only four bytes count
         if (
             slots.size[c] and (at.offset[c] | slots.size[c]) % LINE == 0 and end <= LINE * LINE
         ):
@@ -98,7 +102,9 @@ cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept n
             dense.own[c] = (
                 ~<uint64_t>0 >> (LINE - slots.size[c] // LINE) << at.offset[c] // LINE
             )
-    if end <= LINE * LINE and scan.stride < end + HOLE:
+    if scan.whole:
+        dense.lines = <uint32_t>min(scan.size // LINE, <Py_ssize_t>LINE)
+    elif end <= LINE * LINE and scan.stride < end + HOLE:
         dense.lines = min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
 
 
@@ -109,7 +115,8 @@ cdef inline uint64_t lines_in_use(
     cdef uint64_t bits = 0
     cdef uint32_t i
     for i in range(lines):
-        prefetch_far(row + ahead)
+        if ahead:
+            prefetch_far(row + ahead)
         bits |= <uint64_t>line_any(line_load(row)) << i
         row += LINE
     return bits
@@ -122,8 +129,9 @@ cdef inline uint64_t lines_that_differ(
     cdef uint64_t bits = 0
     cdef uint32_t i
     for i in range(lines):
-        prefetch_far(a + ahead)
-        prefetch_far(b + ahead)
+        if ahead:
+            prefetch_far(a + ahead)
+            prefetch_far(b + ahead)
         bits |= <uint64_t>line_any(line_xor(line_load(a), line_load(b))) << i
         a += LINE
         b += LINE
@@ -180,7 +188,7 @@ cdef inline uint64_t xinuse_one(
         else:
             used |= <uint64_t>nonzero(row + at.offset[c], slots.size[c], early, ahead) << c
     rest = used & ~at.bv & slots.shared
-    while rest and not compacted(at.xcomp):  # bytes that are another component's
+    while rest and not is_compacted(at.xcomp):  # bytes that are another component's
         c = take_lowest(&rest)
         if slots.overlap[c] & at.bv:
             used &= ~bit(c)
@@ -252,9 +260,9 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
         if i == 0:
             plan_dense(&at, scan, &dense)
         ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
-        if not scan.flag and dense.lines:
+        if not scan.early and dense.lines:
             used[i] = xinuse_one(row, &at, scan.slots, False, ahead, &dense)
-        elif not scan.flag:
+        elif not scan.early:
             used[i] = xinuse_one(row, &at, scan.slots, False, ahead, NULL)
         else:
             if ahead:

@@ -19,7 +19,7 @@ cdef inline void scrub_one(
         store32(row + 24, MXCSR_INIT)
     while rest:  # components that lie side by side are wiped at once
         c = take_lowest(&rest)
-        if not compacted(at.xcomp) and slots.overlap[c] & kept:
+        if not is_compacted(at.xcomp) and slots.overlap[c] & kept:
             continue
         if at.offset[c] != end:
             wipe(row + start, end - start, stream)
@@ -52,7 +52,7 @@ cdef void keep(const Scan *scan) noexcept nogil:
     cdef Py_ssize_t i, n = scan.n, stride = scan.stride
     cdef bint stream = scan.stream
     cdef Place at
-    if not scan.flag:
+    if not scan.scrub:
         keep_headers(scan)
         return
     at.found = at.xcomp = 0

@@ -26,7 +26,7 @@ cdef inline void walk(
         else:
             zero_lines(dst + step.dst_end - size, step.lines, stream)
         step += 1
-    if not into and not plan.plain:
+    if not into and not plan.whole_blends:
         weave(plan, src, dst, carry, stream)
         return
     for _i in range(plan.blends):
@@ -59,57 +59,13 @@ cdef void weave(
         blend += 1
 
 
-cdef inline void set_pkru(Plan *plan, uint32_t value) noexcept nogil:
-    if plan.pkru:
-        store32((<blend_t *>plan.blend)[plan.pkru - 1].value + plan.pkru_at, value)
-
-
-cdef extern from *:
-    """
-    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
-    """
-    const uint64_t ODD
-
-
-cdef inline bint matches(
-    const Plan *plan, uint64_t bv, uint64_t xcomp, uint64_t third
-) noexcept nogil:
-    return plan.key[0] == bv and plan.key[1] == xcomp and plan.key[2] == third
-
-
-cdef Plan *search(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
-    cdef uint64_t mixed = (bv ^ xcomp * ODD ^ (third << 32 | third >> 32) * ODD) * ODD >> 54
-    cdef Plan *plan
-    cdef int i
-    for i in range(PROBES):
-        plan = cache.plan[(mixed + i) & (CACHE - 1)]
-        if plan == NULL:
-            break
-        if matches(plan, bv, xcomp, third):
-            break
-    else:
-        plan = NULL
-    if plan == NULL:
-        plan = cache.miss(cache, mixed, bv, xcomp, third)
-    cache.last = plan
-    cache.simple = plan if plan and plan.simple else NULL
-    return plan
-
-
-cdef inline Plan *find(Cache *cache, uint64_t bv, uint64_t xcomp, uint64_t third) noexcept nogil:
-    """Return the plan for a header; NULL only if memory is out."""
-    if cache.last and matches(cache.last, bv, xcomp, third):
-        return cache.last
-    return search(cache, bv, xcomp, third)
-
-
 cdef inline uint32_t phase_of(const Job *job, Py_ssize_t i) noexcept nogil:
     return (<size_t>job.dst + i * job.dst_stride) & (LINE - 1)
 
 
 cdef inline Plan *plan_of(const Job *job, Py_ssize_t i, bint packed) noexcept nogil:
     cdef const uint8_t *row = job.src + i * job.src_stride + LEGACY
-    return find(
+    return find_plan(
         job.cache, load64(row), load64(row + 8), PACKED | phase_of(job, i) if packed and i else 0
     )
 
@@ -118,14 +74,29 @@ cdef inline void convert_row(
     Job *job, Py_ssize_t i, Plan *plan, uint8_t *carry, bint stream
 ) noexcept nogil:
     cdef const uint8_t *src = job.src + i * job.src_stride
-    cdef uint8_t *dst = job.dst + i * job.dst_stride - (plan.key[2] & (LINE - 1))
-    if job.pkru:
-        set_pkru(plan, job.pkru[i])
+    cdef uint8_t *dst = job.dst + i * job.dst_stride - (plan.key.target & (LINE - 1))
+    if job.pkru and plan.pkru:
+        store32(plan.pkru, job.pkru[i])
     if job.lost:
         job.lost[i] = plan.lost
     if plan.lost:
         job.failed |= plan.lost
     walk(plan, src, dst, carry, False, stream)
+
+
+cdef inline void fetch_lines(Job *job, Py_ssize_t j, const Plan *plan) noexcept nogil:
+    """Fetch what row `j` needs, unless all of it will be fetched when it is next."""
+    job.dense += plan.dense
+    if job.ahead and not (job.whole and plan.dense):
+        fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+
+
+cdef inline void fetch_row(const Job *job, Py_ssize_t i, Plan **ring) noexcept nogil:
+    """Fetch the whole of row `i`, the next one, if most of it is needed; see `trial.pxd`."""
+    cdef uint32_t line
+    if job.whole and i < job.n and ring[i & (RING - 1)].dense:
+        for line in range(job.row_lines):
+            prefetch_far(job.src + i * job.src_stride + line * LINE)
 
 
 cdef void convert(Job *job) noexcept nogil:
@@ -154,10 +125,10 @@ cdef void convert(Job *job) noexcept nogil:
                 job.no_memory = True
                 return
             ring[j & (RING - 1)] = plan
-            if job.ahead:
-                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+            fetch_lines(job, j, plan)
         if i < 0:
             continue
+        fetch_row(job, i + 1, ring)
         if packed and i == 0:
             convert_row(job, i, ring[0], carry, False)
             open_carry(job, carry)
@@ -169,9 +140,9 @@ cdef void convert(Job *job) noexcept nogil:
 
 
 cdef bint convert_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
-    """Write one area, not past the caches, if the last plan is for it and simple."""
-    cdef const Plan *plan = cache.simple
-    if plan and plan.key[0] == load64(src + LEGACY) and plan.key[1] == load64(src + LEGACY + 8):
+    """Write one area, not past the caches, if the last plan is for it and `follow` can."""
+    cdef const Plan *plan = cache.followable
+    if plan and is_for(plan, load64(src + LEGACY), load64(src + LEGACY + 8), 0):
         follow(steps_of(plan), blends_of(plan), src, dst, False)
         return True
     return False
@@ -197,16 +168,16 @@ cdef inline uint32_t fault_of(const Plan *plan, const uint8_t *row) noexcept nog
     if plan.validate and line_any(
         line_merge(line_zero(), row + LEGACY, ~<uint64_t>0xFFFF, True)
     ):
-        return 3
+        return FAULT_RESERVED
     if load32(row + 24) & ~plan.mxcsr_mask:
-        return 4
-    return 5 if plan.lost else 0
+        return FAULT_MXCSR
+    return FAULT_STORAGE if plan.lost else 0
 
 
 cdef inline Plan *merge_plan(const Job *job, Py_ssize_t i) noexcept nogil:
     cdef const uint8_t *src = job.src + i * job.src_stride + LEGACY
     cdef const uint8_t *dst = job.dst + i * job.dst_stride + LEGACY
-    return find(job.cache, load64(src), load64(src + 8), load64(dst + 8))
+    return find_plan(job.cache, load64(src), load64(src + 8), load64(dst + 8))
 
 
 cdef inline void merge_row(Job *job, Py_ssize_t i, const Plan *plan, bint stream) noexcept nogil:
@@ -240,11 +211,12 @@ cdef void merge(Job *job) noexcept nogil:
                 job.no_memory = True
                 return
             ring[j & (RING - 1)] = plan
+            fetch_lines(job, j, plan)
             if job.ahead:
-                fetch(job.src + j * job.src_stride, plan.read, plan.reads)
                 fetch(job.dst + j * job.dst_stride, plan.hold, plan.holds)
         if i < 0:
             continue
+        fetch_row(job, i + 1, ring)
         if job.stream:
             merge_row(job, i, ring[i & (RING - 1)], True)
         else:
@@ -254,11 +226,11 @@ cdef void merge(Job *job) noexcept nogil:
 
 
 cdef bint merge_one(const Cache *cache, const uint8_t *src, uint8_t *dst) noexcept nogil:
-    """Merge into one area, not past the caches, if the last plan is for it, simple, and valid."""
-    cdef const Plan *plan = cache.simple
+    """Merge into one area as `convert_one` writes one, if it is valid as well."""
+    cdef const Plan *plan = cache.followable
     if (
         plan
-        and matches(plan, load64(src + LEGACY), load64(src + LEGACY + 8), load64(dst + LEGACY + 8))
+        and is_for(plan, load64(src + LEGACY), load64(src + LEGACY + 8), load64(dst + LEGACY + 8))
         and not fault_of(plan, src)
     ):
         follow(steps_of(plan), blends_of(plan), src, dst, True)

@@ -1,5 +1,3 @@
-# cython: language_level=3, binding=False, embedsignature=False
-# cython: freethreading_compatible=True
 """Memory for batches: aligned, faulted in once, and kept for the next batch.
 
 Page faults cost more than the engine's own work: a fresh page is about ten times as dear as
@@ -36,22 +34,31 @@ cdef cython.pymutex lock
 def pool_limit(size_t limit_bytes) -> None:
     """Keep at most this many bytes for later; 0 gives all of them back now."""
     global limit
-    limit = limit_bytes
-    trim(limit)
+    with lock:
+        limit = limit_bytes
+        trim(limit, KEPT)
 
 
-cdef void trim(size_t most) noexcept:
-    """Give back the oldest blocks until no more than `most` bytes are kept."""
+def pool_state():
+    """Return how many blocks the pool keeps, and their bytes."""
+    with lock:
+        return kept, pooled
+
+
+cdef void trim(size_t most, int blocks) noexcept:
+    """Give back the oldest blocks until no more than so many bytes and blocks are kept.
+
+    The caller holds the lock, and keeps it until what it makes room for is in its place.
+    """
     global kept, pooled
     cdef int i, oldest = 0
-    with lock:
-        while oldest < kept and (pooled > most or kept - oldest > KEPT - 1):
-            pooled -= pool[oldest].size
-            munmap(pool[oldest].start, pool[oldest].size)
-            oldest += 1
-        kept -= oldest
-        for i in range(kept):
-            pool[i] = pool[i + oldest]
+    while oldest < kept and (pooled > most or kept - oldest > blocks):
+        pooled -= pool[oldest].size
+        munmap(pool[oldest].start, pool[oldest].size)
+        oldest += 1
+    kept -= oldest
+    for i in range(kept):
+        pool[i] = pool[i + oldest]
 
 
 cdef uint8_t *reuse(size_t size) noexcept:
@@ -118,14 +125,15 @@ cdef class Block:
         global kept, pooled
         if self.start == NULL:
             return
-        if self.size > limit:
-            munmap(self.start, self.size)
-            return
-        trim(limit - self.size)
         with lock:
-            pool[kept] = Span(self.start, self.size)
-            kept += 1
-            pooled += self.size
+            if self.size <= limit:
+                trim(limit - self.size, KEPT - 1)
+                pool[kept] = Span(self.start, self.size)
+                kept += 1
+                pooled += self.size
+                self.start = NULL
+        if self.start:
+            munmap(self.start, self.size)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         cdef int failed = PyBuffer_FillInfo(view, self, self.start, self.size, False, flags)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from xfast.hosts.model import Host
-from xfast.judge.verdict import Verdict
+from xfast.judge.verdict import KvmAnswer, Verdict
 from xfast.kvm import live
 from xfast.kvm.migration import sent
 from xfast.snapshots.model import Snapshot
@@ -25,13 +24,15 @@ def confirm(snapshot: Snapshot, host: Host, verdict: Verdict) -> Verdict:
     Returns
     -------
     Verdict
-        `live` is ``KVM accepts`` or ``KVM refuses (EINVAL, vCPU n)``, and says so where that is
-        not what the findings foretold; or why KVM could not be asked. A process is no case
-        for KVM.
+        With `kvm`, the answer. A process is no case for KVM: its verdict stays as it is.
     """
     if snapshot.kind != "vm" or host.layout is None:
         return verdict
-    answer = "KVM accepts"
+    return verdict._replace(kvm=_ask(snapshot, host, verdict.settable))
+
+
+def _ask(snapshot: Snapshot, host: Host, settable: bool) -> KvmAnswer:
+    assert host.layout is not None
     for vcpu in snapshot.vcpus:
         layout = vcpu.layout or Layout(())
         portable = vcpu.portable and vcpu.layout is not None
@@ -40,10 +41,7 @@ def confirm(snapshot: Snapshot, host: Host, verdict: Verdict) -> Verdict:
         try:
             found = live.confirm(row, host.layout if portable else layout, vcpu.cpuid)
         except OSError as problem:  # no /dev/kvm, or it refuses the guest's CPUID
-            return replace(verdict, live=f"KVM can't be asked: {problem}")
+            return KvmAnswer(None, error=str(problem))
         if not found.accepted:
-            answer = f"KVM refuses ({errno.errorcode[found.errno]}, vCPU {vcpu.index})"
-            break
-    if verdict.settable != (answer == "KVM accepts"):
-        answer += ", not as foretold"
-    return replace(verdict, live=answer)
+            return KvmAnswer(False, not settable, errno.errorcode[found.errno], vcpu.index)
+    return KvmAnswer(True, settable)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from xfast.hosts.model import Host
-from xfast.judge.subject import State
+from xfast.judge.subject import Machine, Part, Subject
 from xfast.judge.verdict import Finding, Policy
-from xfast.snapshots.model import CpuInfo
 from xfast.xsave.cpuid import FEATURES, RUNTIME_FEATURES, Cpuid, Feature
 from xfast.xsave.features import (
     AVX,
+    BY_NAME,
     PKRU,
+    SSE,
     TILEDATA,
     XFEATURE_MASK_AVX512,
     XFEATURE_MASK_FPSSE,
@@ -34,9 +35,9 @@ from xfast.xsave.features import (
 STORED = XFEATURE_MASK_FPSSE | AVX | XFEATURE_MASK_MPX | XFEATURE_MASK_AVX512 | PKRU
 """The components for which CRIU's images have fields."""
 
-COMPARED = STORED & ~10
-"""The components of CRIU's xfeatures_mask: its mask of supervisor state has HDC's number, 10,
-in the place of HDC's bit, and so takes SSE and BNDREGS away (0xe5 where XCR0 is 0xe7)."""
+COMPARED = STORED & ~(SSE | BY_NAME["bndregs"].bit)
+"""The components of CRIU's xfeatures_mask (0xe5 where XCR0 is 0xe7): its mask of supervisor state
+holds HDC's number, 10 there, in place of HDC's bit, and so takes SSE and BNDREGS away."""
 
 SIZES = {"xsave_size": "xsave size", "xsave_size_max": "xsave max size"}
 """Fields of cpuinfo.img that level fpu compares, CPUID leaf 0xD's EBX and ECX, in CRIU's words."""
@@ -81,40 +82,41 @@ FIELDS = "CRIU images/core-x86.proto user_x86_xsave_entry"
 
 
 class _Process(NamedTuple):
-    """A checkpoint's threads, and the one dumping CPU that all of them ran on."""
+    """A checkpoint's threads, and the one dumping machine that all of them ran on."""
 
-    states: list[State]
-    cpuid: Cpuid | None
-    cpuinfo: CpuInfo
+    threads: tuple[Part, ...]
+    machine: Machine
 
     def finding(
         self,
         code: str,
         severity: str,
-        values: tuple[str, str],
         why: str,
-        ref: str = VALIDATE,
         *,
+        image: str,
+        host: str,
+        ref: str = VALIDATE,
         component: str = "",
         open: bool = False,
     ) -> Finding:
-        thread = self.states[0].vcpu.index
-        return Finding(code, component, thread, severity, *values, "none", why, ref, open)
+        """Build a finding; `image` and `host` are both sides' values."""
+        thread = self.threads[0].vcpu
+        return Finding(code, component, thread, severity, image, host, "none", why, ref, open)
 
     def use(self, mask: int) -> str:
         """Say which threads have state of these components that is not their init value."""
-        threads = [str(state.vcpu.index) for state in self.states if state.live & mask]
+        threads = [str(thread.vcpu) for thread in self.threads if thread.state.live & mask]
         more = f" and {len(threads) - 4} more" if threads[4:] else ""
         return f"live in thread {', '.join(threads[:4])}{more}" if threads else "live in no thread"
 
 
-def criu_findings(states: list[State], host: Host, policy: Policy) -> Iterator[Finding]:
+def criu_findings(subject: Subject, host: Host, policy: Policy) -> Iterator[Finding]:
     """Yield what CRIU's checks have to say of a checkpoint on one host.
 
     Parameters
     ----------
-    states : list of State
-        Of all threads. For snapshots of other producers there is nothing to say.
+    subject : Subject
+        For snapshots of other producers there is nothing to say.
     host : Host
     policy : Policy
         CRIU compares when it is asked to (--cpu-cap). What its level fpu refuses is risky, and
@@ -123,38 +125,38 @@ def criu_findings(states: list[State], host: Host, policy: Policy) -> Iterator[F
 
     *Source*: CRIU criu/arch/x86/cpu.c cpu_validate_features().
     """
-    if not states or states[0].producer != "criu":
+    if subject.machine is None or not subject.parts:
         return
-    first = states[0].vcpu
-    process = _Process(states, first.cpuid, first.cpuinfo or CpuInfo())
+    process = _Process(subject.parts, subject.machine)
     yield from _tiles(process, host)
     if host.features is not None and "xsave" not in host.features:
         yield from _no_xsave(process)
         return
-    if process.cpuid is not None:
+    if process.machine.cpuid is not None:
         for check in CHECKS:
             yield from check(process, host, policy)
 
 
 def _no_xsave(process: _Process) -> Iterator[Finding]:
-    if any(state.vcpu.has_xsave for state in process.states):
+    if process.machine.has_area:
         yield process.finding(
             "HOST-MISSING",
             "blocks",
-            ("xsave", "absent"),
             "criu --cpu-cap=fpu, its default, refuses: the image has an XSAVE area, and the host "
             "has no XSAVE",
-            VALID_FRAME,
+            image="xsave",
+            host="absent",
+            ref=VALID_FRAME,
         )
 
 
 def _missing(process: _Process, names: Iterable[str], host: Host) -> list[str]:
     """Return those of `names` that the dumping CPU had and the host lacks."""
-    assert process.cpuid is not None
+    assert process.machine.cpuid is not None
     assert host.features is not None
     # A kernel sets CR4.OSXSAVE where the CPU has XSAVE; hosts don't tell of such bits.
     there = host.features | {"osxsave"}
-    return sorted(process.cpuid.features & frozenset(names) - there)
+    return sorted(process.machine.cpuid.features & frozenset(names) - there)
 
 
 def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
@@ -163,24 +165,26 @@ def _fpu_features(process: _Process, host: Host, policy: Policy) -> Iterator[Fin
             yield process.finding(
                 "HOST-MISSING",
                 "blocks" if policy.asks("fpu") else "risky",
-                ("present", "absent"),
                 f"criu --cpu-cap=fpu refuses: the dumping CPU has {name}, the host has not",
+                image="present",
+                host="absent",
                 component=name,
             )
-    elif process.cpuid is not None and "xsaves" in process.cpuid.features:
+    elif process.machine.cpuid is not None and "xsaves" in process.machine.cpuid.features:
         yield process.finding(
             "HOST-MISSING",
             "risky",
-            ("present", "unknown"),
-            "criu --cpu-cap=fpu asks for xsaves, which the dumping CPU has; whether the host has "
-            "it is not known",
+            "criu --cpu-cap=fpu may refuse: it asks for xsaves, which the dumping CPU has, and "
+            "whether the host has it is not known",
+            image="present",
+            host="unknown",
             component="xsaves",
             open=policy.asks("fpu"),
         )
 
 
 def _fpu_mask(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    mask = process.cpuinfo.xfeatures_mask
+    mask = process.machine.cpuinfo.xfeatures_mask
     if mask is None or host.layout is None:
         return
     there = host.layout.user_mask & COMPARED
@@ -188,9 +192,10 @@ def _fpu_mask(process: _Process, host: Host, policy: Policy) -> Iterator[Finding
         yield process.finding(
             "HOST-MISSING",
             "blocks" if policy.asks("fpu") else "risky",
-            (f"{mask:#x}", f"{there:#x}"),
             f"criu --cpu-cap=fpu refuses: {name_of(nr)} ({process.use(1 << nr)}) is in the image's "
             f"xfeatures_mask {mask:#x}, and not on the host ({there:#x})",
+            image=f"{mask:#x}",
+            host=f"{there:#x}",
             component=name_of(nr),
         )
 
@@ -201,23 +206,25 @@ def _fpu_sizes(process: _Process, host: Host, policy: Policy) -> Iterator[Findin
         there["xsave_size"] = host.layout.standard_size(host.xcr0)
         there["xsave_size_max"] = host.layout.standard_size()
     for name, words in SIZES.items():
-        size, size_there = getattr(process.cpuinfo, name), there[name]
+        size, size_there = getattr(process.machine.cpuinfo, name), there[name]
         if size is not None and size_there is None:
             yield process.finding(
                 "SIZE",
                 "risky",
-                (f"{size}", "unknown"),
-                f"criu --cpu-cap=fpu asks for the same {words}: {size} on the image, and not known "
-                "of the host",
+                f"criu --cpu-cap=fpu may refuse: it asks for the same {words}, {size} on the "
+                "image, and not known of the host",
+                image=f"{size}",
+                host="unknown",
                 open=policy.asks("fpu"),
             )
         elif size is not None and size != size_there:
             yield process.finding(
                 "SIZE",
                 "blocks" if policy.asks("fpu") else "risky",
-                (f"{size}", f"{size_there}"),
                 f"criu --cpu-cap=fpu refuses: {words} {size} on the image, {size_there} on the "
                 "host (CRIU asks for equal)",
+                image=f"{size}",
+                host=f"{size_there}",
             )
 
 
@@ -235,25 +242,27 @@ def _ins(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
         yield process.finding(
             "ISA",
             "blocks" if policy.asks("isa") else "note",
-            (f"{len(missing)} features", "absent"),
             f"criu --cpu-cap=ins refuses: the host lacks {', '.join(missing)}{used}",
-            VALIDATE_INS,
+            image=f"{len(missing)} features",
+            host="absent",
+            ref=VALIDATE_INS,
             component=" ".join(missing),
         )
     elif unknown:
         yield process.finding(
             "ISA",
             "note",
-            (", ".join(unknown), "unknown"),
-            f"criu --cpu-cap=ins asks for {', '.join(unknown)} too, of which the host's "
-            "description does not tell",
-            VALIDATE_INS,
+            f"criu --cpu-cap=ins may refuse: it asks for {', '.join(unknown)} too, of which the "
+            "host's description does not tell",
+            image=", ".join(unknown),
+            host="unknown",
+            ref=VALIDATE_INS,
         )
 
 
 def _ins_only(process: _Process, host: Host) -> dict[str, tuple[bool | None, bool | None]]:
     """Return whether the dumping CPU and the host have each of INS_ONLY; None is unknown."""
-    return {f.name: (_has(process.cpuid, f), _has(host.cpuid, f)) for f in INS_ONLY}
+    return {f.name: (_has(process.machine.cpuid, f), _has(host.cpuid, f)) for f in INS_ONLY}
 
 
 def _has(cpuid: Cpuid | None, feature: Feature) -> bool | None:
@@ -262,52 +271,55 @@ def _has(cpuid: Cpuid | None, feature: Feature) -> bool | None:
 
 
 def _cpu(process: _Process, host: Host, policy: Policy) -> Iterator[Finding]:
-    if host.features is None or process.cpuid is None or len(process.cpuinfo.capability) < WORDS:
+    machine = process.machine
+    if host.features is None or machine.cpuid is None or len(machine.cpuinfo.capability) < WORDS:
         return
     compared = {f.name for f in FEATURES.values() if (f.leaf, f.subleaf) in CPU_LEAVES}
     compared -= RUNTIME_FEATURES
     only = _ins_only(process, host)
-    more = sorted((process.cpuid.features - host.features) & compared)
+    more = sorted((machine.cpuid.features - host.features) & compared)
     more += [name for name in only if only[name] == (True, False)]
-    fewer = sorted((host.features - process.cpuid.features) & compared)
+    fewer = sorted((host.features - machine.cpuid.features) & compared)
     fewer += [name for name in only if only[name] == (False, True)]
     if more or fewer:
         yield process.finding(
             "ISA",
             "blocks" if policy.asks("strict") else "note",
-            (" ".join(more) or "none", " ".join(fewer) or "none"),
             "criu --cpu-cap=cpu refuses: only the image has "
-            f"{', '.join(more) or 'nothing'}; only the host has {', '.join(fewer) or 'nothing'} "
-            "(CRIU asks for equal)",
+            f"{', '.join(more) or 'nothing'}, and only the host has "
+            f"{', '.join(fewer) or 'nothing'} (CRIU asks for equal)",
+            image=" ".join(more) or "none",
+            host=" ".join(fewer) or "none",
         )
 
 
 def _tiles(process: _Process, host: Host) -> Iterator[Finding]:
     """AMX: no field of an image can hold tiles, and so nothing tells whether there were any."""
-    seen = [state for state in process.states if state.bv & XFEATURE_MASK_XTILE]
+    seen = [thread for thread in process.threads if thread.state.bv & XFEATURE_MASK_XTILE]
     if seen:
         yield process.finding(
             "SIZE",
             "risky",
-            (f"{seen[0].bv:#x}", "none"),
-            f"thread {seen[0].vcpu.index} had tile state, and CRIU's images have no field for it: "
-            "it is lost",
-            FIELDS,
+            f"Tile state of thread {seen[0].vcpu} is lost: CRIU's images have no field for it",
+            image=f"{seen[0].state.bv:#x}",
+            host="none",
+            ref=FIELDS,
             component="tiledata",
         )
         return
     had = host.xcr0 is not None and host.xcr0 & TILEDATA
     whose = "the host"
-    if process.cpuid is not None:
-        had, whose = "amx_tile" in process.cpuid.features, "the dumping CPU"
+    if process.machine.cpuid is not None:
+        had, whose = "amx_tile" in process.machine.cpuid.features, "the dumping CPU"
     if had:
         yield process.finding(
             "SIZE",
             "note",
-            ("no field", "amx_tile"),
-            f"{whose} has AMX, and CRIU's images have no field for tiles: state of theirs would "
-            "be lost",
-            FIELDS,
+            f"State of AMX tiles would be lost: {whose} has AMX, and CRIU's images have no field "
+            "for tiles",
+            image="no field",
+            host="amx_tile",
+            ref=FIELDS,
             component="tiledata",
         )
 

@@ -1,35 +1,38 @@
-"""The rules at work: one function a rule code, which looks at one vCPU and one host.
+"""The rules at work: one function a rule code, which looks at one State and one Target.
 
 A function yields a Finding for each thing that speaks against the restore, or that the reader
-should know. What kernels do comes from `xfast.kernels.behaviour`, by way of `xfast.judge.subject`.
+should know. It sees no vCPU, no file and no host, so its answer holds for all of a kind. What
+it says is in `xfast.judge.words`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xfast.hosts.model import Host
 from xfast.judge.rules import RULES
-from xfast.judge.subject import State, Target, kernels_of, leaked, refuses
+from xfast.judge.subject import State, Subject
+from xfast.judge.target import Target
 from xfast.judge.verdict import Finding, Policy
-from xfast.kernels.behaviour import BEHAVIOURS, loaded, needs_permission, xcr0_problem
-from xfast.xsave.cpuid import RUNTIME_FEATURES
+from xfast.judge.words import say
+from xfast.kernels.behaviour import BEHAVIOURS, xcr0_problem
 from xfast.xsave.features import (
-    BY_NAME,
-    KVM_XSAVE_SIZE,
+    APX,
+    MISALIGNED_SSE,
+    PKRU_NR,
+    SSE_NR,
     SUPERVISOR_MASK,
     TILEDATA,
+    TILEDATA_NR,
     X87,
-    XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
+    XFEATURE_MASK_XTILE,
     bits,
     name_of,
     names_of,
 )
-from xfast.xsave.layout import Layout
 
-RuleFunction = Callable[[State, Host, Target, Policy], Iterator[Finding]]
+RuleFunction = Callable[[State, Target, Policy], Iterator[Finding]]
 
 FUNCTIONS: dict[str, RuleFunction] = {}
 """{rule code: its function}, each there once: a rule without one can't be imported."""
@@ -55,469 +58,476 @@ def judges(code: str) -> Callable[[RuleFunction], RuleFunction]:
 
 
 def finding_of(
-    state: State,
     code: str,
     severity: str,
-    values: tuple[str, str],
     why: str,
     *,
+    snapshot: str,
+    host: str,
     component: int | str = "",
     fix: str = "none",
     ref: str = "",
     open: bool = False,
 ) -> Finding:
-    """Build a finding; `component` is a name or a number, and `ref` the rule's where empty."""
+    """Build a finding, of no vCPU yet.
+
+    `component` is a name or a number, `snapshot` and `host` are both sides' values, and `ref`
+    is the rule's where it is empty.
+    """
     name = name_of(component) if isinstance(component, int) else component
-    return Finding(
-        code, name, state.vcpu.index, severity, *values, fix, why, ref or RULES[code].ref, open
-    )
+    ref = ref or RULES[code].ref
+    return Finding(code, name, 0, severity, snapshot, host, fix, why, ref, open)
 
 
 def _drop(state: State, nr: int) -> str:
+    """Say what dropping a component would lose."""
     return "lossy" if state.live >> nr & 1 else "safe"
 
 
-def _data(state: State, nr: int) -> str:
-    """Say what a present component holds, in a word or two."""
-    if nr == 9 and state.pkru is not None:
-        return f"value {state.pkru:#x}"
-    if state.unplaced >> nr & 1:
-        return "value unknown"
-    if state.unreadable >> nr & 1:
-        return "data not in the area"
-    return "live" if state.live >> nr & 1 else "init value"
+def _what(state: State, nr: int) -> str:
+    """Name a present component, and say in a word or two what it holds."""
+    if nr == PKRU_NR and state.pkru is not None:
+        holds = f"value {state.pkru:#x}"
+    elif state.unplaced >> nr & 1:
+        holds = "value unknown"
+    elif state.unreadable >> nr & 1:
+        holds = "data not in the area"
+    else:
+        holds = "live" if state.live >> nr & 1 else "init value"
+    return f"{name_of(nr)} ({holds})"
 
 
 @judges("LEAK")
-def _leak(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    for nr in bits(leaked(state)):
-        bit = 1 << nr
-        taken = "unknown" if target.host is None else f"{target.accepts & target.host:#x}"
-        if state.may is None:
-            whose = "bit 9 with value 0 is the signature of Linux 5.16's leak; "
-        else:
-            whose = f"the guest's {state.may_from} allows {state.may:#x} only; "
-        if nr == 9 and state.pkru == 0 and state.may is not None:
-            whose += "bit 9 with value 0, Linux 5.16's leak; "
-        what = f"{name_of(nr)} ({_data(state, nr)}) is in XSTATE_BV, and {whose}"
-        fix, ref, undecided = _drop(state, nr), "", False
+def _leak(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    for nr in bits(state.leaked):
+        bit, leak = 1 << nr, _leak_in(state, nr)
+        ref, undecided = "", False
         if target.refused & bit:
             severity = "blocks"
             here = target.host is not None and target.host & bit
-            by = "kernels with ad856280ddea refuse it" if here else "the host lacks it"
-            what += f"{by}: KVM_SET_XSAVE fails with EINVAL"
+            why = say("leak, kernel refuses" if here else "leak, host lacks it", leak=leak)
             if state.producer == "qemu-kvm":
-                what += (
-                    "; QEMU 7.2 reports the restore as done and loses x87, SSE, AVX and XCR0, "
-                    "later QEMU exits"
-                )
+                why += say("leak, qemu")
         elif target.doubtful & bit:
             severity, undecided = "risky", True
-            what += (
-                "kernels from ad856280ddea (5.17) until 8647c52e9504 (6.6) refuse it with EINVAL "
-                "unless the guest's CPUID has it, others accept it: "
-                + ("this host's kernel" if host.kernel is None else "the guest's CPUID")
-                + " is not known"
-            )
+            missing = "this host's kernel" if target.release is None else "the guest's CPUID"
+            why = say("leak, doubtful", leak=leak, missing=missing)
         elif target.kept & bit:
             severity, ref = "risky", BEHAVIOURS["fpu-core-uabi"].ref
-            what += "this kernel accepts it and hands it on with the next KVM_GET_XSAVE"
+            why = say("leak, kept", leak=leak)
         else:
             severity, ref = "note", BEHAVIOURS["get-trims"].ref
-            what += "this kernel accepts it and drops it at the next KVM_GET_XSAVE"
-            what += (
-                "" if state.guest_cpuid_mask is not None else ", unless the guest's CPUID has it"
-            )
+            sure = state.guest_cpuid_mask is not None
+            unless = "" if sure else ", unless the guest's CPUID has it"
+            why = say("leak, trimmed", leak=leak, unless=unless)
         yield finding_of(
-            state,
             "LEAK",
             severity,
-            (f"{state.bv:#x}", taken),
-            what,
+            why,
             component=nr,
-            fix=fix,
+            snapshot=f"{state.bv:#x}",
+            host="unknown" if target.host is None else f"{target.accepts:#x}",
+            fix=_drop(state, nr),
             ref=ref,
             open=undecided,
         )
 
 
+def _leak_in(state: State, nr: int) -> str:
+    """Say what leaked, and how that is known."""
+    if state.may is None:
+        return say("leak, unknown guest", what=_what(state, nr))
+    leak = say("leak", what=_what(state, nr), source=state.may_from, may=state.may)
+    return leak + (say("leak, signature") if nr == PKRU_NR and state.pkru == 0 else "")
+
+
 @judges("HOST-MISSING")
-def _host_missing(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if target.host is None:
+def _host_missing(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    have = target.host
+    if have is None:
         yield finding_of(
-            state,
             "HOST-MISSING",
             "risky",
-            (f"{state.bv:#x}", "unknown"),
-            "which components this host can give is not known; describe it with its CPUID leaf 0xD",
+            say("host unknown"),
+            snapshot=f"{state.bv:#x}",
+            host="unknown",
             open=True,
         )
         return
-    have, values = target.host, f"{target.host:#x}"
-    for nr in bits(state.bv & ~have & ~leaked(state)):
-        default = state.kind == "process" and not state.live >> nr & 1
+    process = state.kind == "process"
+    for nr in bits(state.bv & ~have & ~state.leaked):
+        if not process:
+            severity, sentence = "blocks", "host lacks it"
+        elif state.live >> nr & 1:
+            severity, sentence = "blocks", "process, host lacks it"
+        else:
+            severity = "blocks" if policy.asks("strict") else "note"
+            sentence = "process, host lacks init"
         yield finding_of(
-            state,
             "HOST-MISSING",
-            "note" if default and not policy.asks("strict") else "blocks",
-            (f"{state.bv:#x}", values),
-            f"{name_of(nr)} ({_data(state, nr)}) in the area, and not on the host"
-            + ("" if state.kind == "process" else ": KVM_SET_XSAVE fails with EINVAL"),
+            severity,
+            say(sentence, what=_what(state, nr)),
             component=nr,
+            snapshot=f"{state.bv:#x}",
+            host=f"{have:#x}",
             fix=_drop(state, nr),
         )
-    promised = (state.guest_cpuid_mask or 0) & ~have & ~state.bv & ~(state.vcpu.xcr0 or 0)
-    for nr in bits(promised):
+    yield from (_told_process if process else _promised)(state, have, policy)
+
+
+def _promised(state: State, have: int, policy: Policy) -> Iterator[Finding]:
+    """Find what a guest's CPUID has, the host lacks, and the guest doesn't use."""
+    for nr in bits((state.guest_cpuid_mask or 0) & ~have & ~state.bv & ~(state.xcr0 or 0)):
         yield finding_of(
-            state,
             "HOST-MISSING",
             "blocks" if policy.asks("fpu") else "note",
-            (f"{state.guest_cpuid_mask:#x}", values),
-            f"the guest's CPUID promises {name_of(nr)}, which the host lacks; it is not in use",
+            say("promised", name=name_of(nr)),
             component=nr,
+            snapshot=f"{state.guest_cpuid_mask:#x}",
+            host=f"{have:#x}",
+        )
+
+
+def _told_process(state: State, have: int, policy: Policy) -> Iterator[Finding]:
+    """Find what a process was told of by its first CPU and kernel, and the host lacks.
+
+    CRIU's own comparison of the machines says it for its checkpoints (`xfast.judge.criu`).
+    """
+    told = (state.guest_cpuid_mask or 0) | (state.xcr0 or 0)
+    usual = "note" if state.producer == "criu" else "risky"
+    for nr in bits(told & ~have & ~(state.bv & state.live)):
+        yield finding_of(
+            "HOST-MISSING",
+            "blocks" if policy.asks("fpu") else usual,
+            say("process was told", name=name_of(nr)),
+            component=nr,
+            snapshot=f"{told:#x}",
+            host=f"{have:#x}",
         )
 
 
 @judges("XCR0")
-def _xcr0(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    xcr0 = state.vcpu.xcr0
-    if state.kind != "vm" or xcr0 is None or target.host is None:
+def _xcr0(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    if state.kind != "vm":
+        return
+    announced = (state.guest_cpuid_mask or 0) & XFEATURE_MASK_XTILE
+    if announced not in (0, XFEATURE_MASK_XTILE):
+        lacks = names_of(XFEATURE_MASK_XTILE & ~announced)
+        yield finding_of(
+            "XCR0",
+            "risky",
+            say("half of AMX", has=names_of(announced), lacks=lacks),
+            component=names_of(announced),
+            snapshot=f"{state.guest_cpuid_mask:#x}",
+            host="both or none",
+            ref=HALF_OF_AMX,
+        )
+    xcr0 = state.xcr0
+    if xcr0 is None or target.host is None:
         return
     known = state.guest_cpuid_mask
-    for supported, whose in ((target.host, "the host"), (known, "the guest's CPUID")):
-        fault = "" if supported is None else xcr0_problem(xcr0, supported)
-        if fault and supported is not None:
+    for allowed, whose in ((target.host, "the host"), (known, "the guest's CPUID")):
+        fault = "" if allowed is None else xcr0_problem(xcr0, allowed)
+        if fault and allowed is not None:
             yield finding_of(
-                state,
                 "XCR0",
                 "blocks",
-                (f"{xcr0:#x}", f"{supported:#x}"),
-                f"the guest's XCR0 is {xcr0:#x} and {whose} allows {supported:#x}: {fault}; "
-                "KVM_SET_XCRS fails with EINVAL",
-                component=names_of(xcr0 & ~supported & ~X87) if xcr0 & ~supported else "",
+                say("xcr0", xcr0=xcr0, whose=whose, allowed=allowed, fault=fault),
+                component=names_of(xcr0 & ~allowed & ~X87) if xcr0 & ~allowed else "",
+                snapshot=f"{xcr0:#x}",
+                host=f"{allowed:#x}",
             )
             return
 
 
+HALF_OF_AMX = (
+    "Linux kernel commit 55cd57b596e8 (\"KVM: x86: Filter out XTILE_CFG if XTILE_DATA isn't "
+    'permitted") (in v6.4)'
+)
+
+
 @judges("SIZE")
-def _size(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    size = len(state.vcpu.area)
-    known = state.vcpu.layout.mask if state.vcpu.layout else 0
+def _size(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    known = state.layout.mask if state.layout else 0
     for nr in bits(state.unreadable & known):
         yield finding_of(
-            state,
             "SIZE",
             "blocks",
-            (f"{size}", "more"),
-            f"XSTATE_BV names {name_of(nr)}, whose data would lie past the area's {size} bytes",
+            say("cut", name=name_of(nr), size=state.size),
             component=nr,
+            snapshot=f"{state.size}",
+            host="more",
             fix="lossy",
         )
     if state.kind == "process":
-        yield from _user_buffers(state, host, policy)
-        return
-    layout = host.layout if state.vcpu.portable else state.vcpu.layout
-    need = layout.standard_size(state.bv & layout.user_mask) if layout else 0
-    if need <= KVM_XSAVE_SIZE:
-        return
-    have = host.xsave2_size
-    if have is None and host.kernel is not None:
-        have = KVM_XSAVE_SIZE if "xsave2" not in host.kernel else None
-    trim = "safe" if not state.live & TILEDATA else "none"
-    if have is None:
+        yield from _user_buffers(state, target, policy)
+    elif target.need and target.room is None:
         yield finding_of(
-            state,
             "SIZE",
             "note",
-            (f"{need}", "unknown"),
-            f"the area needs {need} bytes: KVM_CAP_XSAVE2 of the host must report at least that",
+            say("room unknown", need=target.need),
+            snapshot=f"{target.need}",
+            host="unknown",
         )
-    elif have < need:
+    elif target.room is not None and target.room < target.need:
         yield finding_of(
-            state,
             "SIZE",
             "blocks",
-            (f"{need}", f"{have}"),
-            f"the area needs {need} bytes and the host's KVM_CAP_XSAVE2 reports {have}",
-            component=18 if state.bv & TILEDATA else "",
-            fix=trim,
+            say("no room", need=target.need, room=target.room),
+            component=TILEDATA_NR if state.bv & TILEDATA else "",
+            snapshot=f"{target.need}",
+            host=f"{target.room}",
+            fix="none" if state.live & TILEDATA else "safe",
         )
 
 
-def _user_buffers(state: State, host: Host, policy: Policy) -> Iterator[Finding]:
+def _user_buffers(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
     """A process keeps XSAVE buffers of the size its first CPU reported."""
-    vcpu = state.vcpu
-    told = vcpu.cpuid.find(0xD) if vcpu.cpuid else None
-    here = told.ebx if told else 0
-    known = vcpu.layout or Layout(())
-    if not told and vcpu.xcr0 is not None and not vcpu.xcr0 & ~known.mask:
-        here = known.standard_size(vcpu.xcr0)
-    if not here or host.layout is None or host.xcr0 is None:
-        return
-    there = host.layout.standard_size(host.xcr0)
-    if there > here:
+    here = state.guest.size if state.guest else 0
+    layout = state.layout
+    if not here and layout is not None and state.xcr0 is not None:
+        here = 0 if state.xcr0 & ~layout.mask else layout.standard_size(state.xcr0)
+    if here and target.buffer is not None and target.buffer > here:
         yield finding_of(
-            state,
             "SIZE",
             "blocks" if policy.asks("strict") else "risky",
-            (f"{here}", f"{there}"),
-            f"the process was told of XSAVE areas of {here} bytes, the target writes {there}: "
-            "buffers that it allocated are too small",
+            say("buffers", here=here, there=target.buffer),
+            snapshot=f"{here}",
+            host=f"{target.buffer}",
         )
 
 
 @judges("LAYOUT")
-def _layout(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    vcpu = state.vcpu
-    extended = state.bv & ~XFEATURE_MASK_FPSSE & ~leaked(state)
-    if vcpu.portable or not extended:
+def _layout(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    if not state.extended:
         return
-    if vcpu.layout is None or host.layout is None:
-        whose = "area" if vcpu.layout is None else "host"
-        why = vcpu.layout_note if vcpu.layout is None else "no CPUID leaf 0xD"
+    here, there = state.layout, target.layout
+    if here is None or there is None:
+        whose, note = ("area", state.layout_note) if here is None else ("host", "no CPUID leaf 0xD")
         yield finding_of(
-            state,
             "LAYOUT",
             "risky",
-            ("unknown" if vcpu.layout is None else vcpu.layout.name, "unknown"),
-            f"the layout of the {whose} is not known ({why}); --layout names it",
+            say("layout unknown", whose=whose, note=note),
+            snapshot="unknown" if here is None else state.layout_name,
+            host="unknown",
             open=True,
         )
         return
-    hidden = extended & (target.host or extended) & state.unplaced
+    wanted = state.extended & (target.host or state.extended)
+    hidden = wanted & state.unplaced
     if hidden:
         yield finding_of(
-            state,
             "LAYOUT",
             "risky",
-            ("unknown", host.layout.name),
-            f"where {names_of(hidden)} lies in the area is not known ({vcpu.layout_note}); "
-            "--layout names it",
+            say("place unknown", names=names_of(hidden), note=state.layout_note),
             component=names_of(hidden),
+            snapshot="unknown",
+            host=target.layout_name,
             open=True,
         )
-    unplaced = extended & (target.host or 0) & ~host.layout.mask
-    if unplaced and state.kind == "vm":
+    if state.kind == "process":
+        return
+    unplaced = state.extended & (target.host or 0) & ~there.mask
+    if unplaced:
         yield finding_of(
-            state,
             "LAYOUT",
             "risky",
-            (vcpu.layout.name, "unknown"),
-            f"the host's description does not say where {names_of(unplaced)} lies",
+            say("place unknown on the host", names=names_of(unplaced)),
             component=names_of(unplaced),
+            snapshot=state.layout_name,
+            host="unknown",
             open=True,
         )
-    moved = (
-        0
-        if state.kind == "process"
-        else vcpu.layout.moved(host.layout, extended & (target.host or extended))
-    )
-    for nr in bits(moved):
-        ours, theirs = vcpu.layout.slot(nr), host.layout.slot(nr)
+    for nr in bits(here.moved(there, wanted)):
+        ours, theirs = here.slot(nr), there.slot(nr)
+        places = {"here": ours.offset, "there": theirs.offset}
         yield finding_of(
-            state,
             "LAYOUT",
             "blocks",
-            (f"{ours.offset}+{ours.size}", f"{theirs.offset}+{theirs.size}"),
-            f"{name_of(nr)} ({_data(state, nr)}) lies at {ours.offset} and the target reads it at "
-            f"{theirs.offset}: KVM_SET_XSAVE would take other bytes for it, without an error",
+            say("moved", what=_what(state, nr), **places),
             component=nr,
-            fix="none" if vcpu.layout_source == "cpuid" else "safe",  # the file would contradict it
+            snapshot=f"{ours.offset}+{ours.size}",
+            host=f"{theirs.offset}+{theirs.size}",
+            # The file's own CPUID would contradict an area that was moved.
+            fix="none" if state.layout_source == "cpuid" else "safe",
         )
 
 
 @judges("FORMAT")
-def _format(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if state.kind != "vm" or state.vcpu.portable:
+def _format(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    if state.kind != "vm" or state.portable:
         return
-    compacted = bool(state.xcomp & XCOMP_BV_COMPACTED)
     if state.xcomp:
-        every, some = refuses(host, state, xcomp_bv=state.xcomp)
+        every, some = target.xcomp
+        sentence = "xcomp" if every else "xcomp, doubtful"
+        if not some:
+            sentence = "xcomp, misread" if state.compacted else "xcomp, ignored"
+        compacted = " (compacted format)" if state.compacted else ""
         yield finding_of(
-            state,
             "FORMAT",
-            "blocks" if every or compacted else "risky",
-            (f"{state.xcomp:#x}", "0x0"),
-            f"XCOMP_BV is {state.xcomp:#x}{' (compacted format)' if compacted else ''}; "
-            "KVM_SET_XSAVE takes the standard format only, and kernels from 5.16 refuse others",
-            fix="safe" if state.vcpu.layout is not None or not compacted else "none",
+            "blocks" if every or state.compacted else "risky",
+            say(sentence, xcomp=state.xcomp, compacted=compacted),
+            snapshot=f"{state.xcomp:#x}",
+            host="0x0",
+            fix="safe" if state.layout is not None or not state.compacted else "none",
             open=some and not every,
         )
     if state.reserved:
-        every, some = refuses(host, state, reserved=1)
+        every, some = target.reserved
+        severity, sentence = (
+            ("blocks", "reserved")
+            if every
+            else ("risky", "reserved, doubtful")
+            if some
+            else ("note", "reserved, ignored")
+        )
         yield finding_of(
-            state,
             "FORMAT",
-            "blocks" if every else "risky" if some else "note",
-            ("not zero", "zero"),
-            "reserved bytes of the XSAVE header (528 to 575) are not zero; KVM_SET_XSAVE of "
-            "kernels from 5.16 refuses that",
+            severity,
+            say(sentence),
+            snapshot="not zero",
+            host="zero",
             fix="safe",
             open=some and not every,
         )
 
 
 @judges("INUSE")
-def _inuse(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
+def _inuse(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
     mpx = state.stale & XFEATURE_MASK_MPX  # APX has the place of MPX: the bytes count once
-    for nr in bits(state.stale & ~(BY_NAME["apx"].bit if mpx else 0)):
-        legacy = 1 << nr & XFEATURE_MASK_FPSSE
+    for nr in bits(state.stale & ~(APX if mpx else 0)):
         yield finding_of(
-            state,
             "INUSE",
-            "risky" if legacy else "note",
-            (f"{state.bv:#x}", "init"),
-            f"XSTATE_BV says that {name_of(nr)} has its init value, and other data lie there: "
-            "whoever restores the area gives it the init value, and these bytes are lost",
+            "risky" if 1 << nr & XFEATURE_MASK_FPSSE else "note",
+            say("stale", name=name_of(nr)),
             component=nr,
+            snapshot=f"{state.bv:#x}",
+            host="init",
         )
-    differs = state.vcpu.fpu_differs
-    if differs:
+    if state.fpu_differs:
         yield finding_of(
-            state,
             "INUSE",
             "note",
-            ("xsave", "fpu"),
-            f"the file's fpu object and its XSAVE area differ in {', '.join(differs)}: a restore "
-            "runs KVM_SET_FPU after KVM_SET_XSAVE, so fpu wins, but for MXCSR, which KVM_SET_FPU "
-            "leaves as it is",
+            say("two copies", fields=", ".join(state.fpu_differs)),
+            snapshot="xsave",
+            host="fpu",
             ref="Cloud Hypervisor hypervisor/src/kvm/mod.rs KvmVcpu::set_state(); Linux "
             "arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_set_fpu()",
         )
-    idle = state.bv & ~state.live & ~state.unreadable & ~leaked(state)
-    for nr in bits(idle & ~XFEATURE_MASK_FPSSE):
-        holds = f"Linux's default {state.pkru:#x}" if nr == 9 and state.pkru else "its init value"
-        if state.vcpu.layout is not None and target.host is not None and target.host >> nr & 1:
-            yield finding_of(
-                state,
-                "INUSE",
-                "note",
-                (f"{state.bv:#x}", f"{target.host:#x}"),
-                f"{name_of(nr)} is in XSTATE_BV and holds {holds}: a host without it needs only "
-                "the bit cleared",
-                component=nr,
-                fix="safe",
-            )
+    if state.layout is None:
+        return
+    idle = state.bv & ~state.live & ~state.unreadable & ~state.leaked & ~XFEATURE_MASK_FPSSE
+    for nr in bits(idle & (target.host or 0)):
+        default = nr == PKRU_NR and state.pkru
+        holds = f"Linux's default {state.pkru:#x}" if default else "its init value"
+        yield finding_of(
+            "INUSE",
+            "note",
+            say("idle", name=name_of(nr), holds=holds),
+            component=nr,
+            snapshot=f"{state.bv:#x}",
+            host=f"{target.host:#x}",
+            fix="safe",
+        )
 
 
 @judges("XFD")
-def _xfd(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    xfd = state.vcpu.xfd or 0
-    stays = [bool(loaded(kernel, xfd, xfd)) for kernel in kernels_of(host)]
-    known = "unknown" if host.kernel is None else "unfixed" if any(stays) else "fixed"
-    for nr in bits(state.bv & xfd):
+def _xfd(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    every, some = target.xfd
+    severity, sentence, kernel = (
+        ("blocks", "xfd panics", "unfixed")
+        if every
+        else ("risky", "xfd, doubtful", "unfixed")
+        if some
+        else ("note", "xfd cleared", "fixed")
+    )
+    for nr in bits(state.bv & state.xfd):
         yield finding_of(
-            state,
             "XFD",
-            "blocks" if all(stays) else "risky" if any(stays) else "note",
-            (f"{xfd:#x}", known),
-            f"{name_of(nr)} ({_data(state, nr)}) is in XSTATE_BV while IA32_XFD disables it: "
-            + (
-                "the host's XRSTOR takes #NM, and a kernel without b45f72177594 panics"
-                if any(stays)
-                else "this kernel clears the bit"
-            ),
+            severity,
+            say(sentence, what=_what(state, nr)),
             component=nr,
+            snapshot=f"{state.xfd:#x}",
+            host="unknown" if target.release is None else kernel,
             fix=_drop(state, nr),
-            open=any(stays) and not all(stays),
+            open=some and not every,
         )
 
 
 @judges("XSS")
-def _xss(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
+def _xss(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
     supervisor = state.bv & SUPERVISOR_MASK
-    if supervisor and state.kind == "vm" and not state.xcomp & XCOMP_BV_COMPACTED:
+    if supervisor and state.kind == "vm" and not state.compacted:
         yield finding_of(
-            state,
             "XSS",
             "blocks",
-            (f"{state.bv:#x}", "0x0"),
-            f"XSTATE_BV names supervisor state ({names_of(supervisor)}), which KVM_SET_XSAVE "
-            "refuses",
+            say("supervisor", names=names_of(supervisor)),
             component=names_of(supervisor),
+            snapshot=f"{state.bv:#x}",
+            host="0x0",
             fix="lossy",
         )
-    xss = state.vcpu.xss
-    missing = xss & ~host.xss if xss and host.xss is not None else 0
+    missing = state.xss & ~target.xss if state.xss and target.xss is not None else 0
     if missing:
         yield finding_of(
-            state,
             "XSS",
             "blocks",
-            (f"{xss:#x}", f"{host.xss:#x}"),
-            f"the guest's IA32_XSS has {names_of(missing)}, which the host can't give it",
+            say("xss", names=names_of(missing)),
             component=names_of(missing),
+            snapshot=f"{state.xss:#x}",
+            host=f"{target.xss:#x}",
         )
-    cpuid = state.vcpu.cpuid
-    if cpuid is not None and cpuid.xss and xss is None and state.vcpu.msrs is not None:
+    if state.guest is not None and state.guest.xss and state.xss is None and state.has_msrs:
         yield finding_of(
-            state,
             "XSS",
             "risky",
-            ("absent", f"{cpuid.xss:#x}"),
-            f"the guest's CPUID has supervisor components ({names_of(cpuid.xss)}) and the file "
-            "holds no IA32_XSS (MSR 0xda0): the guest's own XRSTORS may fault after the restore",
+            say("xss absent", names=names_of(state.guest.xss)),
+            snapshot="absent",
+            host=f"{state.guest.xss:#x}",
         )
 
 
 @judges("PERM")
-def _perm(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    wants = (state.bv | (state.vcpu.xcr0 or 0) | (state.guest_cpuid_mask or 0)) & TILEDATA
-    if state.kind != "vm" or not wants or target.host is None or not target.host & TILEDATA:
+def _perm(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    if not target.asks:
         return
-    if host.kernel is not None and not needs_permission(host.kernel, wants):
-        return  # such a kernel takes the CPUID as it is, and gives no guest the component
-    granted = host.guest_permission
-    if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
-        granted = 0
-    if granted is None or granted & TILEDATA:
-        yield finding_of(
-            state,
-            "PERM",
-            "note",
-            (f"{wants:#x}", "unknown" if granted is None else f"{granted:#x}"),
-            "the VMM must ask for AMX tile data with ARCH_REQ_XCOMP_GUEST_PERM first",
-            component=18,
-        )
-    else:
-        yield finding_of(
-            state,
-            "PERM",
-            "blocks",
-            (f"{wants:#x}", f"{granted:#x}"),
-            "the guest has AMX tile data and the host's kernel can't grant them to guests: "
-            "KVM_SET_CPUID2 fails with EPERM",
-            component=18,
-        )
+    granted = target.granted is None or target.granted & TILEDATA
+    yield finding_of(
+        "PERM",
+        "note" if granted else "blocks",
+        say("ask for tiles" if granted else "no tiles"),
+        component=TILEDATA_NR,
+        snapshot=f"{target.asks:#x}",
+        host="unknown" if target.granted is None else f"{target.granted:#x}",
+    )
 
 
 @judges("KERNEL")
-def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
+def _kernel(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
     if state.kind != "vm" or target.host is None:
         return
-    others = ~leaked(state) & target.host & ~SUPERVISOR_MASK
+    others = ~state.leaked & target.host & ~SUPERVISOR_MASK
     for nr in bits(target.refused & others):
         yield finding_of(
-            state,
             "KERNEL",
             "blocks",
-            (f"{state.bv:#x}", f"{state.bv & ~target.refused:#x}"),
-            f"{name_of(nr)} ({_data(state, nr)}) is in the area, and this kernel's KVM_SET_XSAVE "
-            "refuses what the guest's CPUID does not have",
+            say("kernel refuses", what=_what(state, nr)),
             component=nr,
+            snapshot=f"{state.bv:#x}",
+            host=f"{state.bv & ~target.refused:#x}",
             fix=_drop(state, nr),
             ref=BEHAVIOURS["user-xfeatures-guest"].ref,
         )
     for nr in bits(target.doubtful & others):
-        until = "a1020a25e697 (6.0)" if nr < 2 else "8647c52e9504 (6.6)"
+        legacy = 1 << nr & XFEATURE_MASK_FPSSE
+        until = "a1020a25e697 (6.0)" if legacy else "8647c52e9504 (6.6)"
         yield finding_of(
-            state,
             "KERNEL",
-            "note" if host.kernel is None else "risky",
-            (f"{state.bv:#x}", host.kernel.release if host.kernel else "unknown"),
-            f"{name_of(nr)}: kernels from ad856280ddea (5.17) until {until} refuse it where the "
-            "guest's CPUID lacks it",
+            "note" if target.release is None else "risky",
+            say("kernel may refuse", name=name_of(nr), until=until),
             component=nr,
+            snapshot=f"{state.bv:#x}",
+            host="unknown" if target.release is None else target.release,
             fix=_drop(state, nr),
             ref=BEHAVIOURS["user-xfeatures-guest"].ref,
             open=True,
@@ -525,44 +535,57 @@ def _kernel(state: State, host: Host, target: Target, policy: Policy) -> Iterato
 
 
 @judges("MXCSR")
-def _mxcsr(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if state.kind != "vm" or host.mxcsr_mask is None or not state.mxcsr & ~host.mxcsr_mask:
+def _mxcsr(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    every, some = target.mxcsr
+    if state.kind != "vm" or not some or target.mxcsr_mask is None:
         return
-    every, some = refuses(host, state, mxcsr=state.mxcsr)
-    foreign = state.mxcsr & ~host.mxcsr_mask
-    if some:
-        yield finding_of(
-            state,
-            "MXCSR",
-            "blocks" if every else "risky",
-            (f"{state.mxcsr:#x}", f"{host.mxcsr_mask:#x}"),
-            f"MXCSR {state.mxcsr:#x} has bits {foreign:#x} outside the host's MXCSR_MASK"
-            + (" (AMD's misaligned SSE mode)" if foreign == 1 << 17 else "")
-            + ": KVM_SET_XSAVE fails with EINVAL",
-            component=1,
-        )
+    foreign = state.mxcsr & ~target.mxcsr_mask
+    mode = " (AMD's misaligned SSE mode)" if foreign == MISALIGNED_SSE else ""
+    yield finding_of(
+        "MXCSR",
+        "blocks" if every else "risky",
+        say("mxcsr" if every else "mxcsr, doubtful", mxcsr=state.mxcsr, foreign=foreign, mode=mode),
+        component=SSE_NR,
+        snapshot=f"{state.mxcsr:#x}",
+        host=f"{target.mxcsr_mask:#x}",
+    )
 
 
 @judges("ISA")
-def _isa(state: State, host: Host, target: Target, policy: Policy) -> Iterator[Finding]:
-    if state.vcpu.cpuid is None or host.features is None:
-        return
-    missing = sorted(state.vcpu.cpuid.features - RUNTIME_FEATURES - host.features)
+def _isa(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
+    missing = target.missing
     if missing:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if missing[8:] else "")
+        more = f" and {len(missing) - 8} more" if missing[8:] else ""
+        sentence = "process instructions" if state.kind == "process" else "instructions"
         yield finding_of(
-            state,
             "ISA",
             "blocks" if policy.asks("isa") else "note",
-            (f"{len(missing)} features", "absent"),
-            f"the guest's CPUID has instructions that the host lacks: {shown}",
+            say(sentence, names=", ".join(missing[:8]) + more),
             component=" ".join(missing),
+            snapshot=f"{len(missing)} features",
+            host="absent",
         )
+
+
+def _partial(subject: Subject) -> Iterator[Finding]:
+    for doubt in subject.doubts:
+        yield finding_of(
+            "PARTIAL",
+            "risky",
+            say("partial", doubt=doubt),
+            snapshot="unknown",
+            host="any",
+            open=True,
+        )
+
+
+WHOLE: dict[str, Callable[[Subject], Iterator[Finding]]] = {"PARTIAL": _partial}
+"""{rule code: its function}, of rules that look at the snapshot as a whole."""
 
 
 def require_all() -> None:
     """Raise ImportError if a rule has no function."""
-    if missing := RULES.keys() - FUNCTIONS.keys():
+    if missing := RULES.keys() - FUNCTIONS.keys() - WHOLE.keys():
         raise ImportError(f"rules without a function: {', '.join(sorted(missing))}")
 
 

@@ -2,68 +2,186 @@
 
 What a snapshot requires comes from its own state: what is live, the guest's XCR0, and the
 guest's CPUID where the file has it.
+
+Whatever repeats is judged once. A snapshot becomes a Subject and a host becomes Facts, both by
+value; a pair of them that was met before is one look-up, and hosts that would do the same with
+a State share its findings. The caches forget the oldest when they are full; they never change
+an answer, because findings see nothing but State, Target and Policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache, partial
+from itertools import repeat
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
-from xfast.judge.findings import FUNCTIONS
+from xfast.judge.findings import FUNCTIONS, WHOLE
 from xfast.judge.rules import FIXES, SEVERITIES
-from xfast.judge.subject import State, state_of, target_of
-from xfast.judge.verdict import Finding, Policy, Verdict
+from xfast.judge.subject import State, Subject, subject_of
+from xfast.judge.target import Facts, Target, target_of
+from xfast.judge.verdict import Finding, Judgement, Policy, Verdict
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.layout import Layout
 
-
-def findings_of(state: State, host: Host, policy: Policy) -> Iterator[Finding]:
-    """Yield what every rule has to say of one vCPU on one host."""
-    target = target_of(state, host)
-    for rule in FUNCTIONS.values():
-        yield from _heeding(policy, rule(state, host, target, policy))
+K = TypeVar("K")
+V = TypeVar("V")
 
 
-def _heeding(policy: Policy, findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Yield the findings, those of ignored rules as notes."""
-    for finding in findings:
-        if finding.code in policy.ignore:
-            finding = replace(finding, severity="note", open=False)
-        yield finding
+def findings_of(state: State, target: Target, policy: Policy) -> tuple[Finding, ...]:
+    """Return what every rule has to say of a State on a Target; the findings are of no vCPU."""
+    return tuple(
+        _weighed(policy, finding)
+        for rule in FUNCTIONS.values()
+        for finding in rule(state, target, policy)
+    )
 
 
-def _same(state: State, host: Host) -> bool:
-    """Whether the host gives the guest exactly what the snapshot's guest had."""
-    asked = state.guest_cpuid_mask if state.guest_cpuid_mask is not None else state.vcpu.xcr0
-    have = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
-    return asked is not None and asked == have
+def _weighed(policy: Policy, finding: Finding) -> Finding:
+    """Return a finding, as a note if its rule is to be ignored."""
+    if finding.code in policy.ignore:
+        return replace(finding, severity="note", open=False)
+    return finding
 
 
-def verdict_of(
-    path: str, host: Host, states: list[State], policy: Policy, more: Iterable[Finding] = ()
-) -> Verdict:
-    """Return the verdict for one host, from the states of all vCPUs and what `more` there is."""
-    findings = [f for state in states for f in findings_of(state, host, policy)]
-    findings += _heeding(policy, more)
-    findings.sort(key=lambda f: -SEVERITIES.index(f.severity))
+def _of_the_whole(subject: Subject, host: Host, policy: Policy) -> Iterator[Finding]:
+    """Yield the findings that are of no single vCPU."""
+    for finding in criu_findings(subject, host, policy):
+        yield _weighed(policy, finding)
+    for rule in WHOLE.values():
+        for finding in rule(subject):
+            yield _weighed(policy, finding)
+
+
+def judge(subject: Subject, facts: Facts, policy: Policy) -> Judgement:
+    """Judge one Subject on one host. All that `check` and a fix say comes from here."""
+    targets = {part.state: _target_of(part.state, facts) for part in subject.parts}
+    findings = [
+        finding.of(vcpu, alike)
+        for state, vcpu, alike in subject.parts
+        for finding in _findings_of(state, targets[state], policy)
+    ]
+    if subject.stacked:
+        findings = _merged(findings)
+    findings += _of_the_whole(subject, facts.host, policy)
+    return conclude(findings, all(target.same for target in targets.values()))
+
+
+def conclude(findings: list[Finding], same: bool) -> Judgement:
+    """Draw the conclusion; `same`: the host gives the guest exactly what it had."""
+    findings = sorted(findings, key=lambda f: -SEVERITIES.index(f.severity))
     blocking = [f for f in findings if f.severity == "blocks"]
     if blocking:
         word = "incompatible"
     elif any(f.open for f in findings):
         word = "unknown"
     else:
-        word = "identical" if all(_same(state, host) for state in states) else "superset"
-    fixable = "none"
+        word = "identical" if same else "superset"
     fixes = [f.fix for f in blocking] or [f.fix for f in findings if f.severity == "risky"]
-    if fixes:
-        fixable = max(fixes, key=FIXES.index)
-    return Verdict(path, host.name, word, fixable, tuple(findings))
+    return Judgement(word, max(fixes, key=FIXES.index, default="none"), tuple(findings))
+
+
+def _merged(findings: list[Finding]) -> list[Finding]:
+    """Make one finding of those that differ only in the vCPUs that they are about."""
+    found: dict[Finding, tuple[int, int]] = {}
+    for finding in findings:
+        key = finding.of(0)
+        first, count = found.get(key, (finding.vcpu, 0))
+        found[key] = min(first, finding.vcpu), count + finding.count
+    return sorted((key.of(*vcpus) for key, vcpus in found.items()), key=lambda f: f.vcpu)
+
+
+_verdict = partial(tuple.__new__, Verdict)
+"""Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
+
+_findings_of = lru_cache(maxsize=1 << 14)(findings_of)
+_target_of = lru_cache(maxsize=1 << 14)(target_of)
+
+
+class _Case:
+    """A Subject that was met, and its judgements."""
+
+    __slots__ = ("answers", "judged", "states", "subject")
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.states = tuple(dict.fromkeys(part.state for part in subject.parts))
+        self.judged: dict[tuple[Any, Policy], Judgement] = {}
+        self.answers: dict[tuple[_Pool, Policy], tuple[Judgement, ...]] = {}
+
+    def answer(self, pool: _Pool, policy: Policy) -> tuple[Judgement, ...]:
+        """Return the judgement for each host of a pool."""
+        found = self.answers.get((pool, policy))
+        if found is None:
+            found = tuple([self._judge(facts, policy) for facts in pool.facts])
+            _remember(self.answers, (pool, policy), found, 64)
+        return found
+
+    def _judge(self, facts: Facts, policy: Policy) -> Judgement:
+        subject = self.subject
+        # CRIU compares whole machines: there, every host is a target of its own.
+        targets: Any = facts
+        if subject.machine is None:
+            targets = tuple([_target_of(state, facts) for state in self.states])
+        found = self.judged.get((targets, policy))
+        if found is None:
+            found = judge(subject, facts, policy)
+            _remember(self.judged, (targets, policy), found, 1024)
+        return found
+
+
+class _Pool:
+    """Hosts that are asked about together; it keeps them alive, and so their ids their own."""
+
+    __slots__ = ("facts", "hosts", "names")
+
+    def __init__(self, hosts: tuple[Host, ...]) -> None:
+        self.hosts = hosts
+        self.names = tuple(host.name for host in hosts)
+        self.facts = tuple(facts_of(host) for host in hosts)
+
+
+_CASES: dict[Subject, _Case] = {}
+_POOLS: dict[tuple[int, ...], _Pool] = {}
+_FACTS: dict[tuple[Host, str], Facts] = {}
+
+
+def _remember(table: dict[K, V], key: K, value: V, limit: int) -> V:
+    """Put something into a cache that forgets the oldest entry when it is full."""
+    if len(table) >= limit:
+        table.pop(next(iter(table)), None)
+    table[key] = value
+    return value
+
+
+def forget() -> None:
+    """Empty the caches: for those who change the rules, or measure."""
+    for table in (_CASES, _POOLS, _FACTS):
+        table.clear()
+    _findings_of.cache_clear()
+    _target_of.cache_clear()
+
+
+def facts_of(host: Host) -> Facts:
+    """Return the facts of a host: one object for all hosts that differ in nothing but names."""
+    nameless = host.replace(name="", source="")
+    key = nameless, host.layout.name if host.layout else ""  # which equal layouts need not share
+    return _FACTS.get(key) or _remember(_FACTS, key, Facts(nameless), 4096)
+
+
+def _pool_of(hosts: tuple[Host, ...]) -> _Pool:
+    ids = tuple(map(id, hosts))
+    return _POOLS.get(ids) or _remember(_POOLS, ids, _Pool(hosts), 64)
+
+
+def _case_of(subject: Subject) -> _Case:
+    return _CASES.get(subject) or _remember(_CASES, subject, _Case(subject), 4096)
 
 
 def check(
@@ -109,9 +227,10 @@ def check(
             source = "unknown" if layout is None else "given"
             vcpu = Vcpu(0, area, layout, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
-    states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
-    pool = [hosts] if isinstance(hosts, Host) else hosts
-    return [
-        verdict_of(snapshot.name, host, states, rules, criu_findings(states, host, rules))
-        for host in pool
-    ]
+    pool = _pool_of((hosts,) if isinstance(hosts, Host) else tuple(hosts))
+    judgements = _case_of(subject_of(snapshot)).answer(pool, rules)
+    rows = zip(repeat(snapshot.name), pool.names, judgements, repeat(None))
+    return list(map(_verdict, rows))
+
+
+__all__ = ["check", "facts_of", "findings_of", "forget", "judge"]

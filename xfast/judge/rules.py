@@ -177,6 +177,14 @@ _TABLE = (
         "Intel SDM vol. 2 CPUID",
         "Judge with --level isa to make it block, or mask the features before the first boot.",
     ),
+    Rule(
+        "PARTIAL",
+        "vCPUs that may not have been read",
+        "What the file says of its vCPUs or threads does not agree with those that were found in "
+        "it: one is missing, or damaged, and nobody knows what it holds.",
+        "the file itself",
+        "Make the snapshot anew, or repair the file; xfast fix does not touch it.",
+    ),
 )
 
 RULES: dict[str, Rule] = {rule.code: rule for rule in _TABLE}

@@ -1,14 +1,24 @@
-"""What a vCPU's file tells, and what a host would do with it: the two sides of a judgement."""
+"""What a file tells of its vCPUs, as small values: the snapshot's side of a judgement.
+
+Everything that the rules look at in a vCPU is in its `State`. Equal states get equal answers,
+so each is judged once a host, however many vCPUs, areas of a stack and files have it:
+
+    Snapshot ── subject_of ──> Subject (its Parts: a State, vCPUs) ──┐
+                                                                       ├──> findings, a verdict
+    Host ─────── target_of ──> Target, what it would do with a State ──┘
+
+A State holds no area, no file's name and no vCPU's number.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
-from xfast.hosts.model import Host
-from xfast.kernels import behaviour
-from xfast.kernels.behaviour import Behaviours
-from xfast.snapshots.model import Vcpu
-from xfast.xsave.area import ALL, classify, headers
+from xfast.snapshots.model import CpuInfo, Snapshot, Vcpu
+from xfast.xsave.area import ALL, facts
+from xfast.xsave.cpuid import RUNTIME_FEATURES, Cpuid
 from xfast.xsave.features import (
     PKRU,
     SUPERVISOR_MASK,
@@ -17,14 +27,51 @@ from xfast.xsave.features import (
 )
 from xfast.xsave.layout import Layout
 
+NO_LAYOUT = Layout(())
+"""Only the legacy region's place is certain where the layout is not known."""
 
-@dataclass(frozen=True)
-class State:
-    """What one vCPU's file tells, worked out once for all hosts. Masks are ints."""
 
-    vcpu: Vcpu
+class Guest(NamedTuple):
+    """What the CPUID of a guest, or of a process's first CPU, says.
+
+    `size` is leaf 0xD's EBX (bytes; 0 without the leaf), `features` leaves out what an OS
+    switches at run time; masks are ints.
+    """
+
+    xcr0: int
+    xss: int
+    size: int
+    features: frozenset[str]
+
+
+class State(NamedTuple):
+    """What one vCPU's area and its file tell, worked out once for all hosts. Masks are ints.
+
+    `kind` and `producer` are the snapshot's; `layout` to `pkru_enabled` are as in `Vcpu`, with
+    `guest` in place of its CPUID; `layout_name`, which layouts that are equal need not share, is
+    what findings cite. `has_msrs`: the file lists the vCPU's MSRs. `fpu_differs`:
+    fields in which its two copies of the legacy registers differ. `size` is the area's (bytes).
+    `live` holds the components with something other than their init or default value, `stale`
+    those that are absent although other bytes lie there, `unreadable` those whose data lie
+    past the area's end. `pkru` is PKRU's value where it is present and can be read.
+    """
+
     kind: str
     producer: str
+    layout: Layout | None
+    layout_name: str
+    layout_source: str
+    layout_note: str
+    portable: bool
+    xcr0: int | None
+    xss: int | None
+    xfd: int
+    guest: Guest | None
+    guest_mask: int | None
+    pkru_enabled: bool | None
+    has_msrs: bool
+    fpu_differs: tuple[str, ...]
+    size: int
     bv: int
     xcomp: int
     reserved: bool
@@ -33,182 +80,140 @@ class State:
     stale: int
     unreadable: int
     pkru: int | None
-    may: int | None
-    may_from: str
 
     @property
     def guest_cpuid_mask(self) -> int | None:
         """The user components of the guest's CPUID, where the file tells them."""
-        if self.vcpu.cpuid is not None:
-            return self.vcpu.cpuid.xcr0
-        return self.vcpu.guest_mask
+        return self.guest_mask if self.guest is None else self.guest.xcr0
+
+    @property
+    def may(self) -> int | None:
+        """The components that the guest may have, as far as the file tells."""
+        if self.kind != "vm":
+            return None
+        if self.guest_cpuid_mask is not None:
+            return self.guest_cpuid_mask | XFEATURE_MASK_FPSSE
+        if self.xcr0 is not None:
+            return self.xcr0 | XFEATURE_MASK_FPSSE | (PKRU if self.pkru_enabled else 0)
+        return None
+
+    @property
+    def may_from(self) -> str:
+        """Which fact says what the guest may have."""
+        if self.guest is not None:
+            return "CPUID"
+        return "CPU definition" if self.guest_mask is not None else "XCR0"
 
     @property
     def unplaced(self) -> int:
         """The components in XSTATE_BV whose place in the area is not known."""
-        return self.bv & ALL & ~(self.vcpu.layout or Layout(())).mask
+        return self.bv & ALL & ~(self.layout or NO_LAYOUT).mask
+
+    @property
+    def leaked(self) -> int:
+        """The bits of XSTATE_BV that the guest may not have, as far as the file tells."""
+        if self.kind != "vm":
+            return 0
+        if self.may is None:
+            return self.bv & PKRU if self.pkru == 0 else 0
+        return self.bv & ~self.may & ~SUPERVISOR_MASK
+
+    @property
+    def extended(self) -> int:
+        """The components whose places matter: the guest's own, beyond x87 and SSE."""
+        return 0 if self.portable else self.bv & ~XFEATURE_MASK_FPSSE & ~self.leaked
+
+    @property
+    def compacted(self) -> bool:
+        """Whether the area is in compacted format."""
+        return bool(self.xcomp & XCOMP_BV_COMPACTED)
+
+
+class Part(NamedTuple):
+    """The vCPUs of one State: `vcpu` is the number of the first, `alike` how many there are."""
+
+    state: State
+    vcpu: int
+    alike: int = 1
+
+
+class Machine(NamedTuple):
+    """What CRIU's images tell of the machine that dumped: its CPUID, and cpuinfo.img.
+
+    `has_area` says whether a thread has an XSAVE area.
+    """
+
+    cpuid: Cpuid | None
+    cpuinfo: CpuInfo
+    has_area: bool
+
+
+class Subject(NamedTuple):
+    """A snapshot as the rules see it: a hashable value.
+
+    Its `parts` are one for each vCPU; of a stack of areas, one for each State (`stacked`).
+    `doubts` say why there may be vCPUs that were not read.
+    """
+
+    kind: str
+    parts: tuple[Part, ...]
+    stacked: bool = False
+    machine: Machine | None = None
+    doubts: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=4096)
+def _guest(cpuid: Cpuid) -> Guest:
+    row = cpuid.find(0xD)
+    return Guest(cpuid.xcr0, cpuid.xss, row.ebx if row else 0, cpuid.features - RUNTIME_FEATURES)
 
 
 def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
     """Work out what a vCPU's area holds and what its guest may have."""
-    head = headers(vcpu.area)
-    layout = vcpu.layout or Layout(())  # only the legacy region's place is certain then
-    found = classify(vcpu.area, layout)
-    pkru = None
-    if head.xstate_bv & PKRU and not found.unreadable & PKRU:
-        pkru = _pkru(vcpu, head.xcomp_bv)
-    may, may_from = _may(vcpu, kind)
+    (found,) = facts(vcpu.area, vcpu.layout or NO_LAYOUT)
+    return _state(vcpu, kind, producer, len(vcpu.area), found.item())
+
+
+def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ...]) -> State:
+    """Return the State of a vCPU whose area of `size` bytes holds what `found` (FACTS) says."""
+    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved = found[:9]
+    layout = vcpu.layout or NO_LAYOUT
     return State(
-        vcpu,
         kind,
         producer,
-        head.xstate_bv,
-        head.xcomp_bv,
-        head.reserved,
-        head.mxcsr,
-        found.live | head.xstate_bv & ALL & ~layout.mask,  # bit 63 is no component's
-        found.stale,
-        found.unreadable & ALL,
-        pkru,
-        may,
-        may_from,
+        vcpu.layout,
+        layout.name,
+        vcpu.layout_source,
+        vcpu.layout_note,
+        vcpu.portable,
+        vcpu.xcr0,
+        vcpu.xss,
+        vcpu.xfd or 0,
+        _guest(vcpu.cpuid) if vcpu.cpuid is not None else None,
+        vcpu.guest_mask,
+        vcpu.pkru_enabled,
+        vcpu.msrs is not None,
+        vcpu.fpu_differs,
+        size,
+        bv,
+        xcomp,
+        bool(reserved),
+        mxcsr,
+        inuse & ~default | bv & ALL & ~layout.mask,  # bit 63 is no component's
+        stale,
+        unreadable & ALL,
+        pkru if bv & layout.mask & PKRU & ~unreadable else None,
     )
 
 
-def _pkru(vcpu: Vcpu, xcomp: int) -> int:
-    assert vcpu.layout is not None
-    if xcomp & XCOMP_BV_COMPACTED:
-        offset = vcpu.layout.compacted_offsets(xcomp & vcpu.layout.mask)[9]
-    else:
-        offset = vcpu.layout.by_nr[9].offset
-    return int.from_bytes(vcpu.area[offset : offset + 4].tobytes(), "little")
+def subject_of(snapshot: Snapshot) -> Subject:
+    """Work out what the rules look at in a snapshot."""
+    kind, producer = snapshot.kind, snapshot.producer
+    parts = tuple([Part(state_of(v, kind, producer), v.index) for v in snapshot.vcpus])
+    machine = _machine(snapshot.vcpus) if producer == "criu" and parts else None
+    return Subject(kind, parts, False, machine, tuple(getattr(snapshot, "doubts", ())))
 
 
-def _may(vcpu: Vcpu, kind: str) -> tuple[int | None, str]:
-    """Return the components that the guest may have, and which fact says so."""
-    if kind != "vm":
-        return None, ""
-    if vcpu.cpuid is not None:
-        return vcpu.cpuid.xcr0 | XFEATURE_MASK_FPSSE, "CPUID"
-    if vcpu.guest_mask is not None:
-        return vcpu.guest_mask | XFEATURE_MASK_FPSSE, "CPU definition"
-    if vcpu.xcr0 is not None:
-        reachable = PKRU if vcpu.pkru_enabled else 0
-        return vcpu.xcr0 | XFEATURE_MASK_FPSSE | reachable, "XCR0"
-    return None, ""
-
-
-TYPICAL = tuple(behaviour.of_release(r) for r in ("5.15", "5.16", "5.18", "6.0", "6.6", "6.19"))
-"""One kernel of each generation: what an unknown kernel may do."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one host does with one vCPU's XSTATE_BV. Masks are ints.
-
-    `host` holds the components the host can give; `accepts` those that its KVM_SET_XSAVE takes
-    for certain; `refused` the area's bits that it refuses for certain; `doubtful` those that it
-    may refuse; `kept` those that it takes for certain and the next KVM_GET_XSAVE reports again.
-    """
-
-    host: int | None
-    accepts: int
-    refused: int
-    doubtful: int
-    kept: int
-
-
-def kernels_of(host: Host) -> tuple[Behaviours, ...]:
-    """Return the kernel that `host` runs; where it is unknown, one of each generation."""
-    return TYPICAL if host.kernel is None else (host.kernel,)
-
-
-def target_of(state: State, host: Host) -> Target:
-    """Ask every kernel that `host` may run what it does with the area."""
-    supported = host.kvm_xcr0 if state.kind == "vm" else host.xcr0
-    kernels = kernels_of(host)
-    if not any(host.uses_xsave(kernel) for kernel in kernels):
-        supported = XFEATURE_MASK_FPSSE
-    if supported is None:
-        return Target(None, 0, 0, state.bv, 0)
-    if state.kind != "vm":
-        return Target(supported, supported, state.bv & ~supported, 0, state.bv & supported)
-    guests = guests_of(state)
-    all_take, any_takes, all_report = ALL, 0, ALL
-    for kernel in kernels:
-        for guest in guests:
-            takes, reports = kernel_masks(host, kernel, supported, guest)
-            takes |= state.bv & ~behaviour.loaded(kernel, state.bv, state.vcpu.xfd or 0)
-            all_take &= takes
-            any_takes |= takes
-            all_report &= reports
-    refused = state.bv & ~any_takes
-    doubtful = state.bv & ~all_take & ~refused
-    return Target(supported, all_take, refused, doubtful, state.bv & all_take & all_report)
-
-
-def guests_of(state: State) -> tuple[int, ...]:
-    """Return the component masks that the guest's CPUID may have: one if the file tells it.
-
-    XCR0 bounds them from below; XCR0 1 is that of a guest without XSAVE, too.
-    """
-    if state.guest_cpuid_mask is not None:
-        return (state.guest_cpuid_mask,)
-    xcr0 = state.vcpu.xcr0 or 0
-    return (xcr0 if xcr0 > 1 else 0, ALL)
-
-
-def kernel_masks(host: Host, kernel: Behaviours, supported: int, guest: int) -> tuple[int, int]:
-    """Return what KVM_SET_XSAVE accepts and KVM_GET_XSAVE reports after KVM_SET_CPUID2."""
-    if not host.uses_xsave(kernel):
-        return XFEATURE_MASK_FPSSE, XFEATURE_MASK_FPSSE
-    user = host.enabled_by(kernel)
-    if user is None:
-        user = supported
-    supported &= user
-    enabled = behaviour.enabled_for_guest(user, guest)
-    narrowed = behaviour.user_xfeatures(kernel, enabled, guest & supported)
-    return (
-        behaviour.accepted(kernel, narrowed, supported),
-        behaviour.reported(kernel, narrowed, guest & supported),
-    )
-
-
-def leaked(state: State) -> int:
-    """Return the bits of XSTATE_BV that the guest may not have, as far as the file tells."""
-    if state.kind != "vm":
-        return 0
-    if state.may is None:
-        return state.bv & PKRU if state.pkru == 0 else 0
-    return state.bv & ~state.may & ~SUPERVISOR_MASK
-
-
-def refuses(host: Host, state: State, **header: int) -> tuple[bool, bool]:
-    """Ask whether KVM_SET_XSAVE refuses an area for what its header has besides XSTATE_BV.
-
-    Parameters
-    ----------
-    header : int
-        ``xcomp_bv``, ``reserved`` or ``mxcsr``: what to ask about; the others count as clean.
-
-    Returns
-    -------
-    (bool, bool)
-        Whether every kernel that the host may run refuses it, and whether some does.
-    """
-    clean = {"xcomp_bv": 0, "reserved": 0, "mxcsr": 0}
-    mask = ALL if host.mxcsr_mask is None else host.mxcsr_mask
-    answers = [
-        behaviour.refusal(
-            kernel,
-            xstate_bv=state.bv,
-            user=ALL,
-            kvm_xcr0=ALL,
-            mxcsr_mask=mask,
-            xsave=host.uses_xsave(kernel),
-            **(clean | header),  # type: ignore[arg-type]
-        )
-        for kernel in kernels_of(host)
-    ]
-    broken = [answer is not None and answer.rule in header for answer in answers]
-    return all(broken), any(broken)
+def _machine(threads: Sequence[Vcpu]) -> Machine:
+    has_area = any(thread.has_xsave for thread in threads)
+    return Machine(threads[0].cpuid, threads[0].cpuinfo or CpuInfo(), has_area)

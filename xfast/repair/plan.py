@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from xfast.errors import PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
-from xfast.judge.judgement import findings_of, verdict_of
+from xfast.judge.judgement import check, facts_of, findings_of
 from xfast.judge.rules import RULES
-from xfast.judge.subject import State, state_of
+from xfast.judge.subject import State, state_of, subject_of
+from xfast.judge.target import target_of
 from xfast.judge.verdict import Finding, Policy, Verdict
 from xfast.snapshots.infer import KNOWN_MASK
 from xfast.snapshots.model import Snapshot, Vcpu
@@ -185,16 +186,16 @@ def plan_fix(
     """
     rules = policy if isinstance(policy, Policy) else Policy(policy)
     asked = sum({1 << parse_component(word) for word in drop})
-    states = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in snapshot.vcpus]
-    before = verdict_of(snapshot.path, host, states, rules)
+    (before,) = check(snapshot, host, policy=rules)
     repairs = []
-    for state in states:
-        _require_droppable(snapshot.path, state, asked, even_if_live)
-        repair = _Repair(state, host, _actionable(state, host, rules), asked)
-        against = repair.moves and _contradiction(state.vcpu)
+    for vcpu in snapshot.vcpus:
+        state = state_of(vcpu, snapshot.kind, snapshot.producer)
+        _require_droppable(f"{snapshot.path}: vCPU {vcpu.index}: ", state, asked, even_if_live)
+        repair = _Repair(vcpu, state, host, _actionable(state, host, rules), asked)
+        against = repair.moves and _contradiction(vcpu)
         if against:
             raise PolicyError(
-                f"{snapshot.path}: vCPU {state.vcpu.index}: --layout is contradicted: {against}; "
+                f"{snapshot.path}: vCPU {vcpu.index}: --layout is contradicted: {against}; "
                 "it may have been moved already"
             )
         repairs.append(repair)
@@ -202,8 +203,8 @@ def plan_fix(
     sizes = [repair.size(trims) for repair in repairs]
     grows = any(size > len(vcpu.area) for size, vcpu in zip(sizes, snapshot.vcpus, strict=True))
     vcpus = [repair.result(max(sizes) if trims or grows else None) for repair in repairs]
-    mended = [state_of(vcpu, snapshot.kind, snapshot.producer) for vcpu in vcpus]
-    after = verdict_of(snapshot.path, host, mended, rules)
+    mended = replace(snapshot, vcpus=vcpus)
+    (after,) = check(mended, host, policy=rules)
     areas = {
         i: new.area
         for i, (old, new) in enumerate(zip(snapshot.vcpus, vcpus, strict=True))
@@ -214,14 +215,14 @@ def plan_fix(
     lost_pkru = any(repair.dropped & PKRU for repair in repairs)
     notes: tuple[str, ...] = (PKRU_NOTES[snapshot.kind],) if lost_pkru else ()
     notes += tuple(
-        f"vCPU {repair.state.vcpu.index}: what lay in {names_of(repair.wiped)}, whose XSTATE_BV "
+        f"vCPU {repair.vcpu.index}: what lay in {names_of(repair.wiped)}, whose XSTATE_BV "
         "bits are clear, is not passed on: zeroed"
         for repair in repairs
         if repair.wiped
     )
     notes += tuple(
         f"cpuinfo.img stays as it is: {finding.why}"
-        for finding in criu_findings(mended, host, rules)
+        for finding in criu_findings(subject_of(mended), host, rules)
         if finding.severity != "note"
     )
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
@@ -235,9 +236,8 @@ def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
             yield Change(old.index, "", "SIZE", "size", *sizes, "", "as long as the host takes it")
 
 
-def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) -> None:
+def _require_droppable(where: str, state: State, asked: int, even_if_live: bool) -> None:
     """Raise PolicyError if a component that is asked for may not be dropped."""
-    where = f"{path}: vCPU {state.vcpu.index}: "
     live = asked & state.bv & (state.live | state.unreadable)
     if live and not even_if_live:
         raise PolicyError(f"{where}{names_of(live)} holds live data; --even-if-live gives them up")
@@ -245,7 +245,7 @@ def _require_droppable(path: str, state: State, asked: int, even_if_live: bool) 
     if unplaced:
         raise PolicyError(
             f"{where}where {names_of(unplaced)} lies is not known "
-            f"({state.vcpu.layout_note}); --layout names the layout"
+            f"({state.layout_note}); --layout names the layout"
         )
 
 
@@ -279,7 +279,7 @@ def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:
     """Return the findings that are to be mended, if they can be."""
     return [
         finding
-        for finding in findings_of(state, host, policy)
+        for finding in findings_of(state, target_of(state, facts_of(host)), policy)
         if finding.fix != "none"
         and (finding.severity == "blocks" or finding.open or RULES[finding.code].mends_notes)
     ]
@@ -288,7 +288,10 @@ def _actionable(state: State, host: Host, policy: Policy) -> list[Finding]:
 class _Repair:
     """The repair of one vCPU: what its findings ask for, worked out step by step."""
 
-    def __init__(self, state: State, host: Host, findings: list[Finding], asked: int) -> None:
+    def __init__(
+        self, vcpu: Vcpu, state: State, host: Host, findings: list[Finding], asked: int
+    ) -> None:
+        self.vcpu = vcpu
         self.state = state
         self.host = host
         self.reasons: dict[int, Finding] = {}
@@ -302,17 +305,17 @@ class _Repair:
         self.dropped = state.bv & (asked | sum(1 << nr for nr in self.reasons))
         self.kept = state.bv & ~self.dropped
         codes = {finding.code: finding for finding in findings}
-        self.layout = host.layout if "LAYOUT" in codes else state.vcpu.layout
-        self.moves = self.layout != state.vcpu.layout
+        self.layout = host.layout if "LAYOUT" in codes else state.layout
+        self.moves = self.layout != state.layout
         self.why_moved = codes.get("LAYOUT")
         self.unclean = codes.get("FORMAT")
         self.expands = bool(self.unclean and state.xcomp & XCOMP_BV_COMPACTED)
         self.wiped = 0
-        self.trims = TILEDATA & self.dropped and "SIZE" in codes and not state.vcpu.portable
+        self.trims = TILEDATA & self.dropped and "SIZE" in codes and not state.portable
 
     def size(self, trims: bool) -> int:
         """Return the bytes that the result needs at least; `trims` cuts it to the host's size."""
-        have = len(self.state.vcpu.area)
+        have = len(self.vcpu.area)
         if trims:
             have = min(have, max(self.host.xsave2_size or 0, KVM_XSAVE_SIZE))
         if self.layout is not None and (trims or self.moves or self.expands):
@@ -321,7 +324,7 @@ class _Repair:
 
     def result(self, size: int | None) -> Vcpu:
         """Return the repaired vCPU; where its file can take another size, in `size` bytes."""
-        vcpu, known = self.state.vcpu, self.state.vcpu.layout or Layout(())
+        vcpu, known = self.vcpu, self.vcpu.layout or Layout(())
         area = vcpu.area.copy()
         engine.keep(area, known, engine.ALL & ~self.dropped)
         if self.layout is not None and (self.moves or self.expands):
@@ -341,7 +344,7 @@ class _Repair:
 
     def changes(self) -> Iterator[Change]:
         """Yield what differs from before, with its reason."""
-        state, index = self.state, self.state.vcpu.index
+        state, index = self.state, self.vcpu.index
         for nr in bits(self.dropped):
             reason = self.reasons.get(nr)
             yield Change(
@@ -354,9 +357,9 @@ class _Repair:
                 _held(state, nr),
                 reason.why if reason else "its removal was asked for",
             )
-        if self.moves and self.why_moved and self.layout and state.vcpu.layout:
-            there = state.vcpu.layout.moved(self.layout, self.kept)
-            names = _name(state.vcpu.layout), _name(self.layout)
+        if self.moves and self.why_moved and self.layout and state.layout:
+            there = state.layout.moved(self.layout, self.kept)
+            names = _name(state.layout), _name(self.layout)
             yield Change(index, names_of(there), "LAYOUT", "layout", *names, "", self.why_moved.why)
         if self.unclean:
             found = f"xcomp_bv {state.xcomp:#x}" + ", reserved bytes" * state.reserved

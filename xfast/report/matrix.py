@@ -73,7 +73,7 @@ class Fleet:
 
     def add(self, verdicts: Sequence[Verdict]) -> None:
         """Add the answers of all hosts to one snapshot."""
-        key = tuple((v.host, v.verdict, v.fixable, v.findings, v.live) for v in verdicts)
+        key = tuple((v.host, v.verdict, v.fixable, v.findings, v.kvm) for v in verdicts)
         group = self.groups.setdefault(key, Group(tuple(verdicts)))
         group.count += 1
         if self.every_name or len(group.names) < NAMED:
@@ -144,8 +144,8 @@ class Answer:
         head = f"{yes_or_no}: {self.labels[verdict.snapshot]} on {escape(verdict.host)}"
         if word == "fix":
             head += ", but xfast fix makes it restorable and loses nothing"
-        if verdict.live:
-            head += f" ({verdict.live})"
+        if verdict.kvm:
+            head += f" ({verdict.kvm})"
         for line in self._wrap(head, "", "  "):
             out.print(line, style=CELLS[word][0])
         for line in self._reasons():
@@ -267,8 +267,8 @@ class Answer:
                     out.print(line, style=style)
         for group in self.groups:
             for verdict in group.verdicts:
-                if verdict.live:
-                    text = f"{self.name(group)} on {escape(verdict.host)}: {verdict.live}"
+                if verdict.kvm:
+                    text = f"{self.name(group)} on {escape(verdict.host)}: {verdict.kvm}"
                     for line in self._wrap(text, "", "  "):
                         out.print(line)
 

@@ -114,7 +114,7 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
 
 COLUMNS = (
     "snapshot", "host", "verdict", "fixable", "code", "component", "vcpu", "severity",
-    "snapshot_value", "host_value", "fix", "why", "ref",
+    "snapshot_value", "host_value", "fix", "why", "ref", "count",
 )  # fmt: skip
 
 
@@ -128,7 +128,8 @@ def flat(verdict: Verdict) -> Iterator[dict[str, Any]]:
     whole.pop("live", None)
     findings = whole.pop("findings")
     for finding in findings or [{}]:
-        row = {**dict.fromkeys(COLUMNS), **whole, **finding}
+        count = {"count": 1} if finding else {}
+        row = {**dict.fromkeys(COLUMNS), **whole, **count, **finding}
         yield {name: row[name] for name in COLUMNS}
 
 
@@ -199,6 +200,6 @@ def _write_parquet(verdicts: Iterable[Verdict], out: TextIO, tally: Tally) -> No
     rows = [row for verdict in verdicts for row in flat(verdict)]
     rows += [_flat_problem(problem) for problem in tally.problems]
     columns = {name: [row[name] for row in rows] for name in COLUMNS}
-    types = {name: pa.int64() if name == "vcpu" else pa.string() for name in COLUMNS}
+    types = {name: pa.int64() if name in ("vcpu", "count") else pa.string() for name in COLUMNS}
     arrays = [pa.array(columns[name], types[name]) for name in COLUMNS]
     parquet.write_table(pa.table(arrays, names=list(COLUMNS)), out.buffer)

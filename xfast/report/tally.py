@@ -34,7 +34,7 @@ class Tally:
         self.words[verdict.verdict] += 1
         self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
         self.risky += any(finding.severity == "risky" for finding in verdict.findings)
-        self.contradicted |= "can't" in verdict.live or "not as foretold" in verdict.live
+        self.contradicted |= verdict.kvm is not None and verdict.kvm.doubtful
 
     def closing_line(self) -> str:
         """Say how many pairs of each kind there were, and what was not judged."""

@@ -64,10 +64,8 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
-def open_input(
-    path: str | os.PathLike[str], *, expand_limit: int = EXPAND_LIMIT
-) -> Source | Folder:
-    """Open a file, standard input (``-``), or what is a snapshot in a directory.
+def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folder:
+    """Open a file, standard input (``-``), what is a snapshot in a directory, or bytes.
 
     Raises
     ------
@@ -76,6 +74,10 @@ def open_input(
     XfastError
         If it can't be opened.
     """
+    if isinstance(path, Source):
+        return path
+    if not isinstance(path, str | os.PathLike):
+        return Source.of(path, expand_limit=expand_limit)
     name = os.fspath(path)
     if not os.path.isdir(name):
         return Source.open(name, expand_limit=expand_limit)
@@ -123,7 +125,7 @@ def _claimed(folder: Folder) -> tuple[str, str]:
 
 
 def read(
-    path: str | os.PathLike[str],
+    path: Any,
     *,
     format: str | None = None,
     layout: Layout | None = None,
@@ -134,8 +136,9 @@ def read(
 
     Parameters
     ----------
-    path : str or path
-        ``-`` is standard input. Compressed files are read through.
+    path : str, path, bytes, buffer, ndarray, binary file or Source
+        A file or directory, ``-`` for standard input, or the bytes themselves. Compressed files
+        are read through. A Source is closed.
     format : str, optional
         A name of `FORMATS`; default: recognised by content.
     layout : Layout, optional

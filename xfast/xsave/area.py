@@ -142,6 +142,14 @@ def group(areas: Any, layout: Layout) -> tuple[NDArray[np.void], NDArray[np.uint
     return found.classes, index
 
 
+def facts(areas: Any, layout: Layout) -> NDArray[np.void]:
+    """Find all that a judgement reads from each area: (n,) of `FACTS`, one for a single area."""
+    rows, _ = rows_of(areas)
+    found = np.empty(len(rows), FACTS)
+    _core.classify(rows, table_of(layout), found.view("u8"))
+    return found
+
+
 def headers(areas: Any) -> Headers:
     """Read the header of every area.
 
@@ -176,9 +184,8 @@ def classify(areas: Any, layout: Layout) -> Classes:
     where only AVX's bit is set.
     """
     rows, single = rows_of(areas)
-    facts = np.empty(len(rows), FACTS)
-    _core.classify(rows, table_of(layout), facts.view("u8"))
-    out = Classes(*(facts[name] for name in Classes._fields))
+    found = facts(rows, layout)
+    out = Classes(*(found[name] for name in Classes._fields))
     return Classes(*(column[0].item() for column in out)) if single else out
 
 
@@ -294,6 +301,7 @@ __all__ = [
     "diff",
     "empty",
     "expand",
+    "facts",
     "get_uabi",
     "group",
     "headers",

@@ -62,7 +62,10 @@ COMPONENTS: tuple[Component, ...] = (
 BY_NR: dict[int, Component] = {c.nr: c for c in COMPONENTS}
 BY_NAME: dict[str, Component] = {c.name: c for c in COMPONENTS}
 
-X87, SSE, AVX, PKRU, TILEDATA = (BY_NAME[n].bit for n in ("x87", "sse", "avx", "pkru", "tiledata"))
+X87, SSE, AVX, PKRU, TILEDATA, APX = (
+    BY_NAME[name].bit for name in ("x87", "sse", "avx", "pkru", "tiledata", "apx")
+)
+SSE_NR, PKRU_NR, TILEDATA_NR = (BY_NAME[name].nr for name in ("sse", "pkru", "tiledata"))
 
 PKRU_NR = BY_NAME["pkru"].nr
 
@@ -84,6 +87,9 @@ FCW_INIT = 0x37F
 MXCSR_INIT = 0x1F80
 PKRU_DEFAULT = 0x55555554
 """What Linux gives every new task: access to key 0 only (mm/pkeys.c init_pkru_value)."""
+
+MISALIGNED_SSE = 1 << 17
+"""MXCSR's bit for misaligned operands, AMD's only."""
 
 MXCSR_MASK_INTEL = 0xFFFF
 MXCSR_MASK_AMD = 0x2FFFF

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ def tune(
     *,
     stream_above: int | None = None,
     rows_ahead: int | None = None,
+    whole_rows: bool | Literal["measure"] | None = None,
     thread_above: int | None = None,
     threads: int | None = None,
     pool_limit: int | None = None,
@@ -48,6 +49,9 @@ def tune(
         half of the last-level cache that a core has to itself is right.
     rows_ahead : int
         Areas that such a batch fetches ahead of the one it works on. Default: 4.
+    whole_rows : bool or "measure"
+        Whether such a batch fetches whole rows where more than half of their bytes are needed,
+        or just the lines that are. Default: measured with the first large batch of each kind.
     thread_above : int
         Bytes read in a batch from which it is shared among threads. Default: 32 MiB.
     threads : int
@@ -57,7 +61,9 @@ def tune(
         Bytes of freed areas kept for the next `empty`. Default: 512 MiB.
     """
     _core.tune(
-        -1 if stream_above is None else stream_above, -1 if rows_ahead is None else rows_ahead
+        -1 if stream_above is None else stream_above,
+        -1 if rows_ahead is None else rows_ahead,
+        -1 if whole_rows is None else 2 if whole_rows == "measure" else int(whole_rows),
     )
     if thread_above is not None:
         _threads["above"] = thread_above

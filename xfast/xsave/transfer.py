@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xfast import _core
 from xfast.engine import convert
 from xfast.errors import LayoutError
 from xfast.xsave.features import KVM_XSAVE_SIZE, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, bits
@@ -82,7 +83,7 @@ def _convert_rows(
     areas: Any,
     how: convert.Converter,
     where: str,
-    size: int,
+    size: int | None,
     out: Areas | None,
     *,
     zero: bool = False,
@@ -92,6 +93,7 @@ def _convert_rows(
     """Convert areas into `out`, or into new ones of `size` bytes."""
     rows, single = rows_of(areas)
     if out is None:
+        assert size is not None
         into = empty(len(rows), size, zero=zero)
         out = into[0] if single else into
     else:
@@ -103,6 +105,18 @@ def _convert_rows(
     if spread(rows.size, how.convert, rows, into, lost, values) and not lossy:
         refuse_lost(lost, "areas", f"{where} in {into.shape[1]} bytes; lossy=True drops them")
     return out
+
+
+def _result_size(areas: Any, to: Layout, mask: int, xcomp_bv: int | None) -> int:
+    """Return the bytes that hold any of the areas in `to`."""
+    if xcomp_bv is not None and xcomp_bv & ALL:
+        return to.compacted_size(xcomp_bv & ALL)
+    rows, _ = rows_of(areas)
+    n = len(rows)
+    present = np.empty(n, "u8")
+    _core.headers(rows, present, np.empty(n, "u8"), np.empty(n, "u4"), np.empty(n, bool))
+    come = int(np.bitwise_or.reduce(present)) & mask & to.mask
+    return to.standard_size(come) if xcomp_bv is None else to.compacted_size(come)
 
 
 def relayout(
@@ -132,8 +146,8 @@ def relayout(
         Components of a compacted result (bit 63 need not be set). 0: see `compact`. Default:
         standard format.
     size : int, optional
-        Bytes of a result row; default: that of `out`, else the standard size of `to` or the
-        compacted size of `xcomp_bv`.
+        Bytes of a result row. Default: that of `out`, else what the components in XSTATE_BV and
+        `mask` of all areas need in `to`, or the compacted size of `xcomp_bv`.
     out : (n, size) uint8, optional
         Where to write; must not overlap `areas`.
     mxcsr_mask : int
@@ -156,14 +170,10 @@ def relayout(
     how = converter(
         layout, to, mask=mask, xcomp_bv=xcomp_bv, mxcsr_mask=mxcsr_mask, software=software
     )
-    if size is None:
-        size = (
-            to.standard_size()
-            if xcomp_bv is None
-            else to.compacted_size(xcomp_bv & ALL or mask & to.mask)
-        )
-    where = f"layout {to.name} from {layout.name}"
     ragged = xcomp_bv is not None and not xcomp_bv & ALL
+    if size is None and out is None:
+        size = _result_size(areas, to, mask, xcomp_bv)
+    where = f"layout {to.name} from {layout.name}"
     return _convert_rows(areas, how, where, size, out, zero=ragged, lossy=lossy)
 
 

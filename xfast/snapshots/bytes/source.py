@@ -90,16 +90,54 @@ class Source:
         """
         name = os.fspath(path)
         source = cls(name, _stdin(expand_limit) if name == "-" else _regular(name))
+        return source.expanded(expand_limit)
+
+    @classmethod
+    def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
+        """Take bytes in memory (any buffer), or a binary file opened for reading, as an input.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        """
+        if hasattr(data, "read"):
+            return cls(name, _spool(name, data, expand_limit)).expanded(expand_limit)
+        fd = os.memfd_create("xfast", os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.write(memoryview(data).cast("B"))
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(name, fd).expanded(expand_limit)
+
+    def expanded(self, limit: int) -> Source:
+        """Return the bytes without what they are packed in; this Source is closed with that one.
+
+        Raises
+        ------
+        FormatError
+            If it is damaged, or expands beyond the limit.
+        XfastError
+            If it needs a module that is missing.
+        """
+        source = self
         try:
             for _ in range(NESTING_LIMIT):
                 codec, body = _compression(source)
                 if not codec:
                     return source
-                source = cls(name, _expand(source, codec, body, expand_limit), source, codec, body)
-            raise FormatError(name, 0, f"found {source.container}, needed fewer layers")
+                fd = _expand(source, codec, body, limit)
+                source = Source(self.path, fd, source, codec, body)
+            raise FormatError(self.path, 0, f"found {source.container}, needed fewer layers")
         except BaseException:
             source.close()
             raise
+
+    def whole(self) -> IO[bytes]:
+        """Return all bytes as a file, to be read from its start and closed."""
+        return os.fdopen(os.dup(self.fd), "rb")
 
     def close(self) -> None:
         """Close the file; temporary ones vanish."""
@@ -378,7 +416,7 @@ def _compression(source: Source) -> tuple[str, int]:
 
 
 def _expand(source: Source, codec: str, body: int, limit: int) -> int:
-    with os.fdopen(os.dup(source.fd), "rb") as packed:
+    with source.whole() as packed:
         packed.seek(body)
         try:
             with CODECS[codec](packed, "rb") as file:

@@ -1,0 +1,115 @@
+"""A hash table of plans: one for each header met, and room for a thousand.
+
+Open addressing with linear probing over `PROBES` neighbours; the last plan found is asked first,
+since areas of one machine come in runs. Where all neighbours are taken the first one makes way:
+it is retired, not freed, as a loop that looks ahead may still hold it (at most `RING` plans).
+
+Rejected: an index by XSTATE_BV alone (XCOMP_BV and the place in the line are part of the key),
+and a chained table (a second cache miss at each row of a mixed batch).
+"""
+
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+from xfast.engine.plan cimport Key, Plan
+
+cdef enum:
+    CACHE = 1024  # plans kept; a power of two
+    PROBES = 8  # neighbours in which a plan may be found
+    RING = 64  # rows that a loop may look ahead; a power of two
+
+cdef struct Cache:
+    Plan *last
+    Plan *followable  # the last one, if it is
+    Plan *plan[CACHE]
+    Plan *retired[RING]
+    uint64_t retirements
+    Py_ssize_t src_size, dst_size  # of the rows these plans are for
+    const void *config  # what `make` works from
+    Plan *(*make)(const Cache *cache, const Key *key) noexcept nogil  # NULL if memory is out
+
+cdef extern from *:
+    """
+    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
+    """
+    const uint64_t ODD
+
+
+cdef inline bint is_for(
+    const Plan *plan, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
+) noexcept nogil:
+    return (
+        plan.key.xstate_bv == xstate_bv and plan.key.xcomp_bv == xcomp_bv
+        and plan.key.target == target
+    )
+
+
+cdef inline void keep_plan(Cache *cache, uint64_t home, Plan *plan) noexcept nogil:
+    """Put a plan at the first free place from `home` on, or in the place of the one there."""
+    cdef Plan **slot = &cache.plan[home & (CACHE - 1)]
+    cdef Plan **retired
+    cdef int i
+    for i in range(PROBES):
+        if cache.plan[(home + i) & (CACHE - 1)] == NULL:
+            slot = &cache.plan[(home + i) & (CACHE - 1)]
+            break
+    else:
+        retired = &cache.retired[cache.retirements & (RING - 1)]
+        free(retired[0])
+        retired[0] = slot[0]
+        cache.retirements += 1
+    slot[0] = plan
+
+
+cdef inline Plan *search(
+    Cache *cache, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
+) noexcept nogil:
+    """Look a plan up in the table, and make it if it is not there."""
+    cdef uint64_t turned = target << 32 | target >> 32
+    cdef uint64_t home = (xstate_bv ^ xcomp_bv * ODD ^ turned * ODD) * ODD >> 54
+    cdef Plan *plan = NULL
+    cdef Key key
+    cdef int i
+    for i in range(PROBES):
+        plan = cache.plan[(home + i) & (CACHE - 1)]
+        if plan == NULL or is_for(plan, xstate_bv, xcomp_bv, target):
+            break
+    else:
+        plan = NULL
+    if plan == NULL:
+        key = Key(xstate_bv, xcomp_bv, target)
+        plan = cache.make(cache, &key)
+        if plan:
+            keep_plan(cache, home, plan)
+    cache.last = plan
+    cache.followable = plan if plan and plan.followable else NULL
+    return plan
+
+
+cdef inline Plan *find_plan(
+    Cache *cache, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
+) noexcept nogil:
+    """Return the plan for a header; NULL only if memory is out."""
+    if cache.last and is_for(cache.last, xstate_bv, xcomp_bv, target):
+        return cache.last
+    return search(cache, xstate_bv, xcomp_bv, target)
+
+
+cdef inline void clear(Cache *cache) noexcept nogil:
+    """Forget all plans."""
+    cdef int i
+    for i in range(CACHE):
+        free(cache.plan[i])
+    for i in range(RING):
+        free(cache.retired[i])
+    cache.last = cache.followable = NULL
+    memset(cache.plan, 0, sizeof(cache.plan))
+    memset(cache.retired, 0, sizeof(cache.retired))
+    cache.retirements = 0
+
+
+cdef inline void destroy(Cache *cache) noexcept nogil:
+    if cache:
+        clear(cache)
+        free(cache)

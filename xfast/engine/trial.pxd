@@ -1,0 +1,69 @@
+"""Which of two ways to fetch rows ahead is quicker on this machine: tried out, once.
+
+Lines that a row needs can be fetched one by one, or whole rows, holes and all. CPUs differ: on
+Zen 4 and Sapphire Rapids picking wins; on Zen 3 a software prefetch costs 7 ns against 4 of linear
+reading, and the hardware goes on into the next page only after one that was read to its end, so
+whole rows win by a third where more than half of them is needed. The first large batch is
+therefore its own measurement: a dozen slices of it run in turn this way and that, each result
+counts, and the quicker way stays.
+
+Rejected: a table of vendors and families (unknown for the next CPU, and hypervisors disguise
+them), and a measurement on memory of its own (64 MiB to be beyond the caches: 50 ms).
+"""
+
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
+
+cdef extern from *:
+    """
+    static inline int xfast_exchange(int *p, int value)
+    {
+        return __atomic_exchange_n(p, value, __ATOMIC_ACQ_REL);
+    }
+    """
+    int xfast_exchange(int *p, int value) nogil
+
+cdef enum:
+    UNKNOWN = -1
+    SLICE = 256  # rows timed at a time: 1 MiB, so that a clock and an interruption weigh little
+    SAMPLES = 16  # slices, both ways together
+
+cdef struct Trial:
+    int choice  # 1: whole rows, 0: the lines needed, or UNKNOWN
+    int taken  # samples
+    double best[2]  # seconds of the quickest slice each way
+    int busy  # a thread measures
+
+
+cdef inline double now() noexcept nogil:
+    """Return the seconds that this thread has run, so that what else runs counts less."""
+    cdef timespec t
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t)
+    return <double>t.tv_sec + 1e-9 * <double>t.tv_nsec
+
+
+cdef inline bint begin(Trial *trial) noexcept nogil:
+    """Whether the caller is to measure: the choice is open, and no other thread is at it."""
+    return trial.choice == UNKNOWN and xfast_exchange(&trial.busy, 1) == 0
+
+
+cdef inline void end(Trial *trial) noexcept nogil:
+    xfast_exchange(&trial.busy, 0)
+
+
+cdef inline bint next_way(const Trial *trial) noexcept nogil:
+    """Return 0, 1, 1, 0 and so on: page faults at every other slice meet both ways."""
+    return (trial.taken + 1) >> 1 & 1
+
+
+cdef inline void note(Trial *trial, bint way, double seconds) noexcept nogil:
+    """Take a sample of a way, and choose once there are enough; a tie goes to picking lines."""
+    if trial.taken < 2 or seconds < trial.best[way]:
+        trial.best[way] = seconds
+    trial.taken += 1
+    if trial.taken == SAMPLES:
+        trial.choice = trial.best[1] < 0.92 * trial.best[0]
+
+
+cdef inline void force(Trial *trial, int choice) noexcept nogil:
+    trial.choice = choice
+    trial.taken = 0

@@ -1,0 +1,223 @@
+"""What a worker does: read and judge one chunk of inputs, and answer with plain rows.
+
+A pure function of its arguments and of the files. An input that can't be judged is a row with the
+reason. The answers of all hosts to one snapshot are its *class*: a fleet has few, so each is sent
+once a chunk, under a name made from its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from xfast.errors import XfastError, escape, printable
+from xfast.fleet.inputs import is_url
+from xfast.hosts.description import to_json
+from xfast.hosts.model import Host
+from xfast.judge.judgement import check
+from xfast.judge.verdict import Policy, Verdict
+from xfast.report.rows import layout_name
+from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.snapshots.registry import read
+from xfast.xsave.area import classify, headers
+from xfast.xsave.layout import Layout
+
+
+class Question(NamedTuple):
+    """What is asked of every input of a scan: the hosts, the policy, and how to read.
+
+    `options` are keyword arguments of `xfast.read`: layout, size, expand_limit.
+    """
+
+    hosts: tuple[Host, ...]
+    policy: Policy
+    options: dict[str, Any]
+
+    def packed(self) -> bytes:
+        """Return the question as bytes, which go to every worker."""
+        return pickle.dumps(self, protocol=5)
+
+    def name(self) -> str:
+        """Return a name that depends on what is asked, and on nothing else."""
+        asked = {
+            "tool": version("xfast"),
+            "hosts": to_json(self.hosts),
+            "level": self.policy.level,
+            "ignore": sorted(self.policy.ignore),
+            "options": {name: repr(value) for name, value in self.options.items()},
+        }
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Result:
+    """What one chunk has come to.
+
+    Attributes
+    ----------
+    rows : list of tuple
+        One a vCPU, or an input that could not be judged: the columns of `dataset.SNAPSHOTS`.
+    classes : dict of str to tuple of Verdict
+        The answers that occur, by their names; the verdicts' `snapshot` is empty.
+    snapshots, failed : int
+        How many snapshots were judged, and how many inputs were not.
+    words : dict of str to int
+        How many pairs have which verdict.
+    """
+
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    classes: dict[str, tuple[Verdict, ...]] = field(default_factory=dict)
+    snapshots: int = 0
+    failed: int = 0
+    words: dict[str, int] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4)
+def _question(packed: bytes) -> Question:
+    question: Question = pickle.loads(packed)
+    return question
+
+
+def judge(names: Sequence[str], packed: bytes) -> Result:
+    """Read and judge the inputs of a chunk.
+
+    Parameters
+    ----------
+    names : sequence of str
+        As `inputs.expand` yields them.
+    packed : bytes
+        `Question.packed`.
+    """
+    question = _question(packed)
+    result = Result()
+    for name in names:
+        try:
+            found = read(_opened(name, question.options), **question.options)
+            if not found:
+                fail(name, f"{name}: expected a snapshot, found none in it", result)
+            for snapshot in found:
+                _judge_snapshot(snapshot, question, result)
+        except (XfastError, OSError) as problem:
+            fail(name, str(problem), result)
+        except Exception as problem:  # no input may cost the others their answers
+            fail(name, f"failed unexpectedly: {type(problem).__name__}: {problem}", result)
+    return result
+
+
+def _opened(name: str, options: dict[str, Any]) -> Any:
+    """Return what `xfast.read` opens: a path, or an object in a store."""
+    if not is_url(name):
+        return name
+    from xfast.fleet.remote import Remote
+    from xfast.snapshots.bytes.source import EXPAND_LIMIT
+
+    return Remote(name).expanded(options.get("expand_limit") or EXPAND_LIMIT)
+
+
+def fail(name: str, message: str, result: Result) -> None:
+    """Add an input that could not be judged to a result."""
+    result.failed += 1
+    text = printable(message).encode("utf-8", "backslashreplace").decode()
+    result.rows.append((escape(name), *[None] * (len(COLUMNS) - 2), text))
+
+
+def _judge_snapshot(snapshot: Snapshot, question: Question, result: Result) -> None:
+    """Judge one snapshot, and add a row for each of its vCPUs."""
+    verdicts = check(snapshot, question.hosts, policy=question.policy)
+    name = _class_of(verdicts, result)
+    result.snapshots += 1
+    for verdict in verdicts:
+        result.words[verdict.verdict] = result.words.get(verdict.verdict, 0) + 1
+    whole = (
+        escape(snapshot.path),
+        snapshot.part,
+        snapshot.format,
+        snapshot.kind,
+        snapshot.producer,
+        "/".join(snapshot.container),
+    )
+    for vcpu in snapshot.vcpus:
+        result.rows.append((*whole, *_carried(vcpu), name, None))
+
+
+COLUMNS = (
+    "snapshot", "part", "format", "kind", "producer", "container",
+    "vcpu", "layout", "layout_source", "size", "xcr0", "xstate_bv", "xcomp_bv", "live", "default",
+    "mxcsr", "class", "error",
+)  # fmt: skip
+"""The columns of a row of `Result`."""
+
+
+def _carried(vcpu: Vcpu) -> tuple[Any, ...]:
+    """Return what a vCPU carries: the columns from `vcpu` to `mxcsr`."""
+    head = headers(vcpu.area)
+    found = classify(vcpu.area, vcpu.layout or Layout(()))
+    return (
+        vcpu.index,
+        layout_name(vcpu),
+        vcpu.layout_source,
+        len(vcpu.area),
+        vcpu.xcr0,
+        head.xstate_bv,
+        head.xcomp_bv,
+        found.live,
+        found.default,
+        head.mxcsr,
+    )
+
+
+_names: dict[tuple[Any, ...], str] = {}
+_NAMES_LIMIT = 10_000
+
+
+def _class_of(verdicts: Sequence[Verdict], result: Result) -> str:
+    """Return the name of the class that these answers are, and keep it in the result."""
+    key = tuple((v.host, v.verdict, v.fixable, v.findings) for v in verdicts)
+    name = _names.get(key)
+    if name is None:
+        if len(_names) >= _NAMES_LIMIT:
+            _names.clear()
+        name = _names[key] = _content_name(verdicts)
+    if name not in result.classes:
+        result.classes[name] = tuple(verdicts)
+    return name
+
+
+def _content_name(verdicts: Sequence[Verdict]) -> str:
+    """Return a name that depends on what the answers say, and on nothing else."""
+    answers = [verdict.as_json() | {"snapshot": ""} for verdict in verdicts]
+    text = json.dumps(answers, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def verdict_rows(name: str, verdicts: Sequence[Verdict]) -> Iterator[tuple[Any, ...]]:
+    """Yield a class's verdicts: class, host, verdict, fixable, risky, codes."""
+    for verdict in verdicts:
+        blocking = [f.code for f in verdict.findings if f.severity == "blocks" or f.open]
+        risky = any(f.severity == "risky" for f in verdict.findings)
+        yield (
+            name,
+            escape(verdict.host),
+            verdict.verdict,
+            verdict.fixable,
+            risky,
+            list(dict.fromkeys(blocking)),
+        )
+
+
+def finding_rows(name: str, verdicts: Sequence[Verdict]) -> Iterator[tuple[Any, ...]]:
+    """Yield a class's findings: class, host, and the fields of a finding."""
+    for verdict in verdicts:
+        for finding in verdict.as_json()["findings"]:
+            yield name, escape(verdict.host), *(finding.get(field) for field in FINDING)
+
+
+FINDING = (
+    "code", "component", "vcpu", "severity", "snapshot_value", "host_value", "fix", "why", "ref",
+)  # fmt: skip
