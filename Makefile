@@ -1,13 +1,14 @@
 # make demo: build xfast in a virtual environment and judge the snapshots in examples/.
 # make test: build it with everything that the tests need, and run them.
-# Both need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
+# make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
+# All need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd xfast/engine/*.py[xi] xfast/engine/*.px[di] xfast/engine/*.h)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 
 demo: $(VENV)/.demo
 	@echo
@@ -30,6 +31,11 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
 
+TIME ?= 60
+TARGETS ?=
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python fuzz/run.py --seconds $(TIME) $(TARGETS)
+
 clean:
 	rm -rf $(VENV) build xfast/_core.c xfast/engine/*.c xfast/*.so xfast/engine/*.so *.egg-info
 
@@ -43,4 +49,8 @@ $(VENV)/.demo: $(BIN)/pip $(SOURCES)
 
 $(VENV)/.test: $(BIN)/pip $(SOURCES)
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev,fuzz]'
 	@touch $@

@@ -1,19 +1,23 @@
-"""Write `xfast/hosts/models.toml` from libvirt's CPU map.
+"""Write `xfast/hosts/models.toml` from libvirt's CPU map and QEMU's own models.
 
     python docs/make_models.py /usr/share/libvirt/cpu_map > xfast/hosts/models.toml
 
 Only facts are taken: which CPUID features, of those that xfast knows, each named model has. The
-map of libvirt 9.0 was used; models that are newer are its relatives and what libvirt 11's map
+map of libvirt 9.0 was used, and the qemu-system-x86_64 (7.2) on the path, which is asked what
+each of its models gives a guest; models that are newer are older ones and what libvirt 11's map
 gives them more or less.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from xfast.hosts.models import Model, read_map
+from xfast.hosts.models import Model, difference, kernel_name, read_map
 
 NEWER = {
     "EPYC-Genoa": (
@@ -63,10 +67,47 @@ def newer(models: dict[str, Model]) -> dict[str, Model]:
     return found
 
 
+def ask_qemu() -> dict[str, frozenset[str]]:
+    """Return what each of QEMU's models gives a guest, {name: features}."""
+    command = "qemu-system-x86_64 -M none -accel tcg -nodefaults -display none -qmp stdio -S"
+    with subprocess.Popen(
+        command.split(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as qemu:
+
+        def execute(name: str, **arguments: Any) -> Any:
+            assert qemu.stdin
+            assert qemu.stdout
+            qemu.stdin.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+            qemu.stdin.flush()
+            for line in qemu.stdout:
+                reply = json.loads(line)
+                if "return" in reply or "error" in reply:
+                    return reply.get("return")
+            raise EOFError("QEMU ended")
+
+        execute("qmp_capabilities")
+        found = {}
+        for definition in execute("query-cpu-definitions"):
+            name = definition["name"]
+            reply = execute("query-cpu-model-expansion", type="full", model={"name": name})
+            if reply is not None and name not in ("max", "host", "base"):
+                props = reply["model"]["props"]
+                names = (kernel_name(key) for key, value in props.items() if value is True)
+                found[name] = frozenset(filter(None, names))
+        execute("quit")
+    return found
+
+
 def main(folder: Path) -> None:
     """Print the table."""
     print("# Written by docs/make_models.py; see there.")
-    for model in newer(read_map(folder, "libvirt 9.0 cpu map")).values():
+    qemu = ask_qemu()
+    models = newer(read_map(folder, "libvirt 9.0 cpu map"))
+    for name, features in qemu.items():
+        base = models.get(re.sub(r"-v\d+\Z", "", name))
+        if name not in models and base is not None:
+            models[name] = base._replace(name=name, features=features, source="QEMU 7.2")
+    for model in models.values():
         print("\n[[models]]")
         print(f"name = {json.dumps(model.name)}")
         if model.vendor:
@@ -75,6 +116,9 @@ def main(folder: Path) -> None:
             print(f"signatures = {json.dumps(model.signatures)}")
         print(f"source = {json.dumps(model.source)}")
         print(f"features = {json.dumps(' '.join(sorted(model.features)))}")
+        change = difference(model.features, qemu.get(model.name, model.features - {"mpx"}))
+        if change:
+            print(f"qemu = {json.dumps(change)}")
 
 
 if __name__ == "__main__":

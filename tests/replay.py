@@ -320,11 +320,12 @@ class Instruction:
 def pass_through_a_signal(cpu):
     """Do to the registers what Linux does when a fault becomes a signal.
 
-    The frame is saved and restored by 64-bit forms, and says that x87 and SSE are in use.
+    The frame is saved and restored by 64-bit forms, and says that x87 and SSE are in use; PKRU
+    is written on its own.
     """
     cpu.fcs = cpu.fds = 0
     if not cpu.cpu.finds_init:
-        cpu.tracked |= XFEATURE_MASK_FPSSE
+        cpu.tracked |= XFEATURE_MASK_FPSSE | cpu.xcr0 & PKRU
 
 
 def modify(cpu, how):

@@ -266,3 +266,123 @@ def test_probe_tells_the_generations_of_the_model_apart(monkeypatch, release):
     monkeypatch.setattr(this, "ioctl", ioctl)
     settled = this.PROBED - {"xsave2"}
     assert this.probe(7, 4096) == of_release(release).names & settled
+
+
+def test_show_says_what_is_assumed_and_what_would_settle_it(capsys, tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text("vendor_id : GenuineIntel\nflags : fpu sse sse2 xsave avx\n")
+    assert main(["host", "show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "layout            as all CPUs  [assumed]" in out
+    assert "note              flags tell features alone" in out
+    assert "uncertain         layout is assumed: the output of `cpuid -r` there" in out
+    assert "kvm_xcr0 is assumed: `xfast host dump` there" in out
+
+
+def test_show_warns_of_a_list_that_contradicts_itself(capsys, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "   0x0000000d 0x00: eax=0x00020007 ebx=0x00000340 ecx=0x00000340 edx=0x00000000\n"
+        "   0x0000000d 0x02: eax=0x00000100 ebx=0x00000240 ecx=0x00000000 edx=0x00000000\n"
+    )
+    assert main(["host", "show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "warning           xcr0: leaf 0xD has one component of AMX without the other" in out
+    assert "warning           unplaced: leaf 0xD announces tilecfg" in out
+    assert "layout            as all CPUs; place unknown: tilecfg  [dump]" in out
+
+
+def test_show_of_a_directory_goes_on_past_a_bad_file(capsys, tmp_path):
+    (tmp_path / "good.txt").write_text("flags : fpu sse sse2 xsave avx\n")
+    (tmp_path / "bad.toml").write_text("schema = 1\n")
+    assert main(["host", "show", f"{tmp_path}@6.6"]) == 3
+    captured = capsys.readouterr()
+    assert "good@6.6" in captured.out
+    assert captured.err.count("\n") == 1
+    assert "bad.toml" in captured.err
+    assert main(["host", "baseline", str(tmp_path)]) == 2
+
+
+def test_nothing_that_a_file_says_reaches_the_terminal_raw(capsys, tmp_path):
+    path = tmp_path / "a\x1b[31mb.txt"
+    path.write_text("vendor_id : \x1b]0;x\x07\nflags : fpu sse sse2 xsave avx\n")
+    assert main(["host", "show", str(path)]) == 0
+    assert main(["host", "show", str(path), "amd-rome"]) == 0
+    assert main(["host", "show", "--json", str(path)]) == 0
+    assert main(["host", "baseline", str(path), "amd-rome"]) == 0
+    captured = capsys.readouterr()
+    assert not {"\x1b", "\x07"} & set(captured.out + captured.err)
+    assert "\\x1b[31mb" in captured.out
+
+
+def test_layout_tells_which_component_makes_the_size(capsys):
+    """The size that a guest's kernel found, 10752: XCR0 0x600e7 and IA32_XSS 0x1800, compacted."""
+    assert main(["host", "layout", "0x600e7|0x1800"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("intel: 0x618e7 x87+sse+avx")
+    assert ["11", "cet_u", "16", "-", "2432"] in [line.split() for line in lines]
+    assert ["17", "tilecfg", "64", "2752", "2496"] in [line.split() for line in lines]
+    assert lines[-2:] == [
+        "standard   11008 bytes, by tiledata",
+        "compacted  10752 bytes, by tiledata",
+    ]
+    assert main(["host", "layout", "avx+pkru", "--host", "amd-milan"]) == 0
+    out = capsys.readouterr().out
+    assert "amd-milan, layout dump: 0x204 avx+pkru" in out
+    assert "standard   2440 bytes, by pkru" in out
+    assert main(["host", "layout", "0x80007"]) == 0
+    assert "standard   1088 bytes, by apx" in capsys.readouterr().out
+    assert main(["host", "layout", "0x207"]) == 0
+    assert capsys.readouterr().out.count("standard   ") == 4  # all layouts that can hold it
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["0xzz"], "expected a mask such as 0x2e7"),
+        (["avx+nope"], "expected a mask such as 0x2e7"),
+        ([""], "expected a mask"),
+        (["-1"], "expected a mask"),
+        (["0x8000000000000000"], "below 2^63"),
+        ([str(1 << 5000)], "expected a mask"),
+        (["0x4000000000060000"], "components that some CPU has together"),
+        (["0x60007", "--host", "amd-milan"], "has no tilecfg+tiledata"),
+        (["0x7", "--host", "nowhere"], "expected a file"),
+    ],
+)
+def test_layout_of_what_is_no_mask_is_one_line(capsys, words, complaint):
+    assert main(["host", "layout", *words[1:], "--", words[0]]) == 2
+    captured = capsys.readouterr()
+    assert complaint in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_layout_of_a_host_that_does_not_tell_it(capsys, tmp_path):
+    path = tmp_path / "dark.toml"
+    path.write_text('schema = "xfast/1"\n[[hosts]]\nname = "dark"\n')
+    assert main(["host", "layout", "7", "--host", str(path)]) == 2
+    assert "does not tell its layout" in capsys.readouterr().err
+
+
+def test_baseline_names_the_best_model(capsys):
+    assert main(["host", "baseline", "amd-milan", "amd-genoa"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["named"].startswith("-cpu EPYC-Milan  (without ")
+    assert main(["host", "baseline", "amd-milan", "intel-haswell", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["baseline"]
+    assert facts["qemu_model"] == "x86-64-v3"
+    assert main(["host", "baseline", "m5.metal", "EPYC-Milan"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["named"].startswith("-cpu x86-64-v3")
+
+
+def test_check_says_which_facts_of_a_host_are_assumed(capsys, tmp_path, data):
+    path = tmp_path / "flags.txt"
+    path.write_text("vendor_id : GenuineIntel\nflags : fpu sse sse2 xsave avx\n")
+    area = str(data / "raw/kvm618-guestxcr0_e7-bv03.xsave")
+    main(["check", area, "--host", str(path), "amd-milan"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "assumed" in line]
+    assert line.startswith("xfast: flags: layout, kvm_xcr0 assumed; certain with ")
+    main(["check", "--quiet", area, "--host", str(path)])
+    assert "assumed" not in capsys.readouterr().err

@@ -67,20 +67,24 @@ def qemu_device(name, data, instance=0, version=1, subsections=()):
     return entry, struct.pack(">II", instance, version) + data
 
 
-def qemu_devices(vcpus: int = 2, **fields) -> list:
+def qemu_devices(vcpus: int = 2, *, apics=True, **fields) -> list:
     """Return the devices of a small machine under KVM."""
     found = [qemu_device("timer", bytes(24), 0, 2)]
     for i in range(vcpus):
         tsc = [("cpu/xss", bytes(8)), ("cpu/tsc_khz", struct.pack(">Q", 3_000_000))]
         found.append(qemu_device("cpu_common", bytes(5), i))
         found.append(qemu_device("cpu", qemu_cpu(i + 1, **fields), i, 12, tsc))
+        if apics:
+            found.append(qemu_device("apic", bytes(176), i, 3))
     found.append(qemu_device("kvmclock", bytes(8), 0))
     found.append(qemu_device("fw_cfg", bytes(40), 0))
     return found
 
 
-def qemu_stream(devices=None, *, ram: bytes = bytes(512), footers=True, described=True) -> bytes:
-    """Return a migration stream of these devices."""
+def qemu_stream(
+    devices=None, *, ram: bytes = bytes(512), footers=True, described=True, listed=None
+) -> bytes:
+    """Return a migration stream of these devices; `listed` is what the description says of them."""
     devices = qemu_devices() if devices is None else devices
     machine = b"pc-q35-7.2"
     out = b"QEVM\0\0\0\3\x07" + struct.pack(">I", len(machine)) + machine
@@ -92,7 +96,8 @@ def qemu_stream(devices=None, *, ram: bytes = bytes(512), footers=True, describe
         out += (b"\x7e" + struct.pack(">I", number)) * footers
     out += b"\0"
     if described:
-        text = json.dumps({"page_size": 4096, "devices": [entry for entry, _ in devices]}).encode()
+        listed = [entry for entry, _ in devices] if listed is None else listed
+        text = json.dumps({"page_size": 4096, "devices": listed}).encode()
         out += b"\x06" + struct.pack(">I", len(text)) + text
     return out
 
@@ -107,10 +112,14 @@ def elf_note(name: str, kind: int, data: bytes) -> bytes:
     return head + text + bytes(-len(text) % 4) + data + bytes(-len(data) % 4)
 
 
-def elf_thread(tid: int, image: bytes | None) -> bytes:
-    """Return a thread's notes: NT_PRSTATUS, and NT_X86_XSTATE if it has state."""
-    status = elf_note("CORE", 1, bytes(32) + struct.pack("<I", tid) + bytes(300))
-    return status + (elf_note("LINUX", 0x202, image) if image else b"")
+def elf_notes(tid: int, image: bytes) -> list[bytes]:
+    """Return a thread's notes: NT_PRSTATUS, NT_FPREGSET and NT_X86_XSTATE."""
+    status = bytes(32) + struct.pack("<I", tid) + bytes(300)
+    return [
+        elf_note("CORE", 1, status),
+        elf_note("CORE", 2, bytes(512)),
+        elf_note("LINUX", 0x202, image),
+    ]
 
 
 def elf_core(*notes: bytes) -> bytes:
@@ -130,10 +139,12 @@ def xcrs(value: int = XCR0) -> bytes:
 
 
 def firecracker_vcpu(fill: int) -> bytes:
-    """Return what Firecracker 1.13 writes of a vCPU from vcpu_events on, KVM_GET_FPU's aside."""
+    """Return a vCPU of Firecracker 1.13, without what xfast passes over."""
+    row = struct.pack("<7I12x", 0xD, 0, 1, XCR0, AREA_SIZE, AREA_SIZE, 0)
+    cpuid = struct.pack("<QIIQQ", 8, 1, 0, 1, len(row)) + row
     sregs = struct.pack("<Q", 312) + bytes(312)
     image = area(fill, 4096)
-    blobs = struct.pack("<Q", 64) + bytes(64) + sregs + struct.pack("<Q", 392) + xcrs()
+    blobs = cpuid + struct.pack("<Q", 64) + bytes(64) + sregs + struct.pack("<Q", 392) + xcrs()
     return blobs + struct.pack("<2Q", 4104, 0) + image + struct.pack("<QB", 0, 0)
 
 
@@ -280,7 +291,7 @@ def xen_guest(*areas: bytes) -> bytes:
 
 BUILDERS = {
     "qemu": lambda: {"vm.qemustate": qemu_stream()},
-    "elfcore": lambda: {"core": elf_core(elf_thread(100, area(1)), elf_thread(101, area(2)))},
+    "elfcore": lambda: {"core": elf_core(*elf_notes(100, area(1)), *elf_notes(101, area(2)))},
     "firecracker": lambda: {"vm.vmstate": firecracker_state()},
     "cloud-hypervisor": lambda: {"vm.json": cloud_hypervisor_state()},
     "criu": lambda: criu_files(100, 101),

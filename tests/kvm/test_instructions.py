@@ -468,6 +468,8 @@ def test_whether_xsaveopt_leaves_out_an_unmodified_pkru(always):
         (("AuthenticAMD", 23, 49), (48, None, None, False)),
         (("AuthenticAMD",), (None, None, None, False)),
         (("GenuineIntel", 6, 85), (48, None, None, True)),
+        (("GenuineIntel", 6, 143), (57, None, None, True)),
+        (("GenuineIntel", 6, 207), (57, 4, False, True)),
         (("GenuineIntel",), (None, None, None, True)),
         (("CentaurHauls", 7, 0x5B), (None, None, None, True)),
     ],

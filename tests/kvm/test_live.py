@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from xfast.kernels.uapi import CR4_OSXSAVE, CR4_PKE
 from xfast.kvm import live
+from xfast.xsave.features import PKRU, XFEATURE_MASK_XTILE, bits, name_of
 from xfast.xsave.layout import preset
 
 pytestmark = pytest.mark.skipif(
@@ -26,9 +28,19 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_random_sequences_make_no_difference():
-    done = kvm_pair.search(4000, seed=20)
+    done, machine = kvm_pair.search(4000, seed=20)
     assert done.total() >= 4000
     assert done["set_xsave"] > 500
+    assert not kvm_pair.never_accepted(machine)
+    told = kvm_pair.report(done, machine, 0)
+    for nr in bits(machine.host.kvm_xcr0 & ~XFEATURE_MASK_XTILE):
+        assert f"'{name_of(nr)}': " in told
+
+
+def test_a_component_that_was_never_accepted_is_a_failure(monkeypatch):
+    monkeypatch.setattr(kvm_pair, "never_accepted", lambda machine: PKRU)
+    with pytest.raises(AssertionError, match="never accepted: pkru"):
+        kvm_pair.search(kvm_pair.LEAST_FOR_COVERAGE, seed=21)
 
 
 class SameOperations(RuleBasedStateMachine):
@@ -39,13 +51,18 @@ class SameOperations(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.pair = self.machine.pair()
+        self.choices = kvm_pair.Operations(self.machine, None)
         self.swapped = False
 
-    seeds = st.integers(0, 2**32).map(random.Random)
+    seeds = st.integers(0, 2**32)
 
-    @rule(rng=seeds)
-    def set_xsave(self, rng):
-        self.pair.apply("set_xsave", kvm_pair.area(rng, wild=False))
+    def seeded(self, seed):
+        self.choices.rng = random.Random(seed)
+        return self.choices
+
+    @rule(seed=seeds)
+    def set_xsave(self, seed):
+        self.pair.apply("set_xsave", self.seeded(seed).area(wild=False))
 
     @rule()
     def get_xsave(self):
@@ -59,21 +76,29 @@ class SameOperations(RuleBasedStateMachine):
     def get_xsave_into(self, size):
         self.pair.apply("get_xsave", size)
 
-    @rule(name=st.sampled_from(sorted(kvm_pair.CPUIDS)))
+    @rule(name=st.sampled_from(sorted(kvm_pair.cpuid_lists(0))))
     def set_cpuid2(self, name):
         self.pair.apply("set_cpuid2", name)
 
-    @rule(rng=seeds)
-    def set_xcrs(self, rng):
-        self.pair.apply("set_xcrs", *kvm_pair.xcrs(rng))
+    @rule(seed=seeds)
+    def set_xcrs(self, seed):
+        self.pair.apply("set_xcrs", *self.seeded(seed).xcrs())
+
+    @rule(value=st.sampled_from((0, CR4_OSXSAVE, CR4_PKE, CR4_OSXSAVE | CR4_PKE)))
+    def set_cr4(self, value):
+        self.pair.apply("set_cr4", value)
+
+    @rule(seed=seeds)
+    def vmm_wrpkru(self, seed):
+        self.pair.apply("vmm_wrpkru", self.seeded(seed).pkru())
 
     @rule()
     def get_xcrs(self):
         self.pair.apply("get_xcrs")
 
-    @rule(rng=seeds)
-    def set_fpu(self, rng):
-        self.pair.apply("set_fpu", kvm_pair.kvm_fpu(rng))
+    @rule(seed=seeds)
+    def set_fpu(self, seed):
+        self.pair.apply("set_fpu", self.seeded(seed).kvm_fpu())
 
     @rule()
     def get_fpu(self):
@@ -85,7 +110,7 @@ class SameOperations(RuleBasedStateMachine):
         self.swapped = True
         self.pair.apply("run")
         self.pair.apply("get_values")
-        self.pair.apply("set_xsave", kvm_pair.everything())
+        self.pair.apply("set_xsave", self.choices.everything())
 
 
 def test_what_hypothesis_thinks_of_makes_no_difference():
@@ -122,7 +147,7 @@ def story(kernel):
     told.append(["size", kernel.xsave2_size])
     area = bytearray(16384)
     area[24:26], area[512], area[576] = b"\\x80\\x1f", 6, 0x55
-    for entries in (kvm_pair.leaf_d(0xE7), kvm_pair.leaf_d(0x602E7)):
+    for entries in (kvm_pair.leaf_d(plain), kvm_pair.leaf_d(plain | 0x60000)):
         told.append(["set", attempt(vcpu.set_xsave, area)])
         told.append(["cpuid", attempt(vcpu.set_cpuid2, entries)])
         for get in (vcpu.get_xsave, vcpu.get_xsave2):
@@ -138,6 +163,8 @@ def vcpu_size(vcpu):
     return len(vcpu.get_xsave2())
 
 permitted = sys.argv[1] == "permitted"
+with live.Kernel() as kernel:
+    plain = kernel.supported_xcr0 & ~0x60000
 real = story(live.Kernel())
 host = this_host()
 print(json.dumps([story(Kernel(host)), real]))
@@ -179,10 +206,11 @@ def test_confirm_tells_what_the_kernel_did():
 
 def test_the_list_of_before_the_run_is_the_same_after_it():
     """Writes of XCR0 refresh what it is compared with: the answer is 0 where nothing is added."""
-    pair = kvm_pair.Machine().pair()
+    machine = kvm_pair.Machine()
+    pair = machine.pair()
     for operation in (
         ("set_cpuid2", "as KVM rewrites it"),
-        ("set_xcrs", [(0, 0xE7)], None, 0),
+        ("set_xcrs", [(0, machine.host.kvm_xcr0 & ~XFEATURE_MASK_XTILE)], None, 0),
         ("run",),
         ("resend_cpuid2",),
     ):

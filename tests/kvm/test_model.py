@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import BEHAVIOURS, Behaviours, of_release, supervisor_kept
+from xfast.kernels.guest import announced_problem
 from xfast.kernels.uapi import (
+    CR4_CET,
     CR4_OSXSAVE,
     CR4_PKE,
+    CR4_SMEP,
+    CR4_UMIP,
     KVM_FPU,
     MSR_IA32_XFD,
     MSR_IA32_XFD_ERR,
@@ -484,6 +488,90 @@ def test_a_leaf_without_sub_leaves_is_found_under_any_index(release):
     assert entry.ecx == (1 << 27 if release == "6.0" else 0)
     vcpu.cr4 = 0
     assert vcpu.get_cpuid2()[0].ecx == 0
+
+
+GUEST_FEATURES = [(1, 0, 0, 7, 0, 1 << 26, 0), (7, 0, 1, 0, 0, 1 << 3, 0)]
+"""XSAVE and PKU, of those that CR4 bits need."""
+
+
+def test_cr4_has_what_the_guests_cpuid_has():
+    features = frozenset({"xsave", "pku", "smep"})
+    kernel = Kernel(intel(user=0x207, features=features), "6.12")
+    vcpu = kernel.create_vcpu()
+    refused(errno.EINVAL, vcpu.set_cr4, CR4_UMIP)  # the host lacks it
+    vcpu.set_cr4(CR4_OSXSAVE | CR4_PKE | CR4_SMEP)  # there is no list yet: the host decides
+    vcpu.set_cr4(0)
+    vcpu.set_cpuid2(GUEST_FEATURES)
+    refused(errno.EINVAL, vcpu.set_cr4, CR4_SMEP | CR4_PKE)
+    assert vcpu.cr4 == 0
+    vcpu.set_cr4(CR4_OSXSAVE | CR4_PKE)
+    assert vcpu.cr4 == CR4_OSXSAVE | CR4_PKE
+    other = kernel.create_vcpu()
+    other.set_cpuid2(leaf_d(7))
+    refused(errno.EINVAL, other.set_cr4, CR4_OSXSAVE)
+    refused(errno.EINVAL, other.set_cr4, CR4_CET)
+
+
+def test_cr4_cet_needs_a_kvm_that_has_it_and_one_of_its_features():
+    features = frozenset({"xsave", "user_shstk", "ibt"})
+    shstk = [*leaf_d(7, CET_U | CET_S), (7, 0, 1, 0, 0, 1 << 7, 0)]
+    for release, taken in (("6.12", False), ("6.18", True)):
+        vcpu = Kernel(intel(features=features), release).create_vcpu()
+        vcpu.set_cpuid2(shstk)
+        if taken:
+            vcpu.set_cr4(CR4_CET)
+        else:
+            refused(errno.EINVAL, vcpu.set_cr4, CR4_CET)
+
+
+def test_get_cpuid2_needs_room_for_all_entries():
+    vcpu = Kernel(intel(user=0x207), "6.12").create_vcpu()
+    vcpu.set_cpuid2(GUEST_FEATURES)
+    refused(errno.E2BIG, vcpu.get_cpuid2, 1)
+    assert len(vcpu.get_cpuid2(2)) == 2
+    assert len(vcpu.get_cpuid2()) == 2
+
+
+@pytest.mark.parametrize(("release", "cleared"), [("6.13", False), ("6.14", True)])
+def test_ospke_of_a_host_without_pku_follows_cr4_since_1f66590d7ff0(release, cleared):
+    vcpu = Kernel(intel(user=7), release).create_vcpu()
+    vcpu.set_cpuid2([(7, 0, 1, 0, 0, 1 << 4, 0)])
+    assert vcpu.get_cpuid2()[0].ecx == (0 if cleared else 1 << 4)
+
+
+def test_what_a_guest_writes_is_in_use_when_it_leaves():
+    kernel = Kernel(intel(user=7), "6.12")
+    vcpu = kernel.create_vcpu()
+    vcpu.set_cpuid2(leaf_d(7))
+    vcpu.run(lambda processor: processor.write(2, 0, b"\x55" * 256))
+    data = vcpu.get_xsave()
+    assert bv_of(data) & 4
+    assert data[576:832] == b"\x55" * 256
+
+
+@pytest.mark.parametrize(("la57", "taken"), [(False, False), (True, True)])
+def test_cet_pointers_are_canonical_by_la57_whatever_x87_does(la57, taken):
+    features = frozenset({"xsave", "la57"} if la57 else {"xsave"})
+    kernel = Kernel(intel(features=features, x87_pointer_bits=57), "6.18")
+    assert kernel.linear_bits == (57 if la57 else 48)
+    assert kernel.fpu.processor.cpu.x87_pointer_bits == 57
+    vcpu = kernel.create_vcpu()
+    vcpu.set_cpuid2([*leaf_d(0x2E7, CET_U | CET_S), (7, 0, 1, 0, 0, 1 << 7, 1 << 20)])
+    if taken:
+        vcpu.set_msr(PL3_SSP, 1 << 50)
+    else:
+        refused(errno.EINVAL, vcpu.set_msr, PL3_SSP, 1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("release", "permitted"), [("5.17", 0x202E7), ("6.3.13", 0x202E7), ("6.4", 0x2E7)]
+)
+def test_without_permission_tilecfg_goes_with_tiledata_since_55cd57b596e8(release, permitted):
+    kernel = Kernel(intel(), release)
+    assert kernel.permitted_xcr0 == permitted
+    assert bool(announced_problem(permitted)) == (permitted == 0x202E7)
+    kernel.arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM, 18)
+    assert kernel.permitted_xcr0 == 0x602E7
 
 
 def test_ospke_follows_cr4():

@@ -59,13 +59,13 @@ def test_there_and_back(pair, seed, mask, compacted):
     image = area(mask & most, one, seed)
     if compacted and mask & most & 6 == 4:
         with pytest.raises(LayoutError, match="MXCSR"):
-            convert.relaid(snapshot(image, layout=one), two, compacted=True)
+            convert.areas_in(snapshot(image, layout=one), two, compacted=True)
         return
-    there = convert.relaid(snapshot(image, layout=one), two, compacted=compacted)
+    there = convert.areas_in(snapshot(image, layout=one), two, compacted=compacted)
     assert engine.diff(there, image, two, one).tolist() == [0]
-    back = convert.relaid(snapshot(there[0], layout=two), one)
+    back = convert.areas_in(snapshot(there[0], layout=two), one)
     assert engine.diff(back, image, one).tolist() == [0]
-    again = convert.relaid(snapshot(back[0], layout=one), two, compacted=compacted)
+    again = convert.areas_in(snapshot(back[0], layout=one), two, compacted=compacted)
     assert np.array_equal(again, there)
 
 
@@ -77,7 +77,7 @@ def test_no_area_is_read_back_in_another_layout(data, tmp_path, to):
     for path in walk(data / part for part in ("criu", "elf", "qemu", "raw", "vmm")):
         try:
             (found,) = xfast.read(path)
-            out.write_bytes(convert.as_npy(convert.relaid(found, target)))
+            out.write_bytes(convert.as_npy(convert.areas_in(found, target)))
         except XfastError:
             continue
         (there,) = xfast.read(out)
@@ -94,34 +94,34 @@ def test_mxcsr_mask_tells_the_layouts_vendor():
     image = area(0xE7, GENOA)
     image[28:32] = 0xFF, 0xFF, 2, 0
     blob = snapshot(image, layout=GENOA)
-    assert convert.relaid(blob)[0][28:32].tolist() == [0xFF, 0xFF, 2, 0]
-    (row,) = convert.relaid(blob, INTEL)
+    assert convert.areas_in(blob)[0][28:32].tolist() == [0xFF, 0xFF, 2, 0]
+    (row,) = convert.areas_in(blob, INTEL)
     assert row[28:32].tolist() == [0xFF, 0xFF, 0, 0]
     row[28:32] = 0xFF, 0xFF, 2, 0  # registers of an AMD machine in Intel's places, as CRIU's are
-    (row,) = convert.relaid(snapshot(row, layout=INTEL))
+    (row,) = convert.areas_in(snapshot(row, layout=INTEL))
     assert row[28:32].tolist() == [0xFF, 0xFF, 0, 0]
     image[26] = 2  # MXCSR.MM, which Intel's CPUs lack
-    assert not convert.relaid(blob, INTEL)[0][28:32].any()
+    assert not convert.areas_in(blob, INTEL)[0][28:32].any()
 
 
 def test_a_component_without_a_place_is_named():
     with pytest.raises(LayoutError, match="components 3"):
-        convert.relaid(snapshot(area(0x1F, INTEL), layout=INTEL), GENOA)
+        convert.areas_in(snapshot(area(0x1F, INTEL), layout=INTEL), GENOA)
 
 
 def test_an_unknown_layout_is_not_guessed():
     blob = snapshot(area(0x207, MILAN), layout=None, layout_note="three layouts fit")
     with pytest.raises(PolicyError, match="three layouts fit"):
-        convert.relaid(blob, INTEL)
+        convert.areas_in(blob, INTEL)
     partly = snapshot(area(0x207, MILAN), layout=MILAN.restricted(7), layout_note="two fit")
     with pytest.raises(PolicyError, match=r"where pkru lies is not known \(two fit\)"):
-        convert.relaid(partly, INTEL)
+        convert.areas_in(partly, INTEL)
 
 
 def test_rows_are_as_long_as_the_longest_needs():
     images = area(0x3, INTEL, size=576), area(0x600E7, INTEL, size=11008)
-    assert convert.relaid(snapshot(*images, layout=INTEL)).shape == (2, 11008)
-    packed = convert.relaid(snapshot(*images, layout=INTEL), compacted=True)
+    assert convert.areas_in(snapshot(*images, layout=INTEL)).shape == (2, 11008)
+    packed = convert.areas_in(snapshot(*images, layout=INTEL), compacted=True)
     assert engine.headers(packed).xcomp_bv.tolist() == [1 << 63 | 0x600E7] * 2
 
 
@@ -156,7 +156,7 @@ def test_every_format_in_every_wrapping(data, tmp_path, name, wrapping):
     out = tmp_path / f"out.{'npy' if wrapping == 'npy' else 'xsave'}"
     words = ["convert", str(source), "--as", wrapping, "-o", str(out)]
     if wrapping == "raw":
-        found_size = len(convert.relaid(found)[0])
+        found_size = len(convert.areas_in(found)[0])
     assert main(words) == 0
     size = found_size if wrapping == "raw" else None
     given = None if wrapping == "elfcore" else layout
@@ -189,7 +189,7 @@ def test_a_file_of_registers_has_no_layout_to_change(data, tmp_path, capsys):
     out = str(tmp_path / "out")
     stream = str(data / "qemu" / "q72-max-smp2-q35.qemustate.xz")
     assert main(["convert", stream, "--to", "intel", "-o", out]) == 2
-    assert "needed --as raw, npy or elfcore" in capsys.readouterr().err
+    assert "expected --as raw, npy or elfcore" in capsys.readouterr().err
     core = str(data / "elf" / "kernel618-regs64-3thr.core.xz")
     assert main(["convert", core, "--to", "intel", "-o", out]) == 2
     assert "NT_X86_XSAVE_LAYOUT fixes the layout" in capsys.readouterr().err
@@ -241,7 +241,7 @@ def test_complaints(data, tmp_path, capsys):
     assert out.read_bytes() == b"mine"
     words = ["convert", area_file, "--compacted", "--as", "elfcore", "-o", str(tmp_path / "new")]
     assert main(words) == 2
-    assert "needed --as raw or npy" in capsys.readouterr().err
+    assert "expected --as raw or npy" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -40,6 +40,15 @@ def booted(guest):
     return machine
 
 
+def starts(guest, path):
+    """Tell whether a QEMU takes a stream to its end; one that does not exits."""
+    try:
+        with Machine(*guest, "-incoming", f"exec:cat {path}") as target:
+            return target.migrated() == "completed"
+    except (EOFError, BrokenPipeError):
+        return False
+
+
 def migrate(machine, command):
     machine.run("migrate", uri=f"exec:{command}")
     return machine.migrated()
@@ -77,15 +86,12 @@ def test_a_target_that_would_lose_live_data_fails_the_migration(guest, tmp_path)
         words = (tmp_path / "err").read_text()
         assert words.startswith("xfast: -: intel-westmere")
         assert b'{"' not in received.read_bytes()[-200_000:]
-        with Machine(*guest, "-incoming", f"exec:cat {received}") as target:
-            assert target.migrated() != "completed"
-    except EOFError:
-        pass  # the target ended with an error
+        assert not starts(guest, received)
     finally:
         source.__exit__(None)
 
 
-@pytest.mark.parametrize("broken", ["exit 0", "head -c 100", "head -c 300000 > /dev/null"])
+@pytest.mark.parametrize("broken", ["exit 0", "head -c 100", "head -c 20000 > /dev/null"])
 def test_a_reader_that_goes_away_fails_the_migration(guest, broken):
     source = booted(guest)
     try:
@@ -123,14 +129,13 @@ def test_killed_at_any_moment_one_machine_runs_and_never_two(guest, tmp_path):
             assert status == "failed"
             assert not whole
             counts(source, counts(source))
-        assert len(outcomes) > 15
+        assert len(outcomes) > 5
         if not whole:  # killed behind the source's last byte: all is there, and waits
             assert not (tmp_path / "through").exists()
             source.run("cont")
             counts(source, counts(source))
         else:
-            with Machine(*guest, "-incoming", f"exec:cat {received}") as target:
-                assert target.migrated() == "completed"
+            assert starts(guest, received)
     finally:
         source.__exit__(None)
 

@@ -17,10 +17,11 @@ from xfast.cli.main import main
 from xfast.errors import PolicyError, XfastError
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import of_release
-from xfast.repair import amend
-from xfast.repair.amend import apply
-from xfast.repair.plan import fix_areas, plan_fix
+from xfast.repair.apply import apply
+from xfast.repair.batch import fix_areas
+from xfast.repair.plan import plan_fix
 from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.store import put
 from xfast.xsave import area as engine
 from xfast.xsave.features import BY_NAME, PKRU, TILEDATA, bits
 from xfast.xsave.layout import PRESETS
@@ -541,7 +542,7 @@ def test_the_verb(data, tmp_path, capsys):
     path.write_bytes(lzma.decompress(packed.read_bytes()))
     words = ["fix", str(path), "--host", "intel-haswell@6.1"]
     assert main(words) == 2
-    assert "needed -o OUT" in capsys.readouterr().err
+    assert "expected -o OUT" in capsys.readouterr().err
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "pkru xstate_bv 0x207 -> 0x7 (init)" in said
@@ -571,7 +572,7 @@ def test_the_verb_on_what_stays_blocked(data, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        (["-o", "x", "--backup"], "needed --in-place"),
+        (["-o", "x", "--backup"], "expected --in-place"),
         (["-o", "x", "--drop", "nonsense"], "got 'nonsense'"),
     ],
 )
@@ -652,7 +653,7 @@ def test_pkru_of_a_stream_that_has_no_bit_for_it(data, tmp_path):
 @pytest.mark.parametrize("patched", [False, True])
 def test_what_a_format_has_no_bit_for_is_an_error(data, tmp_path, monkeypatch, patched):
     """x87, SSE and AVX are always in a TCG stream: XCR0 alone says whether they are in use."""
-    monkeypatch.setattr(amend, "PATCH_FROM", 0 if patched else 1 << 40)
+    monkeypatch.setattr(put, "PATCH_FROM", 0 if patched else 1 << 40)
     path = tmp_path / "stream"
     packed = data / "qemu" / "q72-max-smp2-q35.qemustate.xz"
     path.write_bytes(lzma.decompress(packed.read_bytes()))

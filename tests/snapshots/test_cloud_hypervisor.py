@@ -1,7 +1,11 @@
 """Cloud Hypervisor's state.json in its generations, and the fpu object that shadows the area."""
 
+import gzip
 import json
 import struct
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -286,3 +290,55 @@ class TestBadInput:
         (tmp_path / "other.json").write_text('{"snapshots": {}}')
         with Source.open(tmp_path / "other.json") as source:
             assert not cloud_hypervisor.sniff(source)
+
+
+BEFORE = '{"snapshots":{"cpu-manager":{"snapshots":{"0":{"snapshot_data":'
+HUGE = {
+    "numbers": BEFORE + "[" + "0," * (15 << 20) + "0]}}}}}",
+    "numbers of the area": BEFORE
+    + json.dumps('{"xsave":{"region":[' + "0," * 400_000 + '0]},"cpuid":[]}')
+    + "}}}}}",
+    "lists": '{"x":[' + "[]," * (10 << 20) + '[]],"cpu-manager":1}',
+    "strings": BEFORE + "{" + '"a":"",' * (4 << 20) + '"b":1}}}}}}',
+    "space": BEFORE + " " * (31 << 20) + "1}}}}}",
+    "depth": '{"cpu-manager":' + "[" * (31 << 20),
+    "escapes": BEFORE + '"' + '\\"' * (15 << 20) + '"}}}}}',
+    "a key": '{"cpu-manager":1,"' + "k" * (15 << 20) + '":1,"' + "k" * (15 << 20) + '":1}',
+    "digits": BEFORE + "1" * (31 << 20) + "}}}}}",
+    "no end": BEFORE + '"' + "x" * (31 << 20),
+    "over the limit": BEFORE + "[" + "0," * (17 << 20) + "0]}}}}}",
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_small_compressed_file_takes_neither_time_nor_memory(tmp_path, kind):
+    """61 KB took 40 s and 3 GB: each number's place was kept, and each level built the whole."""
+    path = tmp_path / "state.json.gz"
+    path.write_bytes(gzip.compress(HUGE[kind].encode(), 1))
+    script = (
+        "import sys, time; from xfast import snapshots\n"
+        "from xfast.errors import FormatError\n"
+        "snapshots.format_named('cloud-hypervisor')\n"
+        "begin = time.process_time()\n"
+        "try: snapshots.read(sys.argv[1], format='cloud-hypervisor')\n"
+        "except FormatError as problem: assert len(str(problem)) < 300, len(str(problem))\n"
+        "else: raise SystemExit('it was read')\n"
+        "print(time.process_time() - begin)\n"
+        "status = open('/proc/self/status').read().splitlines()\n"
+        "print(next(line for line in status if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, peak = done.stdout.splitlines()
+    assert float(seconds) < 3
+    assert int(peak.split()[1]) < 256 << 10
+
+
+@pytest.mark.parametrize("name", ["ch-numbers.json.gz", "ch-lists.json.gz"])
+def test_the_hostile_files(shared, name):
+    begin = time.process_time()
+    with pytest.raises(FormatError, match=r"found 6\d+ bytes, over|found \d+ lists"):
+        snapshots.read(shared / "cases/hostile" / name, format="cloud-hypervisor")
+    assert time.process_time() - begin < 3

@@ -45,6 +45,13 @@ def message(field: int, data: bytes) -> bytes:
     return wire.encoded(field << 3 | 2) + wire.encoded(len(data)) + data
 
 
+def nested(data: bytes, *path: int) -> bytes:
+    """Return the message under the field numbers `path`."""
+    for field in path:
+        data = wire.inner(wire.fields(data), field)
+    return data
+
+
 def image(core: bytes, *, common: bool = True, magic: int = criu.CORE_MAGIC) -> bytes:
     head = struct.pack("<I", criu.IMG_COMMON_MAGIC) if common else b""
     return head + struct.pack("<2I", magic, len(core)) + core
@@ -301,7 +308,7 @@ class TestEdits:
         ]
         for path in ((2,), (2, 3), (2, 3, 13)):
             one, two = (
-                [(f.number, f.raw) for f in wire.fields(wire.message(data, *path))]
+                [(f.number, f.raw) for f in wire.fields(nested(data, *path))]
                 for data in (old, changed)
             )
             assert [nr for nr, _ in one] == [nr for nr, _ in two]
@@ -391,3 +398,33 @@ class TestBadInput:
             read(tmp_path / "core-5.img", image(data))
         assert time.perf_counter() - start < 2
         assert sys.getrecursionlimit() < 10000
+
+
+class TestCost:
+    """At most a second for a mebibyte, however it is cut up."""
+
+    def test_four_mebibytes_of_tiny_fields_are_refused_at_once(self, tmp_path):
+        """Two bytes a field, two million of them: it took 12.9 s."""
+        start = time.process_time()
+        for data in (core(b"\x78\x00" * (1 << 20)), b"\x78\x00" * (1 << 20)):
+            with pytest.raises(FormatError, match="found over 4096 fields in a message"):
+                read(tmp_path / "core-5.img", image(data))
+        assert time.process_time() - start < 1
+
+    def test_a_pax_header_of_digits_takes_no_quadratic_time(self, tmp_path):
+        """18 s for 67 KB: the pattern was tried from each digit on, to the end of them."""
+        header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+        header[156:157] = b"x"
+        header[124:136] = b"%011o\0" % 65536
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        start = time.process_time()
+        with pytest.raises(FormatError, match=r"found no core-TID\.img"):
+            read(tmp_path / "x.tar", bytes(header) + b"1" * 65536 + bytes(1024))
+        assert time.process_time() - start < 1
+
+    def test_the_hostile_archive(self, shared):
+        start = time.process_time()
+        with pytest.raises(FormatError, match=r"found no core-TID\.img"):
+            snapshots.read(shared / "cases/hostile/pax-digits.tar")
+        assert time.process_time() - start < 1

@@ -196,10 +196,10 @@ def test_components_of_cpu_models(model, features, mask):
     )
     cpu = f"<cpu mode='custom'><model> {model}\n</model>{words}</cpu>"
     head = Header("", 0, f"<domain type='kvm'>{cpu}</domain>".encode(), b"")
-    assert domain("image", head) == ("", True, model, mask)
+    assert domain("image", head) == ("", True, model, mask, None)
     other = b"<domain type='kvm'><cpu mode='host-model'/></domain>"
     head = Header("", 0, other, f"<cookie>{cpu}</cookie>".encode())
-    assert domain("image", head) == ("", True, model, mask)
+    assert domain("image", head) == ("", True, model, mask, None)
 
 
 def test_samples_hold_what_info_registers_said(shared):

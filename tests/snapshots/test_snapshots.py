@@ -297,12 +297,21 @@ class TestRegistry:
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
         (package / "entry_points.txt").write_text("[xfast.formats]\nmine = theirs\n")
         monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("XFAST_PLUGINS", "1")
         registry._others.cache_clear()
         try:
             (tmp_path / "one").write_bytes(b"MINE and more")
             (snapshot,) = snapshots.read(tmp_path / "one")
             assert snapshot.format == "mine"
             assert isinstance(snapshots.format_named("mine"), types.ModuleType)
+            monkeypatch.delenv("XFAST_PLUGINS")
+            monkeypatch.setattr(os, "geteuid", lambda: 0)
+            registry._others.cache_clear()
+            with pytest.raises(FormatError, match="not a snapshot format"):  # root loads none
+                snapshots.read(tmp_path / "one")
+            monkeypatch.setattr(os, "geteuid", lambda: 1000)
+            registry._others.cache_clear()
+            assert snapshots.read(tmp_path / "one")[0].format == "mine"
         finally:
             registry._others.cache_clear()
             registry.format_named.cache_clear()

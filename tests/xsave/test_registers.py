@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xfast import snapshots
 from xfast.errors import XfastError
+from xfast.report import rows as report
+from xfast.snapshots import difference
 from xfast.xsave import area as xa
 from xfast.xsave.layout import preset
-from xfast.xsave.registers import REGISTERS, Registers, as_integers, ftag
+from xfast.xsave.registers import REGISTERS, Registers, as_integers, ftag, without_place
 
 INTEL = preset("intel")
 ZEN4 = preset("amd-zen4")
@@ -126,3 +129,38 @@ def test_ftag_tells_empty_zero_special_and_valid():
     st_regs[1] = (1 << 63).to_bytes(8, "little") + b"\xff\x7f"
     assert ftag(0x07, 0, st_regs) == 0xFFFF & ~0x3F | 0b011000
     assert ftag(0, 0, st_regs) == 0xFFFF
+
+
+def test_a_register_whose_lower_part_the_layout_lacks():
+    """zmm0 without AVX in layout and XSTATE_BV: KeyError: 2 ended show, diff and show --json."""
+    layout = INTEL.restricted(0xE0)
+    area = filled(0xE0, layout)[0]
+    registers = Registers(area, layout)
+    assert registers["zmm0"][:32].tobytes() == bytes(32)
+    assert registers["zmm0"][32:].tobytes() == area[1152:1184].tobytes()
+    assert "zmm31" in as_integers(area, layout)
+    assert without_place(area, layout) == []
+
+
+def test_a_register_with_a_part_at_no_known_place_is_not_shown_as_if_that_were_zero():
+    layout = INTEL.restricted(0xE0)
+    area = filled(0xE4, layout)[0]  # AVX is there, who knows where
+    registers = Registers(area, layout)
+    assert "zmm0" not in registers
+    assert "zmm16" in registers
+    names = without_place(area, layout)
+    assert {f"zmm{i}" for i in range(16)} | {f"ymm{i}" for i in range(16)} == set(names)
+    assert without_place(area, layout, 32) == [
+        *(f"ymm{i}" for i in range(8)),
+        *(f"zmm{i}" for i in range(8)),
+    ]
+
+
+def test_the_hostile_area_shows_what_it_has_and_names_the_rest(shared):
+    (snapshot,) = snapshots.read(shared / "cases/hostile/registers-keyerror.xsave")
+    (answer,) = report.snapshot_as_json(snapshot)["vcpus"]
+    assert {"zmm0", "zmm31", "k0"} <= answer["registers"].keys()
+    assert "tmm0" in answer["registers_without_place"]
+    assert "tmm0" not in answer["registers"]
+    rows = difference.compare([snapshot], [snapshot])
+    assert {row.component for row in rows} <= {"tiledata"}  # of which nothing is in the area

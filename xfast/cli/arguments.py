@@ -49,12 +49,23 @@ def reading_arguments(parser: argparse.ArgumentParser) -> None:
     reading_options(parser)
 
 
+class _Plugins(argparse.Action):
+    """Say, to this process and those that it starts, that root may load plugins."""
+
+    def __call__(self, *_: object) -> None:
+        """Set the environment's word."""
+        os.environ["XFAST_PLUGINS"] = "1"
+
+
 def reading_options(parser: argparse.ArgumentParser) -> None:
     """Add the options by which every verb reads snapshots."""
     parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
     parser.add_argument("--size", type=size_of, help="bytes of a raw area (default 4096)")
     parser.add_argument(
         "--expand-limit", type=size_of, metavar="BYTES", help="what compressed data may expand to"
+    )
+    parser.add_argument(
+        "--plugins", action=_Plugins, nargs=0, help="load other packages' formats as root too"
     )
 
 
@@ -90,7 +101,10 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
     for named in args.snapshots:
         walked = os.path.isdir(named)
         before = tally.skipped
-        paths = list(walk([named])) if walked else [named]
+        links: list[str] = []
+        paths = list(walk([named], links)) if walked else [named]
+        if links:
+            complain(f"{named}: {len(links)} symbolic links in it, which are not followed")
         for path in paths:
             if path != named and _is_passed_over(path):
                 tally.skipped += 1
@@ -108,6 +122,18 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
             fail(
                 tally, named, f"{named}: expected snapshots in it, found no file that could be one"
             )
+
+
+def candidates(named: Sequence[str]) -> list[str]:
+    """Return the paths that `snapshots_of` goes through, without what it passes over."""
+    from xfast.snapshots import walk
+
+    return [
+        path
+        for name in named
+        for path in walk([name])
+        if path == name or not (_is_passed_over(path) or _is_text(path))
+    ]
 
 
 def fail(tally: Tally, path: str, problem: object) -> None:

@@ -103,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
         verdicts = (verdict for row in answers for verdict in row)
         report.write_verdicts(verdicts, args.format, sys.stdout, tally)
     if not args.quiet:
+        for host in hosts:
+            if host.caveat:
+                complain(f"{host.name}: {host.caveat}")
         print(tally.closing_line(), file=sys.stderr)
     return _exit_code(args, tally)
 

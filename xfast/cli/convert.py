@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
-import numpy as np
-
 from xfast.cli.arguments import complain, layout_named, reading_options
 from xfast.errors import XfastError
-from xfast.repair.convert import as_core, as_npy, as_qemu, as_raw, relaid, rewritten
+from xfast.repair.convert import convert
 from xfast.snapshots import read
 from xfast.snapshots.model import Snapshot
 from xfast.snapshots.raw import is_npy
-from xfast.store.rewrite import Staged
 
 WRAPPINGS = ("same", "raw", "npy", "qemu", "elfcore")
 SUFFIXES = {".npy": "npy", ".xsave": "raw", ".raw": "raw"}
@@ -42,27 +39,18 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_named(args.layout)
     found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
     if len(found) != 1:
-        raise XfastError(f"{args.snapshot}: found {len(found)} snapshots, needed one")
+        raise XfastError(f"{args.snapshot}: found {len(found)} snapshots, expected one")
     (snapshot,) = found
     wrapping = args.wrapping or _by_name(snapshot, args.output)
     if args.compacted and wrapping not in ("raw", "npy"):
-        raise XfastError(f"convert: got --compacted, needed --as raw or npy, not {wrapping}")
-    to = layout_named(args.to)
-    with Staged(args.output) as staged:
-        if wrapping == "same":
-            if rewritten(snapshot, to, staged.file):
-                complain(
-                    f"{args.output}: the guest's CPUID in it tells the old layout; read it with "
-                    f"--layout {args.to}"
-                )
-        elif wrapping == "qemu":
-            staged.file.write(as_qemu(snapshot))
-        elif wrapping == "elfcore":
-            staged.file.write(as_core(snapshot, to))
-        else:
-            areas = np.ascontiguousarray(relaid(snapshot, to, compacted=args.compacted))
-            staged.file.write(as_npy(areas) if wrapping == "npy" else as_raw(areas))
-        staged.publish()
+        raise XfastError(f"convert: got --compacted, expected --as raw or npy, not {wrapping}")
+    how = {"wrapping": wrapping, "compacted": args.compacted}
+    how |= {"expand_limit": args.expand_limit} if args.expand_limit else {}
+    if convert(snapshot, args.output, layout_named(args.to), **how):
+        complain(
+            f"{args.output}: the guest's CPUID in it tells the old layout; read it with "
+            f"--layout {args.to}"
+        )
     return 0
 
 

@@ -25,7 +25,7 @@ PATIENCE = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    from xfast.cli.fix import repair_arguments
+    from xfast.cli.plans import repair_arguments
 
     parser.epilog = EPILOG
     parser.add_argument(
@@ -82,7 +82,7 @@ def pass_through(args: argparse.Namespace, *, check_only: bool = False, refuse: 
 
 def report(plan: Any, *, check_only: bool) -> int:
     """Say on standard error what was changed, or found; return the exit code."""
-    from xfast.cli.fix import print_plan
+    from xfast.cli.plans import print_plan
 
     print_plan(plan, sys.stderr)
     verdict = plan.before if check_only else plan.after
@@ -108,7 +108,9 @@ class Progress:
                 self.next = now + PATIENCE
                 stalled = now - self.last
                 words = f", nothing for {stalled:.0f} s" if stalled > 2 * PATIENCE else ""
-                print(f"\rxfast: {count / 1e6:,.0f} MB passed{words}\x1b[K", end="", file=sys.stderr)
+                print(
+                    f"\rxfast: {count / 1e6:,.0f} MB passed{words}\x1b[K", end="", file=sys.stderr
+                )
                 sys.stderr.flush()
             if ready:
                 self.last = now

@@ -7,28 +7,37 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from xfast.cli.arguments import (
     BLOCKED,
     OK,
     UNJUDGED,
+    candidates,
     complain,
     fail,
     reading_arguments,
     snapshots_of,
 )
-from xfast.errors import XfastError, printable
+from xfast.cli.plans import print_plan, repair_arguments
+from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
 from xfast.report.tally import Tally
-from xfast.snapshots import walk
-from xfast.xsave.features import parse_component
 
 EPILOG = """\
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
 Linux's default (PKRU 0x55555554). A KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU as
 it was; it does not reset it."""
+
+
+class Written(NamedTuple):
+    """What one repair wrote: the result, its record and the backups; empty for nothing."""
+
+    output: str = ""
+    record: str = ""
+    backups: tuple[str, ...] = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,37 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", required=True, metavar="HOST[@KERNEL]", help="the host that is to restore it"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", metavar="OUT", help="new file, or a directory for it")
+    where.add_argument(
+        "-o", "--output", metavar="OUT", help="new file, or a directory for them (DIR/ is made)"
+    )
     where.add_argument("--in-place", action="store_true", help="replace the snapshot itself")
     where.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
     parser.add_argument("--backup", action="store_true", help="keep the old one as SNAPSHOT.orig")
     repair_arguments(parser)
     parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
-
-
-def repair_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what a repair may do."""
-    parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        type=_component,
-        metavar="COMPONENT",
-        help="drop this one as well",
-    )
-    parser.add_argument(
-        "--even-if-live", action="store_true", help="give up the data of --drop where live"
-    )
-    parser.add_argument("--level", default="xstate", help="what the host is asked for; see check")
-
-
-def _component(word: str) -> str:
-    try:
-        parse_component(word)
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from None
-    return word
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,111 +66,167 @@ def run(args: argparse.Namespace) -> int:
 
         return pass_through(args)
     _require_consistent(args)
+    paths = candidates(args.snapshots)
+    _require_places(args, paths)
     host = resolve(args.host)
-    if args.in_place:
-        from xfast.store.rewrite import recover
-
-        for path in args.snapshots:
-            if os.path.isfile(path) and recover(path):
-                complain(f"{path}: undid an edit that was interrupted")
     tally = Tally()
+    if args.in_place:
+        args.snapshots = [path for path in args.snapshots if _recover(path, tally)]
     rows: list[dict[str, Any]] = []
+    done: Counter[str] = Counter()
     for path, snapshots in groupby(snapshots_of(args, tally), key=lambda one: one.path):
         try:
-            rows += _fix(path, list(snapshots), host, args)
+            rows += _fix(path, list(snapshots), host, args, done)
         except XfastError as problem:
             fail(tally, path, problem)
+            done["refused"] += isinstance(problem, PolicyError)
     if args.json:
         json.dump({"schema": "xfast/1", "plans": rows}, sys.stdout, indent=1)
         print()
+    if len(paths) > 1:
+        print(_summary(done, len(tally.problems), dry_run=args.dry_run), file=sys.stderr)
     words = {row["after"] for row in rows}
     if "incompatible" in words:
         return BLOCKED
     return UNJUDGED if tally.problems or "unknown" in words else OK
 
 
+def _recover(path: str, tally: Tally) -> bool:
+    """Undo an edit that a crash interrupted; tell whether the file can be read now."""
+    from xfast.store.journal import recover
+
+    try:
+        if os.path.isfile(path) and recover(path):
+            complain(f"{path}: undid an edit that was interrupted")
+    except (XfastError, OSError) as problem:
+        fail(tally, path, problem)
+        return False
+    return True
+
+
 def _require_consistent(args: argparse.Namespace) -> None:
     if not (args.output or args.in_place or args.dry_run):
-        raise XfastError("fix: got no place for the result, needed -o OUT, --in-place or --dry-run")
+        raise XfastError("fix: expected -o OUT, --in-place or --dry-run")
     if args.backup and not args.in_place:
-        raise XfastError("fix: got --backup, needed --in-place with it")
+        raise XfastError("fix: expected --in-place with --backup")
     if "-" in args.snapshots:
-        raise XfastError("fix: got standard input, needed a file, or -o - with it (a filter)")
+        raise XfastError("fix: expected a file, or -o - with it (a filter), got standard input")
     if args.output == "-":
-        raise XfastError("fix: got -o -, needed a file: the result is read back before it is named")
-    paths = list(walk(args.snapshots))
-    twice = [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]
+        raise XfastError(
+            "fix: expected a file, got -o -: the result is read back before it is named"
+        )
+
+
+def _require_places(args: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Raise XfastError, before anything is written, unless each result has a place of its own."""
+    twice = _first_twice(map(os.path.realpath, paths))
     if twice:
-        raise XfastError(f"fix: got {printable(twice[0])} more than once")
+        raise XfastError(f"fix: expected each snapshot once, got {printable(twice)} more than once")
     if args.record and len(paths) > 1:
-        raise XfastError(f"fix: got one --record for {len(paths)} snapshots, needed one snapshot")
+        raise XfastError(f"fix: expected one snapshot with --record, got {len(paths)}")
+    if not args.output:
+        return
+    if not _is_folder(args.output):
+        if len(paths) > 1:
+            raise XfastError(
+                f"fix: expected a directory for {len(paths)} snapshots (-o {args.output}/ makes "
+                f"one), got {args.output}"
+            )
+        return
+    twice = _first_twice(os.path.basename(path.rstrip("/")) for path in paths)
+    if twice:
+        raise XfastError(
+            f"fix: expected snapshots of different names for one directory, got {printable(twice)} "
+            "more than once"
+        )
 
 
-def _fix(path: str, snapshots: list[Any], host: Any, args: argparse.Namespace) -> list[Any]:
+def _first_twice(words: Any) -> str:
+    """Return a word that comes more than once, or ""."""
+    return next((word for word, count in Counter(words).items() if count > 1), "")
+
+
+def _is_folder(output: str) -> bool:
+    return output.endswith("/") or os.path.isdir(output)
+
+
+def _fix(
+    path: str, snapshots: list[Any], host: Any, args: argparse.Namespace, done: Counter[str]
+) -> list[Any]:
     """Plan, show and apply the repair of one file; return its rows of the answer."""
-    from xfast.repair.amend import apply
     from xfast.repair.plan import plan_fix
 
     plans = [
         plan_fix(one, host, drop=args.drop, even_if_live=args.even_if_live, policy=args.level)
         for one in snapshots
     ]
-    blocked = any(plan.left for plan in plans)
-    output = args.output
-    if output and output.endswith("/") and not os.path.isdir(output) and not os.path.isdir(path):
-        raise XfastError(f"{output}: no such folder; needed one that exists, or a file's name")
-    if output and os.path.isdir(output):
-        output = os.path.join(output, os.path.basename(path.rstrip("/")))
     if not args.json:
         for plan in plans:
             print_plan(plan, sys.stdout)
-    written = ""
+    written = Written()
+    blocked = any(plan.left for plan in plans)
     if not blocked and not args.dry_run:
-        limit = {"expand_limit": args.expand_limit} if args.expand_limit else {}
-        how = {"in_place": args.in_place, "backup": args.backup, "record": args.record}
-        record = apply(plans, output, **how, **limit)
-        written = (output or path) if record else ""
-        if not args.json and (written or output):
-            print(f"  wrote {printable(written)}" if written else "  nothing was written")
+        written = _apply(path, plans, args)
+        if not args.json and (written.output or args.output):
+            _print_written(written)
+    changed = any(plan.areas for plan in plans)
+    done["blocked" if blocked else "fixed" if changed else "unchanged"] += 1
     return [
         {
-            "snapshot": path,
+            "snapshot": plan.snapshot.name,
             "host": host.name,
             "before": plan.before.verdict,
             "after": plan.after.verdict,
             "changes": [change.as_json() for change in plan.changes],
             "left": [finding.as_json() for finding in plan.left],
             "notes": list(plan.notes),
-            "written": written,
+            "written": written.output,
+            "record": written.record,
+            "backups": list(written.backups),
         }
         for plan in plans
     ]
 
 
-def print_plan(plan: Any, out: TextIO) -> None:
-    """Print a plan for people."""
-    who = printable(f"{plan.snapshot.path} on {plan.host.name}")
-    print(f"{who}: {plan.before.verdict}, then {plan.after.verdict}", file=out)
-    for change in plan.changes:
-        what = f"{change.component} " if change.component else ""
-        held = f" ({change.state})" if change.state else ""
-        print(
-            f"  vCPU {change.vcpu}: {what}{change.field} {change.before} -> {change.after}{held}"
-            f"\n    {change.rule or '--drop'}: {change.why}",
-            file=out,
-        )
-    if not plan.changes:
-        print("  nothing to change", file=out)
-    for note in plan.notes:
-        print(f"  note: {note}", file=out)
-    for finding in plan.after.findings:
-        if finding.open:
-            where = f"vCPU {finding.vcpu}: {finding.code}"
-            print(f"  stays unknown: {where}: {finding.why}", file=out)
-    for finding in plan.left:
-        lossy = f"; --drop {finding.component} --even-if-live gives the data up"
-        print(
-            f"  still blocks: vCPU {finding.vcpu}: {finding.code}: {finding.why}"
-            + (lossy if finding.fix == "lossy" else ""),
-            file=out,
-        )
+def _apply(path: str, plans: list[Any], args: argparse.Namespace) -> Written:
+    """Write the repaired snapshot."""
+    from xfast.repair.apply import apply
+    from xfast.store.names import BACKUP, SUFFIX, make_folder
+
+    output = args.output
+    if output and _is_folder(output):
+        make_folder(output)
+        output = os.path.join(output, os.path.basename(path.rstrip("/")))
+    limit = {"expand_limit": args.expand_limit} if args.expand_limit else {}
+    how = {"in_place": args.in_place, "backup": args.backup, "record": args.record}
+    record = apply(plans, output, **how, **limit)
+    if record is None:
+        return Written()
+    target = (output or path).rstrip("/")
+    kept = [target]
+    if os.path.isdir(target):
+        kept = [os.path.join(target, row["name"]) for row in record["files"]]
+    backups = tuple(name + BACKUP for name in kept if args.backup)
+    return Written(target, args.record or target + SUFFIX, backups)
+
+
+def _print_written(written: Written) -> None:
+    if not written.output:
+        print("  nothing was written")
+        return
+    print(printable(f"  wrote {written.output}"))
+    print(printable(f"  record {written.record}"))
+    for backup in written.backups:
+        print(printable(f"  backup {backup}"))
+
+
+def _summary(done: Counter[str], failed: int, *, dry_run: bool) -> str:
+    """Return the closing line of a run over several snapshots."""
+    broken = failed - done["refused"]
+    words = [
+        f"{done['fixed']} {'to fix' if dry_run else 'fixed'}",
+        f"{done['unchanged']} unchanged",
+        f"{done['blocked'] + done['refused']} can't be fixed",
+    ]
+    words += [f"{broken} failed"] * bool(broken)
+    return f"{done.total() + broken} snapshots: {', '.join(words)}"

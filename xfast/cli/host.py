@@ -32,7 +32,7 @@ from xfast.xsave.features import (
 )
 from xfast.xsave.layout import PRESETS, Layout, recognise
 
-SPEC_HELP = "HOST[+TEMPLATE][@KERNEL]: a catalogue name, a file, or 'this'"
+SPEC_HELP = "HOST[+TEMPLATE][@KERNEL]: a name, a file, a directory of files, or 'this'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

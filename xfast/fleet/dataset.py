@@ -253,7 +253,7 @@ def tables(folder: str, *names: str) -> Iterator[Any]:
     from pyarrow import dataset
 
     if not os.path.exists(os.path.join(folder, "manifest.json")):
-        raise XfastError(f"{folder}: expected a finished scan (manifest.json), found none")
+        raise XfastError(f"{folder}: expected a finished scan, found no manifest.json")
     for name in names:
         try:
             yield dataset.dataset(os.path.join(folder, name), format="parquet").to_table()

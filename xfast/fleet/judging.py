@@ -21,7 +21,7 @@ from xfast.fleet.inputs import is_url
 from xfast.hosts.description import to_json
 from xfast.hosts.model import Host
 from xfast.judge.judgement import check
-from xfast.judge.verdict import Policy, Verdict
+from xfast.judge.verdict import Judgement, Policy, Verdict
 from xfast.report.rows import layout_name
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.registry import read
@@ -172,18 +172,20 @@ def _carried(vcpu: Vcpu) -> tuple[Any, ...]:
     )
 
 
-_names: dict[tuple[Any, ...], str] = {}
+_names: dict[tuple[int, ...], tuple[str, tuple[Judgement, ...]]] = {}
+"""Names by the identity of the judgements, which are kept, so that none takes another's place."""
+
 _NAMES_LIMIT = 10_000
 
 
 def _class_of(verdicts: Sequence[Verdict], result: Result) -> str:
     """Return the name of the class that these answers are, and keep it in the result."""
-    key = tuple((v.host, v.verdict, v.fixable, v.findings) for v in verdicts)
-    name = _names.get(key)
-    if name is None:
+    key = tuple(id(verdict.judgement) for verdict in verdicts)
+    if key not in _names:
         if len(_names) >= _NAMES_LIMIT:
             _names.clear()
-        name = _names[key] = _content_name(verdicts)
+        _names[key] = _content_name(verdicts), tuple(verdict.judgement for verdict in verdicts)
+    name = _names[key][0]
     if name not in result.classes:
         result.classes[name] = tuple(verdicts)
     return name
@@ -200,13 +202,12 @@ def verdict_rows(name: str, verdicts: Sequence[Verdict]) -> Iterator[tuple[Any, 
     """Yield a class's verdicts: class, host, verdict, fixable, risky, codes."""
     for verdict in verdicts:
         blocking = [f.code for f in verdict.findings if f.severity == "blocks" or f.open]
-        risky = any(f.severity == "risky" for f in verdict.findings)
         yield (
             name,
             escape(verdict.host),
             verdict.verdict,
             verdict.fixable,
-            risky,
+            verdict.risky,
             list(dict.fromkeys(blocking)),
         )
 

@@ -1,4 +1,4 @@
-"""Hosts: where a snapshot may be restored, from files, the catalogue, or this machine."""
+"""Hosts: where a snapshot may be restored, from files, names, or this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xfast.errors import XfastError, printable
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, of_release
 
-__all__ = ["Host", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
+__all__ = ["Host", "expand", "load", "parse", "parse_kernel", "resolve", "resolve_all"]
 
 
 def load(path: str | Path) -> list[Host]:
@@ -67,9 +67,10 @@ def resolve_all(spec: str) -> list[Host]:
     Parameters
     ----------
     spec : str
-        ``BASE[+TEMPLATE][@KERNEL]``. BASE is ``this``, a catalogue name or a file; TEMPLATE a
-        Firecracker CPU template; KERNEL a release (``6.1.60``, assumed to behave as kernel.org's)
-        or behaviour names, see `parse_kernel`. A file whose name has an ``@`` or ``+`` is found.
+        ``BASE[+TEMPLATE][@KERNEL]``. BASE is ``this``, a file, or a name (of the catalogue, a
+        CPU model, a CPU as sold, a cloud instance); TEMPLATE a Firecracker CPU template; KERNEL
+        a release (``6.1.60``, assumed to behave as kernel.org's) or behaviour names, see
+        `parse_kernel`. A file whose name has an ``@`` or ``+`` is found.
 
     Raises
     ------

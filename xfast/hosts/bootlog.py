@@ -69,7 +69,8 @@ def boots_in(text: str) -> list[str]:
                 last_end = -1
             else:
                 last_end = match.end()
-    starts = [0, *(start for start in starts if not text[:start].isspace() and start)]
+    first = len(text) - len(text.lstrip())
+    starts = [0, *(start for start in starts if start > first)]
     return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
@@ -186,9 +187,11 @@ def _slots(boot: str) -> dict[int, Slot]:
     for nr, offset, size in _SLOT.findall(boot):
         base = 16 if offset[0] == "0" and len(offset) == 4 else 10
         try:
-            found[int(nr)] = Slot(int(nr), int(size, base), int(offset, base))
+            slot = Slot(int(nr), int(size, base), int(offset, base))
         except ValueError:
             continue
+        if slot.size:  # RHEL 7 lists components that the CPU lacks as 0000
+            found[slot.nr] = slot
     return found
 
 

@@ -51,9 +51,15 @@ XEN_WORDS = (
 OLD_KERNEL = "flags that this kernel is too old to know are missing from its list"
 
 
+_BARE = re.compile(r"\s*fpu [a-z0-9_ \n]+\Z")
+_ONE_LINE = re.compile(r"[;:] (?:flags|features_hvm): ")
+
+
 def is_flags(text: str) -> bool:
     """Return whether `text` has a line of flags, or is such a list of another architecture."""
-    return bool(_IS_FLAGS.search(text) or _FOREIGN.search(text))
+    return any(pattern.search(text) for pattern in (_IS_FLAGS, _ONE_LINE, _FOREIGN)) or bool(
+        _BARE.match(text)
+    )
 
 
 def read(text: str, name: str, path: str) -> Host:
@@ -77,7 +83,14 @@ def read(text: str, name: str, path: str) -> Host:
 
 
 def _cpus(text: str) -> Iterator[dict[str, str]]:
-    """Yield the fields of each CPU that has flags; each ``processor`` starts another."""
+    """Yield the fields of each CPU that has flags; each ``processor`` starts another.
+
+    `xe host-param-get` puts all of them in one line, and people copy the flags alone.
+    """
+    if _BARE.match(text):
+        text = f"flags: {' '.join(text.split())}"
+    elif _ONE_LINE.search(text):
+        text = text.replace("; ", "\n").replace("cpu_info (MRO): ", "\n")
     cpu: dict[str, str] = {}
     for key, value in _LINE.findall(text):
         if key == "processor":

@@ -132,7 +132,7 @@ def _of_cpu(found: list[Element], texts: list[str], place: Place, name: str, pat
     if arch not in ("", "x86_64", "i686"):
         raise FormatError(path, None, f"expected an x86 machine, got {arch!r:.40}")
     if not model_name:
-        mode = found[0][1].get("mode", "no model")
+        mode = found[0][1].get("mode", found[0][1].get("name", "no model"))
         raise FormatError(path, None, f"expected a CPU model, got {mode!r:.40}, which names none")
     return _of_model(model_name, more, less, vendor, signature, place, name, path)
 

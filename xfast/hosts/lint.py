@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from xfast.errors import LayoutError
 from xfast.hosts.model import Host
-from xfast.kernels.behaviour import xcr0_problem
+from xfast.kernels.guest import announced_problem
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import (
     BY_NAME,
@@ -80,7 +80,7 @@ def masks_of_size(layout: Layout, size: int, user: int, supervisor: int) -> int 
 
 
 def _illegal_xcr0(_: Host, cpuid: Cpuid) -> Iterator[str]:
-    problem = xcr0_problem(cpuid.xcr0, cpuid.xcr0) if cpuid.xcr0 else ""
+    problem = announced_problem(cpuid.xcr0)
     if cpuid.xcr0 & XFEATURE_MASK_XTILE in (0x20000, 0x40000):
         yield (
             "leaf 0xD has one component of AMX without the other, as Linux 5.17 to 6.3 offer it "

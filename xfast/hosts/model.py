@@ -125,6 +125,17 @@ class Host:
         return settled
 
     @property
+    def caveat(self) -> str:
+        """What to know of a verdict on this host: facts it assumes and the notes; empty if none."""
+        assumed = [doubt for doubt in self.doubts if doubt.how == "assumed"]
+        facts = [doubt.fact for doubt in assumed if doubt.fact in ("layout", "xcr0", "kvm_xcr0")]
+        told = list(self.notes)
+        if facts:
+            remedies = dict.fromkeys(doubt.remedy for doubt in assumed if doubt.fact in facts)
+            told.insert(0, f"{', '.join(facts)} assumed; certain with {', or '.join(remedies)}")
+        return "; ".join(told)
+
+    @property
     def has_xsave(self) -> bool:
         """Whether the CPU has XSAVE; where no feature tells, whether a mask needs it."""
         if self.features is not None:

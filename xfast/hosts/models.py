@@ -2,7 +2,7 @@
 
 Where libvirt is installed, its own CPU map is asked first; `models.toml` answers for the rest.
 
-*Source*: libvirt src/cpu_map; QEMU target/i386/cpu.c feature_word_info (names of features);
+*Source*: libvirt src/cpu_map; QEMU target/i386/cpu.c builtin_x86_defs, feature_word_info (names);
 x86-64 psABI table 3.1 (the models named after its levels, as Proxmox VE has them).
 """
 
@@ -61,22 +61,26 @@ _VENDORS = {"Intel": "GenuineIntel", "AMD": "AuthenticAMD", "Hygon": "HygonGenui
 
 
 class Model(NamedTuple):
-    """A named CPU model. `signatures` are the (family, model) of the CPUs it stands for."""
+    """A named CPU model.
+
+    `signatures` are the (family, model) of the CPUs that it stands for. `features` are what
+    libvirt means by the name: its documents list what a guest has more or less. `qemu` is what
+    QEMU's own definition has more (``+name``) or less (``-name``).
+    """
 
     name: str
     vendor: str | None
     signatures: tuple[tuple[int, int], ...]
     features: frozenset[str]
     source: str
+    qemu: str = ""
 
     @property
     def given(self) -> frozenset[str]:
-        """What QEMU gives a guest with this model: libvirt's definitions still have MPX.
-
-        *Source*: QEMU commit ecb85fe48cac ("target/i386: Remove MPX support from the named CPU
-        models") (in v4.0).
-        """
-        return self.features - {"mpx"}
+        """What QEMU gives a guest with ``-cpu NAME``."""
+        words = self.qemu.split()
+        more = {word[1:] for word in words if word[0] == "+"}
+        return self.features.union(more) - {word[1:] for word in words if word[0] == "-"}
 
 
 def kernel_name(feature: str) -> str | None:
@@ -158,9 +162,23 @@ def models(folder: Path = MAP) -> dict[str, Model]:
         signatures = tuple((family, model) for family, model in row.get("signatures", ()))
         features = frozenset(row["features"].split())
         found[row["name"]] = Model(
-            row["name"], row.get("vendor"), signatures, features, row["source"]
+            row["name"], row.get("vendor"), signatures, features, row["source"], row.get("qemu", "")
         )
-    return found | read_map(folder, "libvirt's cpu map")
+    installed = read_map(folder, "libvirt's cpu map")
+    for name, model in installed.items():
+        if name in found:  # which QEMU gives what is not libvirt's to say
+            change = difference(model.features, found[name].given)
+            installed[name] = model._replace(qemu=change)
+    return found | installed
+
+
+def difference(one: frozenset[str], two: frozenset[str]) -> str:
+    """Return what makes features `one` into `two`: ``+more -less``."""
+    return " ".join([*(f"+{f}" for f in sorted(two - one)), *(f"-{f}" for f in sorted(one - two))])
+
+
+_VERSION = re.compile(r"(?<!64)-v\d{1,2}\Z")
+"""QEMU's version of a model; x86-64-v3 is none."""
 
 
 def model_named(name: str) -> Model | None:
@@ -171,7 +189,7 @@ def model_named(name: str) -> Model | None:
     """
     known = models()
     found = known.get(name)
-    base = re.sub(r"-v\d{1,2}\Z", "", name)
+    base = _VERSION.sub("", name)
     if found is None and base in known:
         found = known[base]._replace(name=name, source=f"{known[base].source}, as {base}")
     return found
@@ -180,13 +198,16 @@ def model_named(name: str) -> Model | None:
 def largest(features: frozenset[str], vendor: str | None) -> Model | None:
     """Return the named model with the most features that is within `features`.
 
-    A model of another vendor is no candidate; where `vendor` is None (a mixed pool), only those
-    of no vendor are. Of equals, the one with the shortest name: its siblings differ in
-    mitigations, which are not judged here.
+    What QEMU gives is what counts. A model of another vendor is no candidate; where `vendor` is
+    None (a mixed pool), only those of no vendor are. Of equals, the one with the shortest name:
+    its siblings differ in mitigations, which are not judged here.
     """
     fitting = [
         model
         for model in models().values()
-        if model.given <= features and model.vendor in (None, vendor) and "lm" in model.features
+        if model.given <= features
+        and model.vendor in (None, vendor)
+        and "lm" in model.given
+        and not _VERSION.search(model.name)
     ]
     return max(fitting, key=lambda m: (len(m.given), -len(m.name), m.name), default=None)

@@ -23,6 +23,9 @@ from xfast.hosts.description import hosts_of, parse_json, read_toml
 from xfast.hosts.firecracker import read_fingerprint
 from xfast.hosts.model import Host
 
+REPLIES_LIMIT = 1024
+"""JSON values one after the other, at most: a transcript of QMP."""
+
 
 class Document:
     """The bytes that describe a host, and what is worked out of them once."""
@@ -34,10 +37,17 @@ class Document:
 
     @cached_property
     def text(self) -> str:
-        """The bytes as text, empty where they are binary; UTF-16 is what PowerShell writes."""
+        """The bytes as text, empty where they are binary.
+
+        UTF-16 is what PowerShell writes; colours are what `dmesg` puts between words.
+        """
         if self.data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return self.data.decode("utf-16", "replace")
-        return "" if b"\0" in self.data else self.data.decode("utf-8-sig", "replace")
+            text = self.data.decode("utf-16", "replace")
+        elif b"\0" in self.data:
+            return ""
+        else:
+            text = self.data.decode("utf-8-sig", "replace")
+        return _COLOUR.sub("", text) if "\x1b[" in text else text
 
     @cached_property
     def documents(self) -> list[Any]:
@@ -56,6 +66,10 @@ class Document:
         found: list[Any] = []
         position = 0
         while position < len(text):
+            if len(found) == REPLIES_LIMIT:
+                raise FormatError(
+                    self.path, None, f"expected at most {REPLIES_LIMIT} JSON values, got more"
+                )
             try:
                 value, position = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
@@ -78,6 +92,7 @@ class Document:
         return parse_json(self.documents[0], self.path)
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,20}m")
 _SPACE = re.compile(r"\s*")
 _TOML = re.compile(r"^[ \t]{0,40}schema[ \t]{0,40}=", re.MULTILINE)
 

@@ -39,9 +39,11 @@ GENERATIONS = (
     Generation("alderlake", "GenuineIntel", 6, _only(0x97, 0x9A, 0xB7, 0xBA, 0xBF), 48),
     Generation("icelake-server", "GenuineIntel", 6, _only(0x6A, 0x6C), 57),
     Generation("sapphire-rapids", "GenuineIntel", 6, _only(0x8F), 57),
+    Generation("emerald-rapids", "GenuineIntel", 6, _only(0xCF), 57),
     Generation("granite-rapids", "GenuineIntel", 6, _only(0xAD, 0xAE), 57),
 )
-"""*Source*: measured on Zen 3 (25/1), Zen 4 (25/17) and Sapphire Rapids (6/143), bit by bit; of
+"""*Source*: measured on Zen 3 (25/1), Zen 4 (25/17), Sapphire Rapids (6/143) and Emerald Rapids
+(6/207); of
 the others, whether the core was built with five levels of paging. Skylake's 0x55 is Cascade Lake
 and Cooper Lake too.
 """

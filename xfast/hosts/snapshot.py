@@ -22,8 +22,8 @@ from xfast.xsave.cpuid import Cpuid
 CPUINFO_MAGIC = struct.pack("<II", 0x54564319, 0x61404013)
 """IMG_COMMON_MAGIC and CPUINFO_MAGIC. *Source*: CRIU criu/include/magic.h."""
 
-CPUINFO_LIMIT = 4 << 20
-"""Bytes of a cpuinfo.img, at most."""
+CPUINFO_LIMIT = 64 << 10
+"""Bytes of a cpuinfo.img's message, at most: CRIU writes 150 for a CPU, and one CPU."""
 
 GUEST_NOTE = "these are a guest's facts: the machine that wrote the snapshot has at least them"
 
@@ -55,7 +55,9 @@ def read_cpuinfo(data: bytes, name: str, path: str) -> Host:
     message = data[start + 4 : start + 4 + length]
     if len(message) < length or length > CPUINFO_LIMIT:
         have = max(len(data) - start - 4, 0)
-        raise FormatError(path, start, f"expected {length} bytes of CPUs, got {have}")
+        raise FormatError(
+            path, start, f"expected {length} bytes of CPUs, at most {CPUINFO_LIMIT}, got {have}"
+        )
     try:
         cpus = cpus_of(message)
     except Broken as problem:

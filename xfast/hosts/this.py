@@ -75,7 +75,7 @@ def this_host(name: str = "this") -> Host:
     release = os.uname().release
     host = from_cpuid(read_cpuid(), name, "this machine").with_kernel(of_release(release))
     read_here = {fact: "probed" for fact, how in host.provenance.items() if how == "dump"}
-    host = host.replace(provenance=host.provenance | read_here)
+    host = told_apart(host.replace(provenance=host.provenance | read_here), kernel_flags())
     if hw.available():
         host = _known(host, xcr0=hw.xgetbv(0))
         width = probe_x87_pointer_bits()
@@ -84,8 +84,63 @@ def this_host(name: str = "this") -> Host:
     try:
         with ExitStack() as stack:
             return _ask_kvm(host, stack)
+    except OSError as error:
+        why = f"/dev/kvm can't be used ({error.strerror}): what it offers to guests is not known"
+        return host.replace(notes=(*host.notes, why))
+
+
+def kernel_flags() -> frozenset[str] | None:
+    """Return the flags of /proc/cpuinfo: the CPU's features as far as the kernel uses them."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), None)
     except OSError:
+        return None
+    return None if flags is None else frozenset(flags.partition(":")[2].split())
+
+
+SWITCHED = frozenset(
+    {"user_shstk", "la57", "pku", "fsgsbase", "umip", "smep", "smap", "pcid", "enqcmd"}
+)
+"""Features that work only if the kernel switches them on; /proc/cpuinfo shows them then.
+
+Of others, a missing flag proves nothing: the kernel does not show all that it knows.
+"""
+
+
+def told_apart(host: Host, flags: frozenset[str] | None) -> Host:
+    """Return a host without the features that the kernel leaves off: a note names them.
+
+    `flags` are the kernel's; None where they can't be read, and then nothing changes.
+    """
+    if host.features is None or flags is None:
         return host
+    raw = host.features & SWITCHED - flags
+    if not raw:
+        return host
+    why = f"CPUID has these, and the kernel does not use them: {' '.join(sorted(raw))}"
+    return host.replace(features=host.features - raw, notes=(*host.notes, why))
+
+
+def with_offer(host: Host, offered: frozenset[str] | None) -> Host:
+    """Return a host with the features that its KVM offers to guests, and a note on the others.
+
+    `offered` is None where KVM_GET_SUPPORTED_CPUID does not say, as under kvm_pvm. The features
+    are then those that the kernel uses, and only assumed.
+    """
+    own = host.features
+    if offered is None:
+        why = (
+            "KVM_GET_SUPPORTED_CPUID does not say which features guests may have; these are the "
+            "ones that the kernel uses"
+        )
+        provenance = host.provenance | {"features": "assumed"}
+        return host.replace(provenance=provenance, notes=(*host.notes, why))
+    missing = (own or frozenset()) - offered
+    if missing:
+        why = f"this KVM does not offer these to guests: {' '.join(sorted(missing))}"
+        host = host.replace(notes=(*host.notes, why))
+    return _known(host, features=offered)
 
 
 def _known(host: Host, **facts: Any) -> Host:
@@ -141,8 +196,7 @@ def _ask_kvm(host: Host, stack: ExitStack) -> Host:
 
     system = opened(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     supported = supported_cpuid(system)
-    features = known_features(supported) or host.features
-    host = _known(host, features=features, kvm_xcr0=supported.xcr0)
+    host = _known(with_offer(host, known_features(supported)), kvm_xcr0=supported.xcr0)
     if ioctl(system, KVM_CHECK_EXTENSION, KVM_CAP_SYS_ATTRIBUTES):
         kvm_xcr0 = guest_supported(system)
         host = _known(host, kvm_xcr0=kvm_xcr0, guest_permission=kvm_xcr0 & TILEDATA)

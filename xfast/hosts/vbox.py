@@ -21,10 +21,12 @@ _MASK = re.compile(
     r"Valid (XCR0|IA32_XSS) bits, {1,4}Host: 0x([0-9a-f]{8})`([0-9a-f]{8})", re.IGNORECASE
 )
 _SIZE = re.compile(
-    r"XSAVE area cur/max size by XCR0, {1,4}Host: 0x([0-9a-f]{1,6})/0x([0-9a-f]{1,6})"
+    r"XSAVE area cur/max size by XCR0, {1,4}host: 0x([0-9a-f]{1,6})/0x([0-9a-f]{1,6})",
+    re.IGNORECASE,
 )
 _STATE = re.compile(
-    r"State #(\d{1,2}), {1,4}Host: {1,4}off=0x([0-9a-f]{1,6}), cb=0x([0-9a-f]{1,6})"
+    r"State #(\d{1,2}), {1,4}host: {1,4}off=0x([0-9a-f]{1,6}), cb=0x([0-9a-f]{1,6})",
+    re.IGNORECASE,
 )
 _VENDOR = re.compile(r"\b(GenuineIntel|AuthenticAMD|HygonGenuine|CentaurHauls)\b")
 

@@ -9,6 +9,9 @@ from xfast.errors import FormatError
 DEPTH_LIMIT = 32
 """How many elements may lie in each other: libvirt's documents have ten."""
 
+COUNT_LIMIT = 100_000
+"""How many elements there may be: capabilities list the CPUs of each NUMA node."""
+
 Element = tuple[tuple[str, ...], dict[str, str]]
 """The tags from the root to an element, and its attributes."""
 
@@ -26,7 +29,7 @@ def elements(text: str, path: str, texts: list[str] | None = None) -> list[Eleme
     Raises
     ------
     FormatError
-        If it is no XML, nests more than 32 elements, or has a DOCTYPE.
+        If it is no XML, nests more than 32 elements, has too many, or has a DOCTYPE.
     """
     found: list[Element] = []
     pieces: list[list[str]] = []
@@ -35,6 +38,8 @@ def elements(text: str, path: str, texts: list[str] | None = None) -> list[Eleme
     def start(tag: str, attributes: dict[str, str]) -> None:
         if len(open_tags) == DEPTH_LIMIT:
             raise ValueError(f"expected at most {DEPTH_LIMIT} elements in each other, got more")
+        if len(found) == COUNT_LIMIT:
+            raise ValueError(f"expected at most {COUNT_LIMIT} elements, got more")
         open_tags.append((tag, len(found)))
         found.append((tuple(tag for tag, _ in open_tags), attributes))
         pieces.append([])

@@ -14,7 +14,8 @@ from xfast.judge.subject import State, Subject
 from xfast.judge.target import Target
 from xfast.judge.verdict import Finding, Policy
 from xfast.judge.words import say
-from xfast.kernels.behaviour import BEHAVIOURS, xcr0_problem
+from xfast.kernels.behaviour import BEHAVIOURS
+from xfast.kernels.guest import xcr0_problem
 from xfast.xsave.features import (
     APX,
     MISALIGNED_SSE,

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xfast.hosts.model import Host
-from xfast.judge.criu import criu_findings
 from xfast.judge.findings import FUNCTIONS, WHOLE
 from xfast.judge.rules import FIXES, SEVERITIES
 from xfast.judge.subject import State, Subject, subject_of
@@ -52,8 +51,11 @@ def _weighed(policy: Policy, finding: Finding) -> Finding:
 
 def _of_the_whole(subject: Subject, host: Host, policy: Policy) -> Iterator[Finding]:
     """Yield the findings that are of no single vCPU."""
-    for finding in criu_findings(subject, host, policy):
-        yield _weighed(policy, finding)
+    if subject.machine is not None:
+        from xfast.judge.criu import criu_findings  # which only checkpoints need
+
+        for finding in criu_findings(subject, host, policy):
+            yield _weighed(policy, finding)
     for rule in WHOLE.values():
         for finding in rule(subject):
             yield _weighed(policy, finding)

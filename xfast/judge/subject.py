@@ -17,7 +17,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from xfast.snapshots.model import CpuInfo, Snapshot, Vcpu
-from xfast.xsave.area import ALL, facts
+from xfast.snapshots.stack import Stack
+from xfast.xsave.area import ALL, Groups, facts
 from xfast.xsave.cpuid import RUNTIME_FEATURES, Cpuid
 from xfast.xsave.features import (
     PKRU,
@@ -209,9 +210,28 @@ def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ..
 def subject_of(snapshot: Snapshot) -> Subject:
     """Work out what the rules look at in a snapshot."""
     kind, producer = snapshot.kind, snapshot.producer
+    doubts: tuple[str, ...] = getattr(snapshot, "doubts", ())
+    if isinstance(snapshot.vcpus, Stack):
+        return Subject(kind, _parts(snapshot.vcpus, kind, producer), True, None, doubts)
     parts = tuple([Part(state_of(v, kind, producer), v.index) for v in snapshot.vcpus])
     machine = _machine(snapshot.vcpus) if producer == "criu" and parts else None
-    return Subject(kind, parts, False, machine, tuple(getattr(snapshot, "doubts", ())))
+    return Subject(kind, parts, False, machine, doubts)
+
+
+def _parts(stack: Stack, kind: str, producer: str) -> tuple[Part, ...]:
+    """Return a part for each State in a stack, in the order in which they first occur."""
+    parts = []
+    for i, vcpu in enumerate(stack.kinds):
+        groups = Groups(vcpu.layout or NO_LAYOUT)
+        first: list[int] = []  # the row of the stack that showed each class first
+        for rows, areas in stack.runs(i):
+            index = groups.add(areas)
+            for new in range(len(first), len(groups.classes)):
+                first.append(int(rows[(index == new).argmax()]))
+        for row, found in zip(first, groups.classes.tolist(), strict=True):
+            state = _state(vcpu, kind, producer, stack.areas.shape[1], found)
+            parts.append(Part(state, row, found[-1]))
+    return tuple(sorted(parts, key=lambda part: part.vcpu))
 
 
 def _machine(threads: Sequence[Vcpu]) -> Machine:

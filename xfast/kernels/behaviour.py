@@ -19,8 +19,7 @@ from typing import NamedTuple
 from xfast.xsave.features import (
     AVX,
     BY_NAME,
-    SSE,
-    X87,
+    PKRU,
     XFEATURE_MASK_AVX512,
     XFEATURE_MASK_FPSSE,
     XFEATURE_MASK_MPX,
@@ -194,6 +193,14 @@ _TABLE = (
         "GET writes only what the header announces; before, PKRU's value always came with it",
     ),
     Behaviour(
+        "xtilecfg-with-xtiledata",
+        "55cd57b596e8",
+        "KVM: x86: Filter out XTILE_CFG if XTILE_DATA isn't permitted",
+        ("6.4-rc1",),
+        "without permission for XTILE_DATA, KVM_GET_SUPPORTED_CPUID has neither of AMX's "
+        "components; before, it has XTILE_CFG alone, and a guest that enables it faults",
+    ),
+    Behaviour(
         "get-cpuid2-count",
         "ab322c43cce9",
         "KVM: x86: Update number of entries for KVM_GET_CPUID2 on success, not failure",
@@ -221,6 +228,14 @@ _TABLE = (
         ("6.10-rc1",),
         "in VMs of a type with protected state, GET and SET of a confidential vCPU's FPU answer "
         "EINVAL; before, they do nothing",
+    ),
+    Behaviour(
+        "os-bits-always",
+        "1f66590d7ff0",
+        "KVM: x86: Update OS{XSAVE,PKE} bits in guest CPUID irrespective of host support",
+        ("6.14-rc1",),
+        "the guest's OSXSAVE and OSPKE follow its CR4 on every host; before, only where the host "
+        "has XSAVE and PKU",
     ),
     Behaviour(
         "host-apx",
@@ -337,12 +352,17 @@ def of_release(text: str) -> Behaviours:
     return Behaviours(frozenset(names), text, "assumed")
 
 
-APX, PASID, CET_U, CET_S = (BY_NAME[name].bit for name in ("apx", "pasid", "cet_u", "cet_s"))
+APX, PASID, CET_U, CET_S, PT, LBR = (
+    BY_NAME[name].bit for name in ("apx", "pasid", "cet_u", "cet_s", "pt", "lbr")
+)
+
+OLDEST_USER = XFEATURE_MASK_FPSSE | AVX | XFEATURE_MASK_MPX | XFEATURE_MASK_AVX512 | PKRU
+"""The user components that every kernel here knows, and its KVM (mask)."""
 
 
 def user_supported(kernel: Behaviours) -> int:
     """Return the user components that the host kernel can enable (its USER_SUPPORTED; mask)."""
-    mask = 0x2FF
+    mask = OLDEST_USER
     if "dynamic-features" in kernel:
         mask |= XFEATURE_MASK_XTILE
     if "host-apx" in kernel:
@@ -398,7 +418,8 @@ def supervisor_kept(kernel: Behaviours) -> int:
     """Return the XSTATE_BV bits that KVM_SET_XSAVE leaves alone (its SUPERVISOR_ALL; mask)."""
     if "fpu-core-uabi" not in kernel:
         return 0
-    return 0x9D00 if "host-cet-user" in kernel else 0x8500
+    kept = PT | PASID | LBR
+    return kept | CET_U | CET_S if "host-cet-user" in kernel else kept
 
 
 def kvm_supported_xcr0(kernel: Behaviours, host_xcr0: int, vendor: str | None = None) -> int:
@@ -408,7 +429,7 @@ def kvm_supported_xcr0(kernel: Behaviours, host_xcr0: int, vendor: str | None = 
 
     *Source*: Linux arch/x86/kvm/x86.c KVM_SUPPORTED_XCR0, svm.c svm_set_cpu_caps().
     """
-    mask = 0x2FF | (XFEATURE_MASK_XTILE if "kvm-amx" in kernel else 0)
+    mask = OLDEST_USER | (XFEATURE_MASK_XTILE if "kvm-amx" in kernel else 0)
     if vendor in ("AuthenticAMD", "HygonGenuine"):
         mask &= ~XFEATURE_MASK_MPX
     return host_xcr0 & mask
@@ -513,25 +534,3 @@ def refusal(
     if mxcsr & ~mxcsr_mask and (not core or xstate_bv & (XFEATURE_MASK_FPSSE | AVX)):
         return Refusal("mxcsr", mxcsr & ~mxcsr_mask)
     return None
-
-
-def xcr0_problem(value: int, limit: int) -> str:
-    """Return the first rule of XSETBV that `value` breaks, or an empty string.
-
-    `limit` holds the bits that the guest may set (mask).
-
-    *Source*: Linux arch/x86/kvm/x86.c __kvm_set_xcr(); Intel SDM vol. 1 section 13.3.
-    """
-    avx512, mpx, xtile = XFEATURE_MASK_AVX512, XFEATURE_MASK_MPX, XFEATURE_MASK_XTILE
-    rules = (
-        (not value & X87, "x87 can't be off"),
-        (value & AVX and not value & SSE, "AVX needs SSE"),
-        (value & ~(limit | X87), f"CPUID does not announce {value & ~(limit | X87):#x}"),
-        (value & mpx not in (0, mpx), "MPX needs both of its components"),
-        (
-            value & avx512 and value & (avx512 | AVX) != avx512 | AVX,
-            "AVX-512 needs AVX and all three of its components",
-        ),
-        (value & xtile not in (0, xtile), "AMX needs both of its components"),
-    )
-    return next((why for broken, why in rules if broken), "")

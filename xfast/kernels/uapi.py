@@ -36,7 +36,9 @@ KVM_EXIT_HLT = 5
 KVM_FPU = struct.Struct("<128sHHBxHQQ256sI4x")
 """struct kvm_fpu: fpr, fcw, fsw, ftwx, last_opcode, last_ip, last_dp, xmm, mxcsr."""
 
-CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
+CR4_UMIP, CR4_LA57 = 1 << 11, 1 << 12
+CR4_FSGSBASE, CR4_PCIDE, CR4_OSXSAVE = 1 << 16, 1 << 17, 1 << 18
+CR4_SMEP, CR4_SMAP, CR4_PKE, CR4_CET = 1 << 20, 1 << 21, 1 << 22, 1 << 23
 SREGS_CR4 = 248
 """Where CR4 lies in a struct kvm_sregs (bytes)."""
 

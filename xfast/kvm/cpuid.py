@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from xfast.kernels.behaviour import Behaviours
 from xfast.kernels.uapi import CR4_OSXSAVE, CR4_PKE
+from xfast.kvm.module import Module
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import PKRU
 
-if TYPE_CHECKING:
-    from xfast.kvm.vcpu import Vcpu
-
+APIC = 1 << 9
+OSXSAVE = 1 << 27
+OSPKE = 1 << 4
+"""Bits that KVM keeps up to date: CPUID leaf 1 EDX and ECX, and leaf 7 ECX."""
 
 XSAVEC_OR_XSAVES = 0b1010
 """CPUID leaf 0xD.1 EAX: with one of these, EBX is the size of a compacted area."""
@@ -30,30 +30,36 @@ def find(behaviours: Behaviours, cpuid: Cpuid, function: int, index: int = 0) ->
     return cpuid.find(function, index)
 
 
-def with_runtime_fields(vcpu: Vcpu, cpuid: Cpuid) -> Cpuid:
+def with_runtime_fields(module: Module, cpuid: Cpuid, *, xcr0: int, xss: int, cr4: int) -> Cpuid:
     """Return a list with the fields that KVM itself keeps up to date.
+
+    `xcr0`, `xss` and `cr4` are the vCPU's registers.
 
     *Source*: Linux arch/x86/kvm/cpuid.c kvm_update_cpuid_runtime().
     """
     entries = list(cpuid.entries)
-    has_pku = bool(vcpu.kernel.fpu.user_cfg.max_features & PKRU)
-    size = vcpu.kernel.xstate_required_size
+    always = "os-bits-always" in module.behaviours
+    has_pku = bool(module.fpu.user_cfg.max_features & PKRU)
+    size = module.xstate_required_size
     for leaf in ((1, 0), (7, 0), (0xD, 0), (0xD, 1)):
-        entry = find(vcpu.kernel.behaviours, Cpuid(tuple(entries)), *leaf)
+        entry = find(module.behaviours, Cpuid(tuple(entries)), *leaf)
         if entry is None:
             continue
         at = entries.index(entry)
         if leaf == (1, 0):
-            osxsave = bool(vcpu.cr4 & CR4_OSXSAVE)
-            if vcpu.kernel.fpu.has_xsave:
-                entry = entry._replace(ecx=entry.ecx & ~(1 << 27) | osxsave << 27)
-            entry = entry._replace(edx=entry.edx | 1 << 9)  # the APIC is enabled at reset
-        elif leaf == (7, 0) and has_pku:
-            ospke = bool(vcpu.cr4 & CR4_PKE)
-            entry = entry._replace(ecx=entry.ecx & ~(1 << 4) | ospke << 4)
+            if always or module.fpu.has_xsave:
+                entry = entry._replace(ecx=_switched(entry.ecx, OSXSAVE, cr4 & CR4_OSXSAVE))
+            entry = entry._replace(edx=entry.edx | APIC)  # it is enabled at reset
+        elif leaf == (7, 0) and (always or has_pku):
+            entry = entry._replace(ecx=_switched(entry.ecx, OSPKE, cr4 & CR4_PKE))
         elif leaf == (0xD, 0):
-            entry = entry._replace(ebx=size(vcpu.xcr0))
+            entry = entry._replace(ebx=size(xcr0))
         elif leaf == (0xD, 1) and entry.eax & XSAVEC_OR_XSAVES:
-            entry = entry._replace(ebx=size(vcpu.xcr0 | vcpu.xss, True))
+            entry = entry._replace(ebx=size(xcr0 | xss, True))
         entries[at] = entry
     return Cpuid(tuple(entries))
+
+
+def _switched(register: int, bit: int, on: int) -> int:
+    """Return a register with one bit set or cleared."""
+    return register | bit if on else register & ~bit

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from xfast.hosts.model import Host
-from xfast.kernels.behaviour import BEHAVIOURS
+from xfast.kernels.behaviour import BEHAVIOURS, CET_S, CET_U, PASID
 from xfast.kvm.kernel import Kernel
 from xfast.kvm.migration import Migration, migrate
 from xfast.kvm.processor import Processor
 from xfast.kvm.vcpu import Vcpu
 from xfast.xsave.area import headers
-from xfast.xsave.features import AVX, XFEATURE_MASK_FPSSE, names_of
+from xfast.xsave.features import AVX, PKRU, XFEATURE_MASK_AVX512, XFEATURE_MASK_FPSSE, names_of
 from xfast.xsave.layout import preset
 
 KERNELS = {
@@ -52,10 +52,10 @@ class Row(NamedTuple):
 
 def host(pkru: bool) -> Host:
     """Return a host of the story: an Intel server, with or without PKU."""
-    mask = 0x2E7 if pkru else 0xE7
+    mask = XFEATURE_MASK_FPSSE | AVX | XFEATURE_MASK_AVX512 | (PKRU if pkru else 0)
     return Host(
         "with PKU" if pkru else "without PKU",
-        preset("intel").restricted(mask | 0x1C00),
+        preset("intel").restricted(mask | PASID | CET_U | CET_S),
         xcr0=mask,
         xss=0,
         mxcsr_mask=0xFFFF,
@@ -67,9 +67,7 @@ def host(pkru: bool) -> Host:
 def _use_avx(processor: Processor) -> None:
     """Stand for the guest: it puts something into x87's, SSE's and AVX's registers."""
     for nr in (0, 1, 2):
-        processor.values[processor.offsets[nr] + 2] = 0x38
-        processor.tracked |= 1 << nr
-        processor.xmodified |= 1 << nr
+        processor.write(nr, 2, b"\x38")
 
 
 def _leaf_d(mask: int) -> list[tuple[int, ...]]:

@@ -47,6 +47,7 @@ from xfast.kernels.uapi import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_XCRS,
     KVM_SET_XSAVE,
+    SREGS_CR4,
 )
 from xfast.kvm.arguments import bytes_of, cpuid_of, unsigned, xcrs_of
 from xfast.kvm.fpu import ARCH_REQ_XCOMP_GUEST_PERM, ARCH_REQ_XCOMP_PERM
@@ -205,10 +206,10 @@ class Vcpu:
         data = struct.pack("<II", len(rows), 0) + b"".join(ENTRY.pack(*row) for row in rows)
         self._ioctl(KVM_SET_CPUID2, data, "KVM_SET_CPUID2")
 
-    def get_cpuid2(self) -> tuple[Entry, ...]:
-        """KVM_GET_CPUID2."""
-        size = 8 + ENTRY.size * KVM_MAX_CPUID_ENTRIES
-        blank = struct.pack("<II", KVM_MAX_CPUID_ENTRIES, 0) + bytes(size - 8)
+    def get_cpuid2(self, nent: int = KVM_MAX_CPUID_ENTRIES) -> tuple[Entry, ...]:
+        """KVM_GET_CPUID2, with room for `nent` entries."""
+        size = 8 + ENTRY.size * nent
+        blank = struct.pack("<II", nent, 0) + bytes(size - 8)
         self._ioctl(KVM_GET_CPUID2, blank, "KVM_GET_CPUID2")
         data = self._window.tail(size)
         (count,) = struct.unpack_from("<I", data)
@@ -284,6 +285,17 @@ class Vcpu:
         if not self._ioctl(KVM_SET_MSRS, one, "KVM_SET_MSRS"):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), f"MSR {index:#x}")
 
+    def set_cr4(self, value: int) -> None:
+        """Set CR4 by KVM_SET_SREGS, all other registers as they are."""
+        unsigned(value, 64, "CR4")
+        sregs = self._sregs()
+        struct.pack_into("<Q", sregs, SREGS_CR4, value)
+        self._ioctl(KVM_SET_SREGS, sregs, "KVM_SET_SREGS")
+
+    def _sregs(self) -> bytearray:
+        self._ioctl(KVM_GET_SREGS, bytes(SREGS_SIZE), "KVM_GET_SREGS")
+        return bytearray(self._window.tail(SREGS_SIZE))
+
     def run(self, guest: bytes | None = None, *, immediate_exit: bool = False) -> int:
         """KVM_RUN, in real mode.
 
@@ -308,8 +320,7 @@ class Vcpu:
         """Put code at guest address 0x1000 and point CS:IP there."""
         memory = self.kernel.guest_memory
         memory[CODE_AT : CODE_AT + len(code)] = code
-        self._ioctl(KVM_GET_SREGS, bytes(SREGS_SIZE), "KVM_GET_SREGS")
-        sregs = bytearray(self._window.tail(SREGS_SIZE))
+        sregs = self._sregs()
         struct.pack_into("<Q", sregs, 0, 0)  # CS.base
         struct.pack_into("<H", sregs, 12, 0)  # CS.selector
         self._ioctl(KVM_SET_SREGS, sregs, "KVM_SET_SREGS")

@@ -56,6 +56,4 @@ def word(processor: Processor, nr: int, at: int) -> Any:
 
 def store(processor: Processor, nr: int, at: int, value: int) -> None:
     """Write a u64 into a component's byte `at`."""
-    word(processor, nr, at)[0] = value
-    processor.tracked |= 1 << nr
-    processor.xmodified |= 1 << nr
+    processor.write(nr, at, value.to_bytes(8, "little"))

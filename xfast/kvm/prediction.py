@@ -19,7 +19,7 @@ from xfast.kernels.behaviour import (
     user_xfeatures,
 )
 from xfast.kvm.arguments import check_host, one_area, unsigned
-from xfast.kvm.kernel import supported_xcr0
+from xfast.kvm.module import supported_xcr0
 from xfast.xsave.area import headers
 from xfast.xsave.features import XFEATURE_MASK_FPSSE
 

@@ -122,6 +122,11 @@ class Cpu:
 INTEL = Cpu("intel", PRESETS["intel"], finds_init=False)
 SAPPHIRE_RAPIDS = replace(INTEL, name="sapphire-rapids", x87_pointer_bits=57)
 
+# PKRU was measured on Emerald Rapids: four bytes, and left out by XSAVEOPT where unmodified.
+EMERALD_RAPIDS = replace(
+    INTEL, name="emerald-rapids", x87_pointer_bits=57, pkru_bytes=4, pkru_always_modified=False
+)
+
 # Measured on Zen 3 and Zen 4 (family 25, user mode). PKRU on Zen 3 only: the Zen 4 had none.
 AMD = Cpu(
     "amd",
@@ -142,7 +147,12 @@ ZEN3 = replace(
 )
 ZEN4 = replace(AMD, name="amd-zen4", x87_pointer_bits=57)
 
-BY_GENERATION = {"zen3": ZEN3, "zen4": ZEN4, "sapphire-rapids": SAPPHIRE_RAPIDS}
+BY_GENERATION = {
+    "zen3": ZEN3,
+    "zen4": ZEN4,
+    "sapphire-rapids": SAPPHIRE_RAPIDS,
+    "emerald-rapids": EMERALD_RAPIDS,
+}
 """CPUs that were measured, by the names of `xfast.hosts.silicon`."""
 
 BY_VENDOR = {"GenuineIntel": INTEL, "AuthenticAMD": AMD, "HygonGenuine": AMD}
@@ -276,6 +286,16 @@ class Processor:
                 self.init(nr)
                 return
         self.tracked |= 1 << nr
+
+    def write(self, nr: int, at: int, data: bytes) -> None:
+        """Do what an instruction does that writes component `nr`, from its byte `at` on.
+
+        The component is in use and modified from then on.
+        """
+        start = self.offsets[nr] + at
+        self.values[start : start + len(data)] = np.frombuffer(data, np.uint8)
+        self.tracked |= 1 << nr
+        self.xmodified |= 1 << nr
 
     def init(self, nr: int) -> None:
         """Give component `nr` its initial value; MXCSR stays."""

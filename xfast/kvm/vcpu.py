@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from xfast.kernels.behaviour import (
     refusal,
     reported,
     user_xfeatures,
-    xcr0_problem,
 )
+from xfast.kernels.guest import cr4_reserved, xcr0_problem
 from xfast.kernels.uapi import (
+    CR4_CET,
     CR4_OSXSAVE,
     CR4_PKE,
     KVM_EXIT_HLT,
@@ -40,6 +41,7 @@ from xfast.kernels.uapi import (
 from xfast.kvm.arguments import bytes_of, cpuid_of, one_area, unsigned, xcrs_of
 from xfast.kvm.cpuid import find, with_runtime_fields
 from xfast.kvm.fpu import FpuGuest, refuse
+from xfast.kvm.module import Module
 from xfast.kvm.msrs import CET_MSRS, cet_problem, store, word
 from xfast.kvm.processor import Processor
 from xfast.xsave.area import Areas, headers
@@ -48,14 +50,12 @@ from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
     MXCSR_INIT,
     PKRU,
+    PKRU_NR,
     SSE,
     X87,
     XFEATURE_MASK_MPX,
     XFEATURE_MASK_USER_DYNAMIC,
 )
-
-if TYPE_CHECKING:
-    from xfast.kvm.kernel import Kernel
 
 
 class Vcpu:
@@ -73,7 +73,7 @@ class Vcpu:
         Whether it has entered the guest.
     """
 
-    def __init__(self, kernel: Kernel, confidential: bool, protected_vm: bool) -> None:
+    def __init__(self, kernel: Module, confidential: bool, protected_vm: bool) -> None:
         self._kernel = kernel
         self._guest_fpu = kernel.fpu.fpu_alloc_guest_fpstate()
         self.guest_fpu.fpstate.is_confidential = confidential
@@ -84,7 +84,7 @@ class Vcpu:
         self.has_run = False
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> Module:
         """The kernel that it is of. Raises KernelPanic if that is down."""
         self._kernel.fpu.check_alive()
         return self._kernel
@@ -117,9 +117,9 @@ class Vcpu:
         if len(entries.entries) > KVM_MAX_CPUID_ENTRIES:
             raise refuse(errno.E2BIG, f"{len(entries.entries)} CPUID entries")
         behaviours, fpu = self.kernel.behaviours, self.kernel.fpu
-        cpuid = with_runtime_fields(self, entries)
+        cpuid = self._with_runtime_fields(entries)
         if self.has_run and "cpuid-frozen" in behaviours:
-            stored = with_runtime_fields(self, self.cpuid)
+            stored = self._with_runtime_fields(self.cpuid)
             if "cpuid-frozen-equal" not in behaviours or cpuid != stored:
                 raise refuse(errno.EINVAL, "this vCPU has run")
             return
@@ -135,10 +135,49 @@ class Vcpu:
             behaviours, fpstate.user_xfeatures, self.guest_supported_xcr0
         )
 
-    def get_cpuid2(self) -> tuple[Entry, ...]:
-        """KVM_GET_CPUID2: the entries, sizes of leaf 0xD as of now."""
-        self.cpuid = with_runtime_fields(self, self.cpuid)
+    def get_cpuid2(self, nent: int = KVM_MAX_CPUID_ENTRIES) -> tuple[Entry, ...]:
+        """KVM_GET_CPUID2: the entries, sizes of leaf 0xD as of now.
+
+        Parameters
+        ----------
+        nent : int
+            How many entries the caller has room for.
+
+        Raises
+        ------
+        OSError
+            E2BIG if there are more.
+
+        *Source*: Linux arch/x86/kvm/cpuid.c kvm_vcpu_ioctl_get_cpuid2().
+        """
+        self.cpuid = self._with_runtime_fields(self.cpuid)
+        if nent < len(self.cpuid.entries):
+            raise refuse(errno.E2BIG, f"{len(self.cpuid.entries)} CPUID entries, room for {nent}")
         return self.cpuid.entries
+
+    def _with_runtime_fields(self, cpuid: Cpuid) -> Cpuid:
+        return with_runtime_fields(self.kernel, cpuid, xcr0=self.xcr0, xss=self.xss, cr4=self.cr4)
+
+    def set_cr4(self, value: int) -> None:
+        """Set CR4 (KVM_SET_SREGS, all other registers as they are).
+
+        Raises
+        ------
+        OSError
+            EINVAL for a bit that the host's CPU or the guest's CPUID does not have.
+
+        *Source*: Linux arch/x86/kvm/x86.c kvm_is_valid_cr4(), x86.h __cr4_reserved_bits().
+        """
+        unsigned(value, 64, "CR4")
+        host, guest = self.kernel.host.features, self.cpuid.features
+        reserved = cr4_reserved(guest) if self.cpuid.entries else 0
+        if host is not None:
+            reserved |= cr4_reserved(host)
+        if not self.kernel.supported_xss:
+            reserved |= CR4_CET
+        if value & reserved:
+            raise refuse(errno.EINVAL, f"CR4 {value:#x}: CPUID does not have {value & reserved:#x}")
+        self.cr4 = value
 
     def _out_of_reach(self) -> bool:
         """Return whether KVM can't read the state; raise EINVAL where that is an error."""
@@ -230,7 +269,7 @@ class Vcpu:
             raise refuse(errno.EINVAL, f"{broken.rule} {broken.bits:#x}")
         kernel.fpu.fpu_copy_uabi_to_guest_fpstate(self.guest_fpu, row)
         if header.xstate_bv & PKRU:
-            at = kernel.fpu.layout.slot(9).offset
+            at = kernel.fpu.layout.slot(PKRU_NR).offset
             self.pkru = int(row[at : at + 4].view("<u4")[0])
 
     def _parse(self, row: Areas) -> Areas:
@@ -431,8 +470,10 @@ class Vcpu:
         Parameters
         ----------
         guest : callable, optional
-            What the guest does to the processor: move its registers, execute instructions of
-            `xfast.kvm.instructions`. Default: HLT at once.
+            What the guest does to the processor: execute instructions of
+            `xfast.kvm.instructions`, or write registers with `Processor.write`, which also
+            marks them as in use and modified; the CPU's saves go by these marks. Default: HLT
+            at once.
         immediate_exit : bool
             kvm_run.immediate_exit: swap the FPU and return without an entry.
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import struct
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.errors import LayoutError, PolicyError
-from xfast.snapshots import elfcore, splices
-from xfast.snapshots.bytes.source import Source
+from xfast.errors import LayoutError, PolicyError, XfastError
+from xfast.snapshots import elfcore, format_named, splices
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu import cpu as qemu_cpu
 from xfast.snapshots.raw import stacked
+from xfast.store.names import Directory
+from xfast.store.put import Check, Fill, Original, Put
+from xfast.store.staged import sweep
 from xfast.xsave import area as engine
 from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
@@ -37,7 +43,7 @@ ELF_HEADER = struct.Struct("<4s5B7x2HI3QI6H")
 PROGRAM_HEADER = struct.Struct("<2I6Q")
 
 
-def relaid(
+def areas_in(
     snapshot: Snapshot,
     to: Layout | None = None,
     *,
@@ -149,7 +155,7 @@ def as_qemu(snapshot: Snapshot) -> bytes:
 
     *Source*: QEMU target/i386/machine.c vmstate_x86_cpu.
     """
-    areas = relaid(snapshot, PRESETS["intel"])
+    areas = areas_in(snapshot, PRESETS["intel"])
     zones = qemu_cpu.FORMS[1817].zones
     vcpus = []
     for vcpu, area in zip(snapshot.vcpus, areas, strict=True):
@@ -178,7 +184,7 @@ def as_core(snapshot: Snapshot, to: Layout | None = None) -> bytes:
     *Source*: Linux fs/binfmt_elf.c fill_note_info(); commit ba386777a30b ("x86/elf: Add a new
     FPU buffer layout info to x86 core files") (in v6.12).
     """
-    areas = relaid(snapshot, to, size=None)
+    areas = areas_in(snapshot, to, size=None)
     layout = to or _known(snapshot, snapshot.vcpus[0])
     notes = b""
     for vcpu, area in zip(snapshot.vcpus, areas, strict=True):
@@ -205,16 +211,30 @@ def as_core(snapshot: Snapshot, to: Layout | None = None) -> bytes:
     )
 
 
-def rewritten(snapshot: Snapshot, to: Layout | None, out: IO[bytes]) -> bool:
-    """Write a snapshot's file with its areas in another layout, everything else as it was.
+def convert(
+    snapshot: Snapshot,
+    output: str,
+    to: Layout | None = None,
+    *,
+    wrapping: str = "same",
+    compacted: bool = False,
+    expand_limit: int = EXPAND_LIMIT,
+) -> bool:
+    """Write a snapshot's areas to a new file, in another layout, format or wrapping.
 
     Parameters
     ----------
     snapshot : Snapshot
+    output : str
+        The new file, which must not exist.
     to : Layout, optional
         Default: each area's own; the result differs where an area was compacted.
-    out : binary file
-        Empty, opened for writing; a real file.
+    wrapping : str
+        ``same`` (the file with other areas), ``raw``, ``npy``, ``qemu`` or ``elfcore``.
+    compacted : bool
+        Compacted format, for ``raw`` and ``npy``.
+    expand_limit : int
+        What compressed data may expand to (bytes).
 
     Returns
     -------
@@ -227,30 +247,127 @@ def rewritten(snapshot: Snapshot, to: Layout | None, out: IO[bytes]) -> bool:
         If the file holds registers, or a note that fixes the layout.
     LayoutError
         If a component has no place in `to`.
+    XfastError
+        If the snapshot changed since it was read, or the output can't be written.
+    """
+    stale = wrapping == "same" and _changes_layout(snapshot, to)
+    try:
+        folder, name = Directory.around(output)
+        with folder, _source(snapshot, expand_limit) as source:
+            if folder.status(name) is not None:
+                raise XfastError(f"{output}: exists; expected a new name")
+            sweep(folder, name)
+            original = None
+            if source:
+                original = Original(snapshot.path, source.base.fd, stamp=snapshot.stamp)
+            fill, check = _ways(snapshot, to, wrapping, compacted, source)
+            Put(folder, name, original, expand_limit=expand_limit).write(fill, check)
+    except OSError as problem:
+        where = problem.filename if isinstance(problem.filename, str) else output
+        raise XfastError(f"{where}: can't be written: {problem.strerror or problem}") from None
+    return stale
+
+
+@contextlib.contextmanager
+def _source(snapshot: Snapshot, expand_limit: int) -> Iterator[Source | None]:
+    """Open a snapshot's file again; None for a directory, and for standard input."""
+    if snapshot.path == "-" or os.path.isdir(snapshot.path):
+        yield None
+        return
+    with Source.open(snapshot.path, expand_limit=expand_limit) as source:
+        yield source
+
+
+def _changes_layout(snapshot: Snapshot, to: Layout | None) -> bool:
+    """Tell whether the areas of a file move away from the layout that its CPUID tells.
+
+    Raises
+    ------
+    PolicyError
+        If the file holds registers, or a note that fixes the layout.
     """
     stale = False
     for vcpu in snapshot.vcpus:
         moves = to is not None and _known(snapshot, vcpu).moved(to, engine.ALL)
         if vcpu.portable:
             raise PolicyError(
-                f"{snapshot.path}: holds registers, not areas in a layout; needed --as raw, npy "
+                f"{snapshot.path}: holds registers, not areas in a layout; expected --as raw, npy "
                 "or elfcore, which lay them out"
             )
         if moves and vcpu.layout_source == "note":
             raise PolicyError(
-                f"{snapshot.path}: its NT_X86_XSAVE_LAYOUT fixes the layout; needed --as elfcore, "
-                "which writes a core with another"
+                f"{snapshot.path}: its NT_X86_XSAVE_LAYOUT fixes the layout; expected --as "
+                "elfcore, which writes a core with another"
             )
         stale |= bool(moves) and vcpu.cpuid is not None and snapshot.format != "raw"
+    return stale
+
+
+def _ways(
+    snapshot: Snapshot,
+    to: Layout | None,
+    wrapping: str,
+    compacted: bool,
+    source: Source | None,
+) -> tuple[Fill, Check]:
+    """Return what writes the result, and what reads it back."""
+    if wrapping == "same":
+        if source is None:
+            raise XfastError(
+                f"{snapshot.path}: expected a file, got a directory or standard input; "
+                "--as raw, npy, qemu or elfcore writes a new file"
+            )
+        areas = _resized(snapshot, to)
+        edits = splices(source, snapshot, areas)
+        return (
+            lambda out: source.rewrite(edits, out),
+            lambda again: _require_areas(again, snapshot.format, list(areas.values()), to),
+        )
+    if wrapping == "qemu":
+        data = as_qemu(snapshot)
+        return lambda out: _write(out, data), lambda again: _require_bytes(again, data)
+    if wrapping == "elfcore":
+        data = as_core(snapshot, to)
+        return (
+            lambda out: _write(out, data),
+            lambda again: _require_areas(again, "elfcore", None, None),
+        )
+    rows = np.ascontiguousarray(areas_in(snapshot, to, compacted=compacted))
+    data = as_npy(rows) if wrapping == "npy" else as_raw(rows)
+    return (
+        lambda out: _write(out, data),
+        lambda again: _require_areas(again, "raw", list(rows), to),
+    )
+
+
+def _write(out: IO[bytes], data: bytes) -> None:
+    out.write(data)
+
+
+def _require_bytes(source: Source, data: bytes) -> None:
+    if source.read(0, source.size) != data:
+        raise XfastError(f"{source.path}: what was written reads back otherwise")
+
+
+def _require_areas(
+    source: Source, name: str, areas: Sequence[NDArray[np.uint8]] | None, layout: Layout | None
+) -> None:
+    """Raise XfastError unless a file, read back, holds these areas (None: any)."""
+    size = None if areas is None else len(areas[0])
+    (found,) = format_named(name).read(source, layout=layout, size=size)
+    back = [vcpu.area for vcpu in found.vcpus]
+    if areas is not None and not all(map(np.array_equal, back, areas)):
+        raise XfastError(f"{source.path}: what was written reads back otherwise")
+
+
+def _resized(snapshot: Snapshot, to: Layout | None) -> dict[int, NDArray[np.uint8]]:
+    """Return the areas in another layout, each as long as the snapshot's format has it."""
     sizes = [len(vcpu.area) for vcpu in snapshot.vcpus]
-    rows = relaid(snapshot, to, size=max(sizes))
-    areas = {
+    rows = areas_in(snapshot, to, size=max(sizes))
+    return {
         i: row if snapshot.format == "raw" else _cut(row, size)
         for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
     }
-    with Source.open(snapshot.path) as source:
-        source.rewrite(splices(source, snapshot, areas), out)
-    return stale
 
 
 def _cut(area: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ qemu_loadvm_state(); pipe(7), "Pipe capacity"; fcntl(2), F_SETPIPE_SZ.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xfast.engine.walk import read_and_narrow
 from xfast.errors import FormatError, PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.verdict import Policy, Verdict
@@ -35,6 +37,9 @@ from xfast.snapshots.qemu.reader import from_sections, splices
 from xfast.snapshots.qemu.stream import Sections, find_cpus
 
 SMALLEST_PIPE = 4096
+DESCRIBED = b"\x06"
+"""What follows the EOF record where a description does."""
+
 SLACK = 4096
 """How much more than the pipe holds is still to come when the verdict falls (bytes)."""
 
@@ -94,7 +99,7 @@ class Filter:
         self.plan: Plan | None = None
         self.end = 0
         self.passed = 0
-        self.pipe_size = self._pipe_size()
+        self.held = self.pipe_size = self._pipe_size()
 
     def run(self) -> Plan:
         """Pass the stream through; return the plan, with the verdict on what was passed.
@@ -109,9 +114,10 @@ class Filter:
             If a pipe breaks.
         """
         _warm_up(self.wanted)
-        self._pass_memory()
-        self._hold_devices()
-        return self._finish()
+        with self.flow.kept:
+            self._pass_memory()
+            self._hold_devices()
+            return self._finish()
 
     def _pass_memory(self) -> None:
         view = memoryview(bytearray(CHUNK))
@@ -126,6 +132,8 @@ class Filter:
                 )
             have += count
             done = self.flow.push(view[:have])
+            if self.flow.hold is None:
+                self._widen_pipe()
             self._write(view[:done])
             have -= done
             view[:have] = bytes(view[done : done + have])
@@ -134,9 +142,8 @@ class Filter:
 
     def _hold_devices(self) -> None:
         """Gather what follows memory, up to the stream's end; judge it as soon as that can be."""
-        view = memoryview(bytearray(SMALLEST_PIPE))
+        view = memoryview(bytearray(CHUNK))
         while True:
-            self._shrink_pipe()
             self._judge_early()
             if self.end and self.flow.kept.size >= self.end and self._is_over():
                 return
@@ -154,7 +161,7 @@ class Filter:
         hold = self.flow.hold
         if self.plan is not None or hold is None or self.flow.kept.size <= hold.devices:
             return
-        found = hold.early(self.pipe_size + SLACK)
+        found = hold.early(self.held + SLACK)
         if found is None:
             return
         self.end, sections, eof = found
@@ -171,17 +178,25 @@ class Filter:
                 self.end, sections = found
             else:
                 self.end = bare_end(kept, hold.devices)
-                sections = find_cpus(kept.view(0, self.end))
+                if kept.read(self.end, min(1, kept.size - self.end)) == DESCRIBED:
+                    self.end = kept.size + 1  # cut off within the description
+                sections = find_cpus(kept.view(0, min(self.end, kept.size)))
+            self._require_all()
             self._judge(sections)
+        self._require_all()
+        self._pass(self.end)
+        assert self.plan is not None
+        return self.plan
+
+    def _require_all(self) -> None:
+        """Raise FormatError if the stream was cut off."""
+        kept = self.flow.kept
         if kept.size < self.end:
             raise FormatError(
                 kept.path,
                 kept.runs(kept.size - 1, 1)[0][0],
-                f"found the end of the stream, expected {self.end - kept.size} bytes more",
+                f"found the end of the stream, expected at least {self.end - kept.size} bytes more",
             )
-        self._pass(self.end)
-        assert self.plan is not None
-        return self.plan
 
     def _judge(self, sections: Sections) -> None:
         """Plan the repair and put it into what is kept.
@@ -233,8 +248,19 @@ class Filter:
             self.passed += size
 
     def _read(self, view: memoryview) -> int:
+        """Read what is there, and let the pipe hold as little as it can behind it.
+
+        So its writer can't be done before the verdict. Where the writer was faster, the verdict
+        needs that much more to come; a description of less than the pipe may then be too short.
+        """
         self.watch(self.source, self.flow.walker.position)
-        return os.readv(self.source, [view])
+        if not self.pipe_size:
+            return os.readv(self.source, [view])
+        if self.held == SMALLEST_PIPE:
+            view = view[:SMALLEST_PIPE]
+        count, narrow = read_and_narrow(self.source, view, SMALLEST_PIPE)
+        self.held = SMALLEST_PIPE if narrow else self.pipe_size
+        return count
 
     def _write(self, data: memoryview) -> None:
         while data:
@@ -246,18 +272,19 @@ class Filter:
         except OSError:  # a file or a socket
             return 0
 
-    def _shrink_pipe(self) -> None:
-        """Make the pipe hold as little as it can, so that its writer can't be done too early."""
-        if self.pipe_size > SMALLEST_PIPE:
-            try:
-                self.pipe_size = fcntl.fcntl(self.source, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE)
-            except OSError:  # it holds more just now
-                return
+    def _widen_pipe(self) -> None:
+        """Let the pipe hold what it used to: what came was memory, and more will."""
+        if self.pipe_size and self.held < self.pipe_size:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.source, fcntl.F_SETPIPE_SZ, self.pipe_size)
+            self.held = self.pipe_size
 
 
 def _warm_up(wanted: Wanted) -> None:
     """Plan for a vCPU of no one's, so that nothing is done for the first time when a VM waits."""
-    vcpu = Vcpu(0, np.zeros(INTEL.standard_size(7), np.uint8), INTEL, "format", portable=True, xcr0=7)
+    vcpu = Vcpu(
+        0, np.zeros(INTEL.standard_size(7), np.uint8), INTEL, "format", portable=True, xcr0=7
+    )
     plan_fix(Snapshot("-", "qemu", "vm", "qemu-kvm", [vcpu]), wanted.host, policy=wanted.policy)
 
 

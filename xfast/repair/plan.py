@@ -7,9 +7,10 @@ disables, moves components to the target's places, trims and cleans. Only what l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +23,25 @@ from xfast.judge.rules import RULES
 from xfast.judge.subject import State, state_of, subject_of
 from xfast.judge.target import target_of
 from xfast.judge.verdict import Finding, Policy, Verdict
+from xfast.repair.batch import MXCSR_MASK_FIELD, SOFTWARE_FIELD, move_areas
 from xfast.snapshots.infer import KNOWN_MASK
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave import area as engine
 from xfast.xsave.features import (
+    AVX,
     BY_NAME,
     EXTENDED_OFFSET,
+    FCW_INIT,
     HEADER_OFFSET,
     KVM_XSAVE_SIZE,
+    MXCSR_INIT,
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     PKRU,
+    SSE,
     SUPERVISOR_MASK,
     TILEDATA,
+    X87,
     XCOMP_BV_COMPACTED,
     XFEATURE_MASK_FPSSE,
     bits,
@@ -44,11 +51,11 @@ from xfast.xsave.features import (
 )
 from xfast.xsave.layout import PRESETS, Layout, recognise
 
-MXCSR_MASK_FIELD = slice(28, 32)
 LEGACY_FIELDS = {0: slice(32, 160), 1: slice(160, 416)}
 """Where ST0-ST7 and XMM0-XMM15 lie."""
 
-SOFTWARE_FIELD = slice(464, 472)
+X87_CONTROL, MXCSR_FIELD = slice(0, 24), slice(24, 28)
+HEADER = slice(HEADER_OFFSET, HEADER_OFFSET + 64)
 HEADER_REST = slice(HEADER_OFFSET + 8, HEADER_OFFSET + 64)
 """XCOMP_BV and the reserved bytes, zero in what KVM takes."""
 
@@ -102,6 +109,9 @@ class Plan:
         The host's verdict on the snapshot as it is, and as it will be.
     notes : tuple of str
         What whoever restores the result should know.
+    ransom : tuple of str
+        The components whose live data would have to be given up for the host to take the
+        snapshot; empty where nothing blocks, and where that would not do.
     """
 
     snapshot: Snapshot
@@ -111,6 +121,7 @@ class Plan:
     before: Verdict
     after: Verdict
     notes: tuple[str, ...]
+    ransom: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[Finding, ...]:
@@ -120,7 +131,7 @@ class Plan:
     def require_restorable(self) -> None:
         """Raise PolicyError if the host would refuse the result, or might read other bytes."""
         for finding in self.after.findings:
-            if finding.open and finding.code == "LAYOUT":
+            if finding.open and finding.code in ("LAYOUT", "PARTIAL"):
                 raise PolicyError(
                     f"{self.snapshot.path}: whether {self.host.name} reads it right stays unknown: "
                     f"vCPU {finding.vcpu}: {finding.why}"
@@ -129,8 +140,9 @@ class Plan:
             return
         finding = self.left[0]
         way = "choose another host"
-        if finding.fix == "lossy":
-            way = f"--drop {finding.component} --even-if-live gives the data up"
+        if self.ransom:
+            words = " ".join(f"--drop {name}" for name in self.ransom)
+            way = f"{words} --even-if-live gives the data up"
         elif finding.code == "LAYOUT":
             way = "the guest's own CPUID has the old places too; --layout NAME overrules it"
         raise PolicyError(
@@ -139,8 +151,8 @@ class Plan:
         )
 
     def apply(self, output: str | None = None, **how: Any) -> dict[str, Any] | None:
-        """Write the repaired snapshot; see `xfast.repair.amend.apply` for parameters and errors."""
-        from xfast.repair.amend import apply
+        """Write the repaired snapshot; see `xfast.repair.apply.apply` for parameters and errors."""
+        from xfast.repair.apply import apply
 
         return apply([self], output, **how)
 
@@ -178,7 +190,7 @@ def plan_fix(
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
         known, so that its data would stay; or if an area that is to move contradicts the layout
-        that was given.
+        that was given; or if there may be vCPUs that were not read (`Snapshot.doubts`).
     ValueError
         If a word of `drop` names no component.
 
@@ -186,12 +198,33 @@ def plan_fix(
     """
     rules = policy if isinstance(policy, Policy) else Policy(policy)
     asked = sum({1 << parse_component(word) for word in drop})
+    if snapshot.doubts:
+        raise PolicyError(
+            f"{snapshot.path}: not every vCPU may have been read: {snapshot.doubts[0]}"
+        )
+    plan = _plan(snapshot, host, asked, even_if_live, rules)
+    lossy = {finding.component for finding in plan.left if finding.fix == "lossy"}
+    if not lossy:
+        return plan
+    words = [word for component in sorted(lossy) for word in component.split("+")]
+    more = asked | sum({1 << parse_component(word) for word in words if word})
+    with contextlib.suppress(PolicyError, ValueError):
+        if not _plan(snapshot, host, more, True, rules).left:
+            return replace(plan, ransom=tuple(words))
+    return plan
+
+
+def _plan(snapshot: Snapshot, host: Host, asked: int, even_if_live: bool, rules: Policy) -> Plan:
+    """Plan the changes for a mask of components that are to go."""
     (before,) = check(snapshot, host, policy=rules)
+    findings: dict[State, list[Finding]] = {}
     repairs = []
     for vcpu in snapshot.vcpus:
         state = state_of(vcpu, snapshot.kind, snapshot.producer)
         _require_droppable(f"{snapshot.path}: vCPU {vcpu.index}: ", state, asked, even_if_live)
-        repair = _Repair(vcpu, state, host, _actionable(state, host, rules), asked)
+        if state not in findings:  # many vCPUs are alike
+            findings[state] = _actionable(state, host, rules)
+        repair = _Repair(vcpu, state, host, findings[state], asked)
         against = repair.moves and _contradiction(vcpu)
         if against:
             raise PolicyError(
@@ -228,7 +261,7 @@ def plan_fix(
     return Plan(snapshot, host, areas, tuple(changes), before, after, notes)
 
 
-def _resized(before: list[Vcpu], after: list[Vcpu]) -> Iterator[Change]:
+def _resized(before: Sequence[Vcpu], after: Sequence[Vcpu]) -> Iterator[Change]:
     """Yield the changes of size; all areas of a file have the same."""
     for old, new in zip(before, after, strict=True):
         if len(old.area) != len(new.area):
@@ -328,13 +361,12 @@ class _Repair:
         area = vcpu.area.copy()
         engine.keep(area, known, engine.ALL & ~self.dropped)
         if self.layout is not None and (self.moves or self.expands):
-            area = moved(area, known, self.layout, self.host, size=size or len(area))
+            area = move_areas(area, known, self.layout, self.host, size=size or len(area))
         elif self.unclean:
             area[HEADER_REST] = 0
         if not vcpu.portable and not np.array_equal(area, vcpu.area):
             self.wiped = _leftover(vcpu, self.state.bv)
-            if not (self.moves or self.expands):  # moved() takes along what is present only
-                _wipe(area, known, self.wiped, self.kept)
+            _clear_rest(area, self.layout or known, self.kept)
         if size is not None and not vcpu.portable:
             whole = np.zeros(size, np.uint8)
             whole[: area.size] = area[:size]
@@ -389,14 +421,32 @@ def _leftover(vcpu: Vcpu, bv: int) -> int:
     return sum(1 << nr for nr in bits(placed & ~bv) if area[_bytes_of(nr, known)].any())
 
 
-def _wipe(area: NDArray[np.uint8], layout: Layout, mask: int, kept: int) -> None:
-    """Zero the components of `mask`, but for what they share with those that are `kept`."""
+def _clear_rest(area: NDArray[np.uint8], layout: Layout, kept: int) -> None:
+    """Zero all that belongs to none of the components in `kept`, so that no old byte goes along.
+
+    The control registers of x87 and SSE get their init values where nothing needs them. Where
+    the place of a present component is not known, or the area stays compacted, only the
+    components whose place is known are zeroed.
+    """
     placed = layout.mask & ~SUPERVISOR_MASK | XFEATURE_MASK_FPSSE
-    was = area.copy()
-    for nr in bits(mask):
-        area[_bytes_of(nr, layout)] = 0
-    for nr in bits(placed & kept):
-        area[_bytes_of(nr, layout)] = was[_bytes_of(nr, layout)]
+    present = [_bytes_of(nr, layout) for nr in bits(placed & kept)]
+    fields = [MXCSR_MASK_FIELD, SOFTWARE_FIELD, HEADER, *present]
+    clean = np.zeros_like(area)
+    if kept & ~SUPERVISOR_MASK & ~placed or engine.headers(area).xcomp_bv:
+        clean[:] = area
+        for nr in bits(placed & ~kept):
+            clean[_bytes_of(nr, layout)] = 0
+    for given, field, init in (
+        (kept & X87, X87_CONTROL, FCW_INIT),
+        (kept & (SSE | AVX), MXCSR_FIELD, MXCSR_INIT),
+    ):
+        if given:
+            fields.append(field)
+        else:
+            clean[field] = np.frombuffer(init.to_bytes(field.stop - field.start, "little"), "u1")
+    for field in fields:
+        clean[field] = area[field]
+    area[:] = clean
 
 
 def _name(layout: Layout) -> str:
@@ -419,97 +469,3 @@ def _held(state: State, nr: int) -> str:
     if state.unreadable >> nr & 1:
         return "unknown"
     return "live" if state.live >> nr & 1 else "init"
-
-
-def moved(
-    areas: Any,
-    layout: Layout,
-    to: Layout,
-    host: Host,
-    *,
-    size: int | None = None,
-    out: Any = None,
-    mask: int = engine.ALL,
-) -> NDArray[np.uint8]:
-    """Return areas in standard format, in another layout or their own.
-
-    What tells of the machine that wrote them (MXCSR_MASK and the kernel's word of user
-    components) becomes the host's where they move to another layout. `size`, `out`, `mask` and
-    LayoutError are those of `xfast.relayout`.
-    """
-    result = engine.relayout(areas, layout, to, mask=mask, size=size, out=out)
-    for field in (MXCSR_MASK_FIELD, SOFTWARE_FIELD):
-        result[..., field] = areas[..., field]
-    if layout.moved(to, engine.ALL):
-        for field, value in ((MXCSR_MASK_FIELD, host.mxcsr_mask), (SOFTWARE_FIELD, host.xcr0)):
-            length = field.stop - field.start
-            result[..., field] = np.frombuffer((value or 0).to_bytes(length, "little"), np.uint8)
-    return result
-
-
-class Fixed(NamedTuple):
-    """What `fix_areas` returns: (n, size) areas, and the components dropped from each (u64)."""
-
-    areas: NDArray[np.uint8]
-    dropped: Any
-
-
-def fix_areas(
-    areas: Any,
-    layout: Layout,
-    host: Host,
-    *,
-    guest: int | None = None,
-    drop: int = 0,
-    out: Any = None,
-) -> Fixed:
-    """Make bare areas such as a host's KVM_SET_XSAVE takes, a whole batch in one call.
-
-    Parameters
-    ----------
-    areas : (n, size) or (size,) uint8
-        In `layout`, standard or compacted format row by row. They stay as they are.
-    layout : Layout
-    host : Host
-        `host.kvm_xcr0` must be known. Where `host.layout` is, the result is in it.
-    guest : int, optional
-        User components that the guests may have (mask); default: all that the host can give.
-    drop : int
-        Components that may go even where they are live (mask).
-    out : (n, size) or (size,) uint8, optional
-        Receives the areas; default: a new array, rows as long as they were, or longer where
-        the host's layout needs it.
-
-    Returns
-    -------
-    Fixed
-        Areas in standard format with clean headers, and the mask that was dropped from each.
-
-    Raises
-    ------
-    PolicyError
-        If live data outside `drop` would be lost; names the first such row. Nothing is done then.
-    LayoutError
-        If the host's layout has no place for a component.
-    """
-    if host.kvm_xcr0 is None:
-        raise PolicyError(f"host {host.name}: its KVM components are not known, needed kvm_xcr0")
-    rows, single = engine.rows_of(areas)
-    may = host.kvm_xcr0 if guest is None else host.kvm_xcr0 & guest
-    may = (may | XFEATURE_MASK_FPSSE) & ~SUPERVISOR_MASK
-    found = engine.classify(rows, layout)
-    dropped = found.xstate_bv & np.uint64(~may & engine.ALL)
-    lost = dropped & (found.live | found.unreadable) & np.uint64(~drop & engine.ALL)
-    if lost.any():
-        row = int(np.flatnonzero(lost)[0])
-        raise PolicyError(
-            f"areas[{row}]: {names_of(int(lost[row]))} holds live data that {host.name} can't take "
-            f"or the guest may not have ({np.count_nonzero(lost)} areas); drop= gives them up"
-        )
-    to = host.layout if host.layout is not None else layout
-    if out is None:
-        kept = int(np.bitwise_or.reduce(found.xstate_bv, initial=0)) & may
-        out = engine.empty(len(rows), max(to.standard_size(kept), rows.shape[1]))
-        out = out[0] if single else out
-    moved(rows, layout, to, host, out=engine.rows_of(out, "out")[0], mask=may)
-    return Fixed(out, dropped[0].item() if single else dropped)

@@ -43,7 +43,7 @@ def cell(verdict: Verdict) -> str:
         return "?"
     if verdict.verdict == "incompatible":
         return "fix" if verdict.fixable == "safe" else "no"
-    return "risk" if any(f.severity == "risky" for f in verdict.findings) else "ok"
+    return "risk" if verdict.risky else "ok"
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Fleet:
 
     def add(self, verdicts: Sequence[Verdict]) -> None:
         """Add the answers of all hosts to one snapshot."""
-        key = tuple((v.host, v.verdict, v.fixable, v.findings, v.kvm) for v in verdicts)
+        key = tuple(verdict[1:] for verdict in verdicts)
         group = self.groups.setdefault(key, Group(tuple(verdicts)))
         group.count += 1
         if self.every_name or len(group.names) < NAMED:

@@ -14,7 +14,7 @@ from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.area import classify, headers
 from xfast.xsave.features import bits, name_of
 from xfast.xsave.layout import Layout, recognise
-from xfast.xsave.registers import REGISTERS, as_integers
+from xfast.xsave.registers import REGISTERS, as_integers, without_place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +75,7 @@ def vcpu_as_json(vcpu: Vcpu, *, registers: bool) -> dict[str, Any]:
             else f"0x{value:0{2 * size}x}"
             for name, (value, size) in as_integers(vcpu.area, known, vcpu.mode).items()
         }
+        answer["registers_without_place"] = without_place(vcpu.area, known, vcpu.mode)
     return answer
 
 
@@ -110,6 +111,9 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
             out.print(f"    {component['nr']:>2} {component['name']:<10} {component['state']}")
         for name, value in answer.get("registers", {}).items():
             out.print(f"      {name:<10} {value}")
+        if answer.get("registers_without_place"):
+            names = ", ".join(answer["registers_without_place"])
+            out.print(f"      not shown, for their place is unknown: {names}")
 
 
 COLUMNS = (

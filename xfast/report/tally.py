@@ -33,7 +33,7 @@ class Tally:
         """Count a verdict."""
         self.words[verdict.verdict] += 1
         self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
-        self.risky += any(finding.severity == "risky" for finding in verdict.findings)
+        self.risky += verdict.risky
         self.contradicted |= verdict.kvm is not None and verdict.kvm.doubtful
 
     def closing_line(self) -> str:

@@ -12,7 +12,8 @@ KvmVcpu::set_state().
 
 from __future__ import annotations
 
-import bisect
+import json
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,17 +30,27 @@ from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept
+from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept, misnumbered
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
 from xfast.xsave.layout import Layout
 
 STATE = "state.json"
+CONFIG = "config.json"
 MEMORY = "memory-ranges"
-"""The files of a snapshot's directory that hold the vCPUs, and the guest's memory."""
+"""The files of a snapshot's directory: the vCPUs, the machine's definition, its memory."""
+CONFIG_LIMIT = 1 << 20
 
-SIZE_LIMIT = 64 << 20
-"""A vCPU takes some 15 KB, four times that in arrays of bytes; parsed, JSON is much larger."""
+SIZE_LIMIT = 32 << 20
+STATE_LIMIT = 1 << 20
+"""A vCPU takes some 15 KB (30 KB with AMX), four times that in arrays of bytes: 254, the most that
+a machine has, 30 MB."""
+TOKEN_LIMIT = 1 << 18
+"""Brackets, braces and strings in a text: a vCPU has some 300 brackets and 1,500 strings, which
+count in the vCPU's own text only."""
+ESCAPE_LIMIT = 1 << 16
+SHOWN = 40
+"""Characters of a key that an error shows."""
 
 FPU = {
     "fcw": (X87, 0, "<u2", 1, FCW_INIT),
@@ -57,6 +68,11 @@ numbers, and the value where none of the components is there."""
 
 NUMBER = re.compile(r"-?\d+")
 ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u....|.)")
+STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+SCALAR = re.compile(r"[-+.\w]+")
+NEXT = re.compile(r'[^"\[\]{}]*+(["\[\]{}])')
+SPACE = re.compile(r"[ \t\r\n]*")
+BYTES = re.compile(r"\[[\d,\s]*\]")
 DECODER = JSONDecoder()
 
 Span = tuple[int, int]
@@ -67,39 +83,43 @@ class Text(NamedTuple):
     """JSON text within the file, and how to put a change of it into the file.
 
     `starts` and `shifts` are, for a string, the places behind each escape in the text and how
-    much further along they lie in the file; `numbers`, for an array of bytes, is where each lies.
+    much further along they lie in the file; `numbers`, for an array of bytes, is where each lies:
+    start and end. Where a value ends is found without building it, and nothing is kept of each
+    number but its place: a list costs ten times its text.
     """
 
     path: str
     text: str
     base: int = 0
-    starts: tuple[int, ...] = ()
-    shifts: tuple[int, ...] = ()
-    numbers: tuple[Span, ...] = ()
+    starts: NDArray[np.int64] | None = None
+    shifts: NDArray[np.int64] | None = None
+    numbers: NDArray[np.int32] | None = None
 
     def at(self, offset: int) -> int:
         """Return where a character lies in the file (bytes)."""
-        if self.numbers:
-            return self.base + self.numbers[offset][0]
-        passed = bisect.bisect_right(self.starts, offset)
-        return self.base + offset + (self.shifts[passed - 1] if passed else 0)
+        if self.numbers is not None:
+            return self.base + int(self.numbers[offset][0])
+        if self.starts is None or self.shifts is None:
+            return self.base + offset
+        passed = int(np.searchsorted(self.starts, offset, "right"))
+        return self.base + offset + (int(self.shifts[passed - 1]) if passed else 0)
 
     def span(self, span: Span) -> Span:
         """Return offset and length in the file of what lies at `span`."""
         start = self.at(span[0])
-        if self.numbers:
-            return start, self.base + self.numbers[span[1] - 1][1] - start
+        if self.numbers is not None:
+            return start, self.base + int(self.numbers[span[1] - 1][1]) - start
         return start, self.at(span[1] - 1) + 1 - start
 
     def splice(self, source: Source, span: Span, new: str, field: str) -> Splice:
         """Return the edit that replaces what lies at `span`: digits by digits."""
         offset, length = self.span(span)
-        data = ",".join(str(ord(c)) for c in new) if self.numbers else new
+        data = new if self.numbers is None else ",".join(str(ord(c)) for c in new)
         return Splice(offset, source.read(offset, length), data.encode(), field)
 
     def error(self, offset: int, message: str) -> FormatError:
         """Return a FormatError that names the place in the file."""
-        inside = 0 <= offset < (len(self.numbers) or len(self.text))
+        inside = 0 <= offset < len(self.text)
         return FormatError(self.path, self.at(offset) if inside else None, message)
 
     def value(self, start: int) -> tuple[Any, int]:
@@ -110,6 +130,49 @@ class Text(NamedTuple):
             where = getattr(problem, "pos", start)
             reason = getattr(problem, "msg", problem)
             raise self.error(where, f"found damaged JSON: {reason}") from None
+
+    def checked(self) -> Text:
+        """Return this text, if it has no more tokens than what it should hold needs.
+
+        Raises
+        ------
+        FormatError
+            If it has more.
+        """
+        strings = self.text.count('"') - self.text.count('\\"')
+        tokens = self.text.count("[") + self.text.count("{") + strings // 2
+        if tokens > TOKEN_LIMIT:
+            raise self.error(0, f"found {tokens} lists, objects and strings, over {TOKEN_LIMIT}")
+        return self
+
+    def end(self, start: int) -> int:
+        """Return where the value that starts at `start` ends."""
+        first = self.text[start : start + 1]
+        if first == '"':
+            match = STRING.match(self.text, start)
+        elif first not in ("[", "{"):
+            match = SCALAR.match(self.text, start)
+        else:
+            return self._closed(start)
+        if match is None:
+            raise self.error(start, "found damaged JSON, needed a value")
+        return match.end()
+
+    def _closed(self, start: int) -> int:
+        """Return where the list or object at `start` ends, over all that is in it."""
+        position, depth = start, 0
+        while match := NEXT.match(self.text, position):
+            position = match.end()
+            token = match[1]
+            if token == '"':
+                position = self.end(position - 1)
+            elif token in "[{":
+                depth += 1
+            else:
+                depth -= 1
+                if not depth:
+                    return position
+        raise self.error(start, "found damaged JSON: a list or object has no end")
 
     def members(self, start: int) -> dict[str, Span]:
         """Return where each member's value lies of the object at `start`."""
@@ -124,9 +187,9 @@ class Text(NamedTuple):
             if self.text[position : position + 1] != ":":
                 raise self.error(position, "found a key without a value")
             begin = self._skip(position + 1)
-            _, position = self.value(begin)
+            position = self.end(begin)
             if key in found:
-                raise self.error(begin, f"found {key!r} twice, needed it once")
+                raise self.error(begin, f"found {key[:SHOWN]!r} twice, needed it once")
             found[key] = (begin, position)
             position = self._skip(position)
             if self.text[position : position + 1] == ",":
@@ -136,9 +199,8 @@ class Text(NamedTuple):
         return found
 
     def _skip(self, position: int) -> int:
-        while position < len(self.text) and self.text[position] in " \t\r\n":
-            position += 1
-        return position
+        match = SPACE.match(self.text, position)
+        return match.end() if match else position
 
     def inner(self, span: Span) -> Text:
         """Return the JSON text that the string, array of bytes or section at `span` holds."""
@@ -150,22 +212,38 @@ class Text(NamedTuple):
             span = next(iter(wanted or members.values()), (-1, -1))
             if span[0] < 0:
                 break
-        raw_text = self.text[slice(*span)]
-        if raw_text.startswith('"'):
-            text, _ = self.value(span[0])
-            starts, shifts, shift = [], [], 0
-            for escape in ESCAPE.finditer(raw_text, 1):
-                shift += len(escape.group()) - 1
-                starts.append(escape.end() - 1 - shift)
-                shifts.append(shift)
-            return Text(self.path, text, span[0] + 1, tuple(starts), tuple(shifts))
-        if raw_text.startswith("["):
-            values = self.value(span[0])[0]
-            if not values or not all(type(v) is int and 0 <= v < 256 for v in values):
-                raise self.error(span[0], "found an array, needed one of bytes")
-            numbers = tuple(m.span() for m in NUMBER.finditer(raw_text))
-            return Text(self.path, bytes(values).decode("latin-1"), span[0], numbers=numbers)
+        whole = self.text[slice(*span)]
+        if whole.startswith('"'):
+            return self._string(whole, span[0])
+        if whole.startswith("["):
+            return self._bytes(whole, span[0])
         raise self.error(span[0], "found no state of a vCPU, needed JSON text")
+
+    def _string(self, whole: str, start: int) -> Text:
+        """Return the text in the string at `start`."""
+        escapes = whole.count("\\")
+        if len(whole) > STATE_LIMIT or escapes > 2 * ESCAPE_LIMIT:
+            raise self.error(start, f"found a state of {len(whole)} bytes, over the limits")
+        text, _ = self.value(start)
+        lengths, ends = [], []
+        for escape in ESCAPE.finditer(whole, 1):
+            lengths.append(escape.end() - escape.start() - 1)
+            ends.append(escape.end() - 1)
+        shifts = np.cumsum(np.array(lengths, np.int64))
+        return Text(self.path, text, start + 1, np.array(ends, np.int64) - shifts, shifts)
+
+    def _bytes(self, whole: str, start: int) -> Text:
+        """Return the text in the array of bytes at `start`."""
+        if whole.count(",") >= STATE_LIMIT:
+            raise self.error(start, f"found an array of over {STATE_LIMIT} bytes")
+        values = self.value(start)[0] if BYTES.fullmatch(whole) else []
+        if not values or max(values) > 255:
+            raise self.error(start, "found an array, needed one of bytes")
+        codes = np.frombuffer(whole.encode("latin-1"), np.uint8)
+        digits = (codes >= 48) & (codes <= 57)
+        edges = np.flatnonzero(np.diff(digits.astype(np.int8)))
+        numbers = (edges.reshape(-1, 2) + 1).astype(np.int32)
+        return Text(self.path, bytes(values).decode("latin-1"), start, numbers=numbers)
 
 
 @dataclass(frozen=True)
@@ -218,10 +296,8 @@ def companion(folder: Folder, name: str) -> bool:
 def sniff(source: Source) -> bool:
     """Tell whether a file is JSON with a member "cpu-manager"."""
     start = source.read(0, min(64, source.size)).lstrip()
-    return (
-        start.startswith(b"{")
-        and source.size <= SIZE_LIMIT
-        and b'"cpu-manager"' in source.read(0, source.size)
+    return start.startswith(b"{") and b'"cpu-manager"' in source.read(
+        0, min(source.size, SIZE_LIMIT)
     )
 
 
@@ -251,17 +327,48 @@ def read(
     vcpus = []
     generation = ""
     for index, state, text in _states(source):
-        generation = "v38 or earlier" if text.numbers else "v39 or later"
+        generation = "v39 or later" if text.numbers is None else "v38 or earlier"
         vcpus.append(_vcpu(index, text, state, layout))
-    facts = {"generation": generation}
-    return [Snapshot(source.path, "cloud-hypervisor", "vm", "kvm", vcpus, source.container, facts)]
+    doubts = misnumbered(vcpu.index for vcpu in vcpus)
+    told = _boot_vcpus(source)
+    if told not in (None, len(vcpus)):
+        doubts += (f"expected {told} vCPUs, as {CONFIG} beside it says, got {len(vcpus)}",)
+    return [
+        Snapshot(
+            source.path,
+            "cloud-hypervisor",
+            "vm",
+            "kvm",
+            vcpus,
+            source.container,
+            {"generation": generation},
+            doubts=doubts,
+        )
+    ]
+
+
+def _boot_vcpus(source: Source) -> int | None:
+    """Return how many vCPUs the config.json beside a state.json tells, or None.
+
+    *Source*: Cloud Hypervisor vmm/src/vm_config.rs (struct CpusConfig); vmm/src/vm.rs
+    Vm::resize() keeps it up to date.
+    """
+    if os.path.basename(source.path) != STATE:
+        return None
+    try:
+        with Source.open(os.path.join(os.path.dirname(source.path), CONFIG)) as file:
+            config = json.loads(file.read(0, min(file.size, CONFIG_LIMIT)))
+        count = config["cpus"]["boot_vcpus"]
+    except (XfastError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return count if type(count) is int else None
 
 
 def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
     """Yield every vCPU's number, where the members of its state lie, and in which text."""
     if source.size > SIZE_LIMIT:
         raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
-    file = Text(source.path, source.read(0, source.size).decode("latin-1"))
+    file = Text(source.path, source.read(0, source.size).decode("latin-1")).checked()
     members = file.members(0)
     for step in ("snapshots", "cpu-manager", "snapshots"):
         if step not in members:
@@ -273,8 +380,8 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
         number = re.search(r"\d{1,9}$", key)
         data = file.members(span[0]).get("snapshot_data")
         if data is None:
-            raise file.error(span[0], f"vCPU {key!r}: found no 'snapshot_data'")
-        text = file.inner(data)
+            raise file.error(span[0], f"vCPU {key[:SHOWN]!r}: found no 'snapshot_data'")
+        text = file.inner(data).checked()
         state = text.members(0)
         if "Mshv" in state:
             raise file.error(span[0], "found a vCPU of the mshv hypervisor, needed one of KVM")
@@ -324,6 +431,11 @@ def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) 
 
 def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[list[int], list[Span]]:
     """Return the numbers of a value, lists within it flattened, and where each lies."""
+    commas = text.text.count(",", *span)
+    if commas >= (count or raw.AREA_LIMIT // 4):
+        raise text.error(
+            span[0], f"found {commas + 1} numbers, needed {count or raw.AREA_LIMIT // 4}"
+        )
     spans = [m.span() for m in NUMBER.finditer(text.text, *span)]
     try:
         values = [int(text.text[a:b]) for a, b in spans]

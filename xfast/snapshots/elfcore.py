@@ -11,6 +11,7 @@ include/linux/elfcore.h and FreeBSD sys/sys/procfs.h (the process id in struct p
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,14 @@ FXSAVE_NOTES = {("CORE", NT_PRFPREG), ("FreeBSD", NT_PRFPREG), ("LINUX", NT_PRXF
 """Notes that are FXSAVE areas if they have 512 bytes; i386's NT_PRFPREG is FSAVE's 108."""
 PID_OFFSET = {("CORE", 8): 32, ("CORE", 4): 24, ("FreeBSD", 8): 40, ("FreeBSD", 4): 24}
 """Where struct prstatus has the thread's id, by the note's name and the bytes of a long."""
+
+PRSTATUS = re.compile(
+    rb"(?:\x05\0\0\0.{4}\x01\0\0\0CORE\0|\x08\0\0\0.{4}\x01\0\0\0FreeBSD\0)", re.DOTALL
+)
+"""The header and name of a note NT_PRSTATUS."""
+PRSTATUS_SIZE = 20
+LOOK_BACK = 1 << 16
+"""How far before the notes others are looked for (bytes): as a rule program headers lie there."""
 
 SEGMENT_LIMIT = 1 << 20
 SEGMENTS_AT_ONCE = 1 << 14
@@ -104,6 +113,7 @@ class Found:
     layout: Layout | None = None
     first: int | None = None
     names: set[str] = field(default_factory=set)
+    statuses: int = 0
 
 
 def sniff(source: Source) -> bool:
@@ -165,7 +175,45 @@ def read(
         "os": "freebsd" if "FreeBSD" in found.names else "linux",
         "threads_without_state": len(threads) - len(noted),
     }
-    return [Snapshot(source.path, "elfcore", "process", producer, vcpus, source.container, facts)]
+    return [
+        Snapshot(
+            source.path,
+            "elfcore",
+            "process",
+            producer,
+            vcpus,
+            source.container,
+            facts,
+            doubts=_doubts(source, found, segments),
+        )
+    ]
+
+
+def _doubts(source: Source, found: Found, segments: list[Span]) -> tuple[str, ...]:
+    """Compare the threads that were read with all that looks like a thread's NT_PRSTATUS.
+
+    A length or offset that lies hides notes in another one's descriptor, or before the first note,
+    or behind the last.
+    """
+    read = sum(thread.area is not None for thread in found.threads)
+    headers: set[int] = set()
+    for start, end in segments:
+        stop = min(end + PRSTATUS_SIZE, source.size)
+        for begin, last in source.stored_runs(max(0, start - LOOK_BACK), stop):
+            for at in range(begin, last, WINDOW):
+                window = source.read(at, min(WINDOW + PRSTATUS_SIZE, stop - at))
+                headers.update(at + match.start() for match in PRSTATUS.finditer(window))
+    told = len(headers)
+    doubts = []
+    if len(found.threads) > read:
+        doubts.append(f"expected NT_X86_XSTATE of {len(found.threads)} threads, got {read}")
+    if told > found.statuses:
+        doubts.append(
+            f"expected {told} notes NT_PRSTATUS, as their headers lie there, got {found.statuses}"
+        )
+    if found.statuses < read:
+        doubts.append(f"expected NT_PRSTATUS of {read} threads, got {found.statuses}")
+    return tuple(doubts)
 
 
 def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
@@ -237,6 +285,7 @@ def _take(source: Source, found: Found, long_size: int, start: int, end: int) ->
                     source.path, note.offset, f"found NT_PRSTATUS of {note.length} bytes"
                 )
             found.threads.append(Thread(*source.unpack("<I", note.offset + at)))
+            found.statuses += 1
         elif note.type == NT_X86_XSTATE and note.name in ("LINUX", "FreeBSD"):
             if not EXTENDED_OFFSET <= note.length <= AREA_LIMIT:
                 raise FormatError(

@@ -160,13 +160,35 @@ def read(
         raise FormatError(
             source.path, len(data) - 8, f"found the CRC64 {stored:#x}, needed {counted:#x}"
         )
-    vcpus = [_vcpu(source.path, data, i, hit, layout) for i, hit in enumerate(_hits(data))]
+    hits = list(_hits(data))
+    vcpus = [_vcpu(source.path, data, i, hit, layout) for i, hit in enumerate(hits)]
     if not vcpus:
         raise FormatError(
             source.path, None, "found no vCPU (kvm_xcrs followed by kvm_xsave), needed one or more"
         )
     facts = {"version": version, "release": MAJORS[int(version.split(".")[0])]}
-    return [Snapshot(source.path, "firecracker", "vm", "kvm", vcpus, source.container, facts)]
+    return [
+        Snapshot(
+            source.path,
+            "firecracker",
+            "vm",
+            "kvm",
+            vcpus,
+            source.container,
+            facts,
+            doubts=_doubts(data, hits),
+        )
+    ]
+
+
+def _doubts(data: bytes, hits: list[Hit]) -> tuple[str, ...]:
+    """Compare the number of vCPUs with that of their vector: it precedes the first one's CPUID."""
+    tables = _tables(data, 0, hits[0].xcrs, ENTRY)
+    told = next((_u64(data, max(at - 8, 0)) for at, _ in tables), None)
+    if told == len(hits):
+        return ()
+    shown = f"{told} vCPUs, as the file counts them" if told is not None else "a CPUID of vCPU 0"
+    return (f"expected {shown}, got {len(hits)} vCPUs",)
 
 
 def _version(source: Source) -> str:
@@ -277,8 +299,8 @@ def _area(data: bytes, hit: Hit) -> bytes:
 
 def _tables(
     data: bytes, start: int, end: int, entry: struct.Struct
-) -> Iterator[list[tuple[int, ...]]]:
-    """Yield the rows of every list of KVM structures between `start` and `end`."""
+) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """Yield where every list of KVM structures between `start` and `end` begins, and its rows."""
     step = 8 + entry.size
     at = data.find(TABLE_START, start, end)
     while 0 <= at <= end - TABLE.size:
@@ -291,21 +313,22 @@ def _tables(
             and places.stop <= end
             and all(_u64(data, place) == entry.size for place in places)
         ):
-            yield [entry.unpack_from(data, place + 8) for place in places]
+            yield at, [entry.unpack_from(data, place + 8) for place in places]
             at = places.stop - 1
         at = data.find(TABLE_START, at + 1, end)
 
 
 def _cpuid(data: bytes, hit: Hit) -> Cpuid | None:
     """Return the CPUID that was saved with a vCPU, or None."""
-    rows = next(_tables(data, hit.start, hit.xcrs, ENTRY), None)
-    return Cpuid(tuple(Entry(*row) for row in rows)) if rows else None
+    for _, rows in _tables(data, hit.start, hit.xcrs, ENTRY):
+        return Cpuid(tuple(Entry(*row) for row in rows))
+    return None
 
 
 def _msrs(data: bytes, hit: Hit) -> dict[int, int]:
     """Return the MSRs that were saved with a vCPU: {index: value}."""
     tables = _tables(data, hit.start, hit.xcrs, MSR)
-    return {index: value for rows in tables for index, _, value in rows}
+    return {index: value for _, rows in tables for index, _, value in rows}
 
 
 def splices(

@@ -51,6 +51,21 @@ class Place(NamedTuple):
     note: str = ""
 
 
+BY_BYTES = "where its bytes lie"
+
+
+def is_firm(place: Place) -> bool:
+    """Tell whether all areas with the same header, masks and vendor get this place.
+
+    Where the components' bytes were asked, each area may get another.
+    """
+    if place.source == "cpuid":
+        return not place.note
+    return place.source == "given" or (
+        place.note.startswith("from ") and BY_BYTES not in place.note
+    )
+
+
 def header(area: NDArray[np.uint8]) -> tuple[int, int]:
     """Return XSTATE_BV and XCOMP_BV of one area of at least 576 bytes."""
     xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area.data, 512)
@@ -268,9 +283,7 @@ def _clues(
     ]
     if not compacted:
         filled = np.flatnonzero(area[EXTENDED_OFFSET:]) + EXTENDED_OFFSET
-        clues.append(
-            ("where its bytes lie", lambda name: _explains(_layout(name, mask, name), filled))
-        )
+        clues.append((BY_BYTES, lambda name: _explains(_layout(name, mask, name), filled)))
     return clues
 
 

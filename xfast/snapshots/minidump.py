@@ -150,7 +150,19 @@ def read(
     marks = {stream.type >> 16 for stream in streams}
     writer = next((name for mark, name in WRITERS.items() if mark in marks), system)
     facts = {"abi": machine.abi, "os": system, "threads_without_state": without}
-    return [Snapshot(source.path, "minidump", "process", writer, vcpus, source.container, facts)]
+    doubts = (f"expected the CONTEXT of {len(vcpus) + without} threads, got {len(vcpus)}",)
+    return [
+        Snapshot(
+            source.path,
+            "minidump",
+            "process",
+            writer,
+            vcpus,
+            source.container,
+            facts,
+            doubts=doubts if without else (),
+        )
+    ]
 
 
 def _streams(source: Source) -> Iterator[Stream]:

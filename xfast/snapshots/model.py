@@ -5,6 +5,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -137,11 +138,16 @@ class Snapshot:
     producer : str
         Who wrote it, as far as the file tells: ``qemu-kvm``, ``qemu-tcg``, ``kvm``, ``kernel``,
         ``gdb``, ...; empty where it does not.
-    vcpus : list of Vcpu
+    vcpus : sequence of Vcpu
+        A list; of a file with very many areas, a `xfast.snapshots.stack.Stack`.
     container : tuple of str
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
         What else the file tells, to be shown (machine type, domain name, ...).
+    doubts : tuple of str
+        Why vCPUs or threads may be missing: what the file says of their number, or their
+        numbering, does not agree with those that were read (one clause each). The verdict is
+        then ``unknown``, and no fix is planned.
     part : str
         Which snapshot it is, in a file with several.
     stamp : Stamp or None
@@ -154,10 +160,11 @@ class Snapshot:
     format: str
     kind: str
     producer: str
-    vcpus: list[Vcpu]
+    vcpus: Sequence[Vcpu]
     container: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     part: str = ""
+    doubts: tuple[str, ...] = ()
     stamp: Stamp | None = field(default=None, repr=False, compare=False)
     origin: object = field(default=None, repr=False, compare=False)
 
@@ -165,6 +172,21 @@ class Snapshot:
     def name(self) -> str:
         """What to call it: its path, and which of several snapshots in that file it is."""
         return f"{self.path}#{self.part}" if self.part else self.path
+
+
+def misnumbered(indices: Iterable[int]) -> tuple[str, ...]:
+    """Return the doubts that the numbers of a machine's vCPUs raise: they go from 0 up.
+
+    Parameters
+    ----------
+    indices : iterable of int
+        Of the vCPUs that were read.
+    """
+    found = sorted(indices)
+    if found == list(range(len(found))):
+        return ()
+    shown = ", ".join(map(str, found[:8])) + (", ..." if found[8:] else "")
+    return (f"expected vCPUs 0 to {len(found) - 1}, got {shown}",)
 
 
 Kept = TypeVar("Kept")

@@ -17,8 +17,8 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes import edit
+from xfast.snapshots.bytes.entry import beside
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source, private_copy
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
+from xfast.snapshots.stack import Stack
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
-from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
+from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, MXCSR_MASK_AMD, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout
 
 T = TypeVar("T")
@@ -42,8 +44,6 @@ NPY_HEADER_LIMIT = 4096
 AREA_LIMIT = 1 << 20
 CPUID_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES: the kernel takes no longer list."""
-COMPANIONS = (".xcrs", ".cpuid2")
-"""The ends of the names of files that only go with raw areas."""
 COMPRESSION = (".bz2", ".gz", ".lz4", ".xz", ".zst")
 COMPANION_LIMIT = 8 + ENTRY.size * CPUID_LIMIT
 PTRACE_SIZES = {EXTENDED_OFFSET} | {
@@ -56,6 +56,9 @@ PTRACE_SIZES = {EXTENDED_OFFSET} | {
 PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
+STACK_FROM = 256
+"""Areas from which on a file is a stack, whose vCPUs are made when they are asked for."""
+ROWS_AT_ONCE = 2048
 MAP_FROM = 64 << 20
 """Files from this size on (bytes) are mapped, not read: a map costs a file descriptor. The map is
 of a copy that has no name: of a file that others can cut off, it would end the run by SIGBUS."""
@@ -131,6 +134,10 @@ def cpuid_of(data: bytes) -> Cpuid:
     return Cpuid(tuple(Entry(*row) for row in rows))
 
 
+COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
+"""The ends of the names of files that only go with raw areas, and what parses each."""
+
+
 def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
     if _has_npy_magic(source) or _name(source).endswith(".xsave"):
@@ -176,27 +183,87 @@ def read(
     npy = _has_npy_magic(source)
     areas, start = _stack(source) if npy else _plain(source, size, beside)
     size = areas.shape[1]
-    vcpus = []
-    for i, area in enumerate(areas):
-        offset = start + i * size
-        if not i or not np.array_equal(area, areas[i - 1]):  # a stack often repeats an area
-            place = _place(source, offset, area, layout, beside)
-        vcpus.append(
+    vcpus = _vcpus(source, areas, start, layout, beside)
+    whose = ("vm", "kvm") if size >= KVM_XSAVE_SIZE or any(beside) else ("process", "ptrace")
+    snapshot = Snapshot(source.path, "raw", *whose, vcpus, source.container)
+    snapshot.origin = Wrapping(npy)
+    return [snapshot]
+
+
+def _vcpus(
+    source: Source, areas: NDArray[np.uint8], start: int, layout: Layout | None, beside: Beside
+) -> Sequence[Vcpu]:
+    """Return the vCPUs of areas that lie at `start` and after; of many, a Stack."""
+
+    def make(kind: Vcpu, i: int, area: NDArray[np.uint8]) -> Vcpu:
+        origin = Origin((start + i * area.size, area.size))
+        return replace(kind, index=i, area=area, origin=origin, facts={})
+
+    kinds: list[Vcpu] = []
+    sorts = _Sorts(source, start, layout, beside)
+    sort_of = np.empty(len(areas), np.uint32)
+    for i in range(0, len(areas), ROWS_AT_ONCE):
+        sorts.find(areas[i : i + ROWS_AT_ONCE], i, sort_of[i : i + ROWS_AT_ONCE])
+    for place in sorts.places:
+        kinds.append(
             Vcpu(
-                index=i,
-                area=area,
+                index=0,
+                area=areas[0],
                 layout=place.layout,
                 layout_source=place.source,
                 layout_note=place.note,
                 xcr0=beside.xcr0,
                 cpuid=beside.cpuid,
-                origin=Origin((offset, size)),
             )
         )
-    whose = ("vm", "kvm") if size >= KVM_XSAVE_SIZE or any(beside) else ("process", "ptrace")
-    snapshot = Snapshot(source.path, "raw", *whose, vcpus, source.container)
-    snapshot.origin = Wrapping(npy)
-    return [snapshot]
+    stack = Stack(areas, kinds, sort_of if len(kinds) > 1 else None, make)
+    return stack if len(areas) >= STACK_FROM else list(stack)
+
+
+class _Sorts:
+    """The layouts of areas, found once for all that tell the same of theirs."""
+
+    def __init__(self, source: Source, start: int, layout: Layout | None, beside: Beside) -> None:
+        self.source, self.start, self.layout, self.beside = source, start, layout, beside
+        self.places: dict[infer.Place, int] = {}
+        self._known: dict[tuple[int, ...], int] = {}
+
+    def find(self, areas: NDArray[np.uint8], first: int, out: NDArray[np.uint32]) -> None:
+        """Put each area's index into `places` into `out`; the areas are `first` and after.
+
+        What tells: the header, the kernel's word of components, MXCSR_MASK, and whether the
+        control words can be a CPU's. Where that is not enough, the area's bytes are asked.
+        """
+        words = areas[:, 512:528].copy().view("<u8")
+        software = areas[:, infer.SOFTWARE_OFFSET :][:, :8].copy().view("<u8")[:, 0]
+        control = areas[:, 24:32].copy().view("<u4")
+        fcw = areas[:, :2].copy().view("<u2")[:, 0]
+        sound = (fcw & 0xE0C0 == 0x40) & (control[:, 0] & ~np.uint32(MXCSR_MASK_AMD) == 0)
+        empty = (fcw == 0) & (control[:, 0] == 0)
+        columns = words[:, 0], words[:, 1], software, control[:, 1], sound, empty
+        left = np.ones(len(areas), bool)
+        while left.any():
+            row = int(left.argmax())
+            tells = tuple(int(column[row]) for column in columns)
+            known = self._known.get(tells)
+            if known is None:
+                known, firm = self._place(areas, first, row)
+                if not firm:
+                    out[row] = known
+                    left[row] = False
+                    continue
+                self._known[tells] = known
+            same = left.copy()
+            for column, value in zip(columns, tells, strict=True):
+                same &= column == column.dtype.type(value)
+            out[same] = known
+            left &= ~same
+
+    def _place(self, areas: NDArray[np.uint8], first: int, row: int) -> tuple[int, bool]:
+        area = areas[row]
+        offset = self.start + (first + row) * area.size
+        place = _place(self.source, offset, area, self.layout, self.beside)
+        return self.places.setdefault(place, len(self.places)), infer.is_firm(place)
 
 
 def _fxsave(source: Source) -> Snapshot:
@@ -215,7 +282,7 @@ def _fxsave(source: Source) -> Snapshot:
 
 def companion(folder: Folder, name: str) -> bool:
     """Tell whether a file only goes with areas."""
-    return name.endswith(COMPANIONS)
+    return name.endswith(tuple(COMPANIONS))
 
 
 def _place(
@@ -326,10 +393,7 @@ def _beside(source: Source) -> Beside:
 
 
 def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
-    folder = os.path.dirname(source.path)
-    stem = os.path.splitext(_name(source))[0]
-    for base in (stem, stem.rpartition("-")[0]):
-        path = os.path.join(folder, base + suffix)
+    for path in companion_paths(source.path, suffix):
         if source.path == "-" or not os.path.isfile(path):
             continue
         with Source.open(path) as file:
@@ -339,6 +403,15 @@ def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | 
         except ValueError as problem:
             raise FormatError(path, 0, str(problem)) from None
     return None
+
+
+def companion_paths(path: str, suffix: str) -> tuple[str, str]:
+    """Return where a companion of a file is looked for: under its own name, and its variant's."""
+    name = os.path.basename(path)
+    stem, end = os.path.splitext(name)
+    stem = os.path.splitext(stem if end in COMPRESSION else name)[0]
+    bases = stem, stem.rpartition("-")[0]
+    return beside(path, bases[0] + suffix), beside(path, bases[1] + suffix)
 
 
 def splices(

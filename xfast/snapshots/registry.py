@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, UnknownFormatError, XfastError
+from xfast.snapshots.bytes.entry import found, is_folder, opened_folder
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.contract import Accompanied, Format, Whole
@@ -35,9 +36,18 @@ FORMATS = {
 """The formats in the order in which they are tried: what costs most to tell comes last."""
 
 
+PLUGINS = "XFAST_PLUGINS"
+"""The environment's word (1) that formats of other packages may be loaded by root."""
+
+
 @cache
 def _others() -> dict[str, Any]:
-    """Return the entry points by which other packages offer formats."""
+    """Return the entry points by which other packages offer formats.
+
+    Root loads none unless `PLUGINS` says so: what can be imported may be somebody else's.
+    """
+    if os.geteuid() == 0 and os.environ.get(PLUGINS) != "1":
+        return {}
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group="xfast.formats")}
@@ -79,7 +89,7 @@ def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folde
     if not isinstance(path, str | os.PathLike):
         return Source.of(path, expand_limit=expand_limit)
     name = os.fspath(path)
-    if not os.path.isdir(name):
+    if not is_folder(name):
         return Source.open(name, expand_limit=expand_limit)
     folder = Folder.open(name, expand_limit=expand_limit)
     _, file = _claimed(folder)
@@ -194,29 +204,63 @@ def splices(
     return format_named(snapshot.format).splices(cast(Source, source), snapshot, areas)
 
 
-def walk(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+def walk(paths: Iterable[str | os.PathLike[str]], links: list[str] | None = None) -> Iterator[str]:
     """Yield the paths to read: files as they are, directories expanded recursively.
 
     A directory of CRIU's images is one snapshot and yielded itself. In others what only goes
     with a snapshot is passed over (`Accompanied`); every other file is yielded, so that one
-    which is no snapshot gets its error. Symbolic links to directories are not followed.
+    which is no snapshot gets its error.
+
+    Parameters
+    ----------
+    paths : iterable of str or path
+        What is named here is followed if it is a symbolic link.
+    links : list of str, optional
+        Gets the symbolic links found in directories: they are passed over. What is yielded of a
+        directory is an `Entry`, which is opened through no link, should it become one.
     """
     for path in (os.fspath(path) for path in paths):
         if not os.path.isdir(path):
             yield path
             continue
-        unreadable: list[OSError] = []
-        for place, subfolders, names in os.walk(path, onerror=unreadable.append):
-            subfolders.sort()
-            folder = Folder(place, tuple(sorted(names)))
+        unreadable: list[str] = []
+        for place, subfolders, names in _folders(path, unreadable, [] if links is None else links):
+            folder = Folder(place, tuple(names))
             if _is_whole(folder):
                 yield place
                 subfolders.clear()
                 continue
             for name in folder.names:
                 if not _is_companion(folder, name):
-                    yield os.path.join(place, name)
-        yield from (str(problem.filename) for problem in unreadable)
+                    yield found(place, name)
+        yield from unreadable
+
+
+def _folders(
+    top: str, unreadable: list[str], links: list[str]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield a directory and all below it, as os.walk does, however deep they lie.
+
+    Before Python 3.12 that one calls itself for every level.
+    """
+    waiting = [top]
+    while waiting:
+        place = waiting.pop()
+        subfolders: list[str] = []
+        names: list[str] = []
+        try:
+            with opened_folder(place) as fd, os.scandir(fd) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        links.append(os.path.join(place, entry.name))
+                    else:
+                        (subfolders if entry.is_dir() else names).append(entry.name)
+        except OSError:
+            unreadable.append(place)
+            continue
+        subfolders.sort()
+        yield place, subfolders, sorted(names)
+        waiting += [found(place, name) for name in reversed(subfolders)]
 
 
 def _is_whole(folder: Folder) -> bool:

@@ -110,6 +110,14 @@ LONG_MODE = {f"{kind}{i}" for kind in ("xmm", "ymm", "zmm") for i in range(8, 32
 """Registers that only 64-bit mode reaches: the others' bytes in an area mean nothing there."""
 
 
+def _components(register: Register) -> int:
+    """Return the mask of the components that a register's parts are in."""
+    mask = 0
+    for part in register.parts:
+        mask |= 1 << part.component
+    return mask
+
+
 class Registers:
     """The registers of one area or a batch.
 
@@ -129,7 +137,8 @@ class Registers:
         self._rows, self._single = rows_of(areas)
         self._layout = layout
         head = headers(self._rows)
-        self._bv = head.xstate_bv & ~classify(self._rows, layout).unreadable
+        self._unreadable = head.xstate_bv & classify(self._rows, layout).unreadable
+        self._bv = head.xstate_bv & ~self._unreadable
         formats = np.unique(head.xcomp_bv)
         if len(formats) > 1:
             raise ValueError(
@@ -143,8 +152,19 @@ class Registers:
 
     def _present(self, register: Register) -> NDArray[np.bool_]:
         mask = self._mxcsr if register.name == "mxcsr" else 1 << register.component
-        present: NDArray[np.bool_] = self._bv & np.uint64(mask) != 0
+        placed = self._unreadable & np.uint64(_components(register)) == 0
+        present: NDArray[np.bool_] = (self._bv & np.uint64(mask) != 0) & placed
         return present
+
+    def unreadable(self) -> list[str]:
+        """Return the names of the registers that a row holds and that have no known place in it."""
+        seen = self._bv | self._unreadable
+        return [
+            name
+            for name, register in REGISTERS.items()
+            if (seen & np.uint64(1 << register.component) != 0).any()
+            and (self._unreadable & np.uint64(_components(register)) != 0).any()
+        ]
 
     def __contains__(self, name: str) -> bool:
         """Return whether every row holds the register."""
@@ -198,7 +218,10 @@ class Registers:
         pieces = []
         for part in register.parts:
             clear = self._bv & np.uint64(1 << part.component) == 0
-            pieces.append(np.where(clear[:, np.newaxis], np.uint8(0), self._view(part)))
+            if clear.all():
+                pieces.append(np.zeros((len(self._rows), part.size), np.uint8))
+            else:
+                pieces.append(np.where(clear[:, np.newaxis], np.uint8(0), self._view(part)))
         whole = np.concatenate(pieces, axis=1)
         whole.flags.writeable = False
         return whole[0] if self._single else whole
@@ -287,3 +310,15 @@ def as_integers(area: Any, layout: Layout, mode: int = 64) -> dict[str, tuple[in
         st = [registers[f"st{i}"].tobytes() for i in range(8)]
         values["ftag"] = (ftag(int(registers["ftw"]), int(registers["fstat"]), st), 2)
     return values
+
+
+def without_place(area: Any, layout: Layout, mode: int = 64) -> list[str]:
+    """Return the names of the registers that one area holds at no known place.
+
+    Parameters
+    ----------
+    mode : int
+        32 leaves out what only 64-bit mode reaches.
+    """
+    names = Registers(area, layout).unreadable()
+    return [n for n in names if n not in NARROW and (mode == 64 or n not in LONG_MODE)]

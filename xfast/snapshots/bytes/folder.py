@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from xfast.errors import XfastError
+from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 
 
@@ -48,19 +49,20 @@ class Folder:
             If it can't be listed.
         """
         try:
-            return cls(path, tuple(sorted(os.listdir(path))), expand_limit=expand_limit)
+            with opened_folder(path) as fd:
+                return cls(path, tuple(sorted(os.listdir(fd))), expand_limit=expand_limit)
         except OSError as problem:
             raise XfastError(f"{path}: can't be opened: {problem.strerror}") from None
 
     def file(self, name: str) -> Source:
-        """Open one of the files; the caller closes it.
+        """Open one of the files, which may be no link; the caller closes it.
 
         Raises
         ------
         XfastError
             If it can't be opened.
         """
-        return Source.open(os.path.join(self.path, name), expand_limit=self.expand_limit)
+        return Source.open(found(self.path, name), expand_limit=self.expand_limit)
 
     def close(self) -> None:
         """Do nothing: no file is open between calls."""

@@ -12,8 +12,8 @@ from xfast.errors import FormatError
 MAGIC = b"LibvirtQemudSave"
 MAGIC_PARTIAL = b"LibvirtQemudPart"
 HEADER_SIZE = 92
-XML_LIMIT = 16 << 20
-"""No domain XML with its cookie is larger than this (bytes)."""
+XML_LIMIT = 4 << 20
+"""No domain XML with its cookie is larger than this (bytes); most take some 20 KB."""
 
 COMPRESSION = {0: "", 1: "gzip", 2: "bzip2", 3: "xz", 4: "lzop", 5: "zstd", 6: "sparse"}
 """enum virQEMUSaveFormat; `sparse` is a mapped-ram stream that QEMU wrote itself."""

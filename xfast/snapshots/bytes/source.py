@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
+from xfast.snapshots.bytes.entry import way_to
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
@@ -73,11 +74,20 @@ class Source:
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, expand_limit: int = EXPAND_LIMIT) -> Source:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        fd: int | None = None,
+        expand_limit: int = EXPAND_LIMIT,
+    ) -> Source:
         """Open a file, or standard input for ``-``, and take compression off.
 
         Parameters
         ----------
+        path : str or path
+        fd : int, optional
+            The file, open already; the Source owns it from here on, and `path` only names it.
         expand_limit : int
             What a compressed file, or standard input, may expand to (bytes).
 
@@ -89,8 +99,9 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        source = cls(name, _stdin(expand_limit) if name == "-" else _regular(name))
-        return source.expanded(expand_limit)
+        if fd is None:
+            fd = _stdin(expand_limit) if name == "-" else _regular(name)
+        return cls(name, fd).expanded(expand_limit)
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -198,15 +209,14 @@ class Source:
 
     def _fetch(self, offset: int, length: int) -> bytes:
         self.bytes_read += length
-        pieces = []
-        while length:
-            piece = os.pread(self.fd, length, offset)
-            if not piece:
-                raise FormatError(self.path, offset, f"found the end, needed {length} bytes more")
-            pieces.append(piece)
-            offset += len(piece)
-            length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        data = read_at(self.fd, length, offset)
+        if len(data) < length:
+            raise FormatError(
+                self.path,
+                offset + len(data),
+                f"found the end, needed {length - len(data)} bytes more",
+            )
+        return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
         """Return the values that lie at `offset` in the struct format `fmt`."""
@@ -217,6 +227,20 @@ class Source:
         end = self.size if end is None else end
         for offset in range(start, end, CHUNK):
             yield self.read(offset, min(CHUNK, end - offset))
+
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets, without the file's holes."""
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+                stop = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as problem:
+                if problem.errno == errno.ENXIO:  # only a hole is left
+                    return
+                stop = end  # a file system, or device, that can't tell
+            if start < end:
+                yield start, min(stop, end)
+            start = stop
 
     def view(self, offset: int, length: int | None = None) -> View:
         """Return a part as a Source of its own: `length` bytes (or all the rest) at `offset`."""
@@ -251,7 +275,7 @@ class Source:
             base = self.base
             copy_bytes(base.fd, out.fileno(), base.size)
             for edit in edits:
-                os.pwrite(out.fileno(), edit.new, edit.offset)
+                write_all(out.fileno(), edit.new, edit.offset)
             return
         size = self.size + sum(len(edit.new) - len(edit.old) for edit in edits)
         with self._packer(out, size) as file:
@@ -282,7 +306,7 @@ class Source:
                 "needed a file to edit in place",
             )
         for edit in edits:
-            os.pwrite(fd, edit.new, edit.offset)
+            write_all(fd, edit.new, edit.offset)
 
     def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
         edits = sorted(splices)
@@ -359,6 +383,11 @@ class View(Source):
             for start, count in self._pieces(offset, length)
         )
 
+    def stored_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what lies between two offsets: all of it."""
+        if start < end:
+            yield start, end
+
     def runs(self, offset: int, length: int) -> list[tuple[int | None, int]]:
         """Return where bytes lie in the file; see `Source.runs`."""
         self.read(offset, 0)
@@ -379,10 +408,6 @@ class View(Source):
 def _regular(name: str) -> int:
     """Open a regular file or a block device; anything else might never end, or act when opened."""
     try:
-        mode = os.stat(name).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a character device, pipe or socket"
-            raise FormatError(name, None, f"found {kind}, expected a file or a block device")
         if os.path.lexists(name + JOURNAL):
             raise FormatError(
                 name,
@@ -390,12 +415,33 @@ def _regular(name: str) -> int:
                 f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
                 "xfast fix --in-place undoes it first",
             )
-        return os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with way_to(name) as (folder, last, flags):
+            _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
+            flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(last, flags, dir_fd=folder)
+        try:
+            _check_kind(name, os.fstat(fd).st_mode)  # it may be another one by now
+        except FormatError:
+            os.close(fd)
+            raise
+        return fd
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
             raise
         reason = getattr(problem, "strerror", None) or problem
         raise XfastError(f"{name}: can't be opened: {reason}") from None
+
+
+def _check_kind(name: str, mode: int) -> None:
+    """Raise FormatError unless a mode is that of a file or a block device."""
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return
+    kind = "a character device, pipe or socket"
+    if stat.S_ISDIR(mode):
+        kind = "a directory"
+    elif stat.S_ISLNK(mode):
+        kind = "a symbolic link, which is followed only where it is named"
+    raise FormatError(name, None, f"found {kind}, expected a file or a block device")
 
 
 def _stdin(limit: int) -> int:
@@ -494,6 +540,29 @@ def _moving(edits: list[Splice]) -> bool:
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """Return the bytes at an offset, however many calls that takes; fewer where the file ends."""
+    piece = os.pread(fd, length, offset)
+    if len(piece) in (0, length):
+        return piece
+    pieces = [piece]
+    while piece:
+        length -= len(piece)
+        offset += len(piece)
+        piece = os.pread(fd, length, offset) if length else b""
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write bytes at an offset, however many calls that takes."""
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest = rest[count:]
+        offset += count
+
+
 def copy_bytes(source: int, target: int, size: int) -> None:
     """Copy a file: holes stay holes, and where the file system shares blocks no data moves."""
     os.truncate(target, size)
@@ -514,10 +583,21 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
     try:
         count = os.copy_file_range(source, target, length, offset, offset)
     except OSError:  # two file systems, or one that can't
-        count = os.pwrite(target, os.pread(source, min(length, CHUNK), offset), offset)
+        piece = os.pread(source, min(length, CHUNK), offset)
+        write_all(target, piece, offset)
+        count = len(piece)
     if not count:
         raise XfastError(f"the file shrank to {offset} bytes while it was copied")
     return count
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "copy_bytes", "private_copy"]
+__all__ = [
+    "EXPAND_LIMIT",
+    "JOURNAL",
+    "Source",
+    "View",
+    "copy_bytes",
+    "private_copy",
+    "read_at",
+    "write_all",
+]

@@ -25,6 +25,7 @@ from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.bytes.tar import Member
 from xfast.snapshots.criu.cpuinfo import cpuid_of, cpus_of
+from xfast.snapshots.criu.pstree import is_dead, threads_of
 from xfast.snapshots.criu.registers import AREA_SIZE, LAYOUT, Thread, area_of, check_holds, renewed
 from xfast.snapshots.criu.wire import Broken
 from xfast.snapshots.model import CpuInfo, Snapshot, Span, Splice, Vcpu, kept
@@ -33,9 +34,11 @@ from xfast.xsave.layout import Layout
 IMG_COMMON_MAGIC = 0x54564319
 CORE_MAGIC = 0x55053847
 CPUINFO_MAGIC = 0x61404013
+PSTREE_MAGIC = 0x50273030
 IMAGE_LIMIT = 4 << 20
 CORE_NAME = re.compile(r"core-(\d{1,10})\.img")
 CPUINFO_NAME = "cpuinfo.img"
+PSTREE_NAME = "pstree.img"
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,28 @@ def read(
     single = isinstance(source, Source) and not packed
     threads: list[Vcpu] = []
     cpus: list[CpuInfo] = []
+    told: set[int] = set()
+    gone: set[int] = set()
     empty = 0
     for file, member in _members(source, packed):
         try:
             if member.name == CPUINFO_NAME:
                 cpus = cpus_of(_entry(file, member, CPUINFO_MAGIC)[1][4:])
                 continue
+            if member.name == PSTREE_NAME:
+                for _, entry in _entries(file, member, PSTREE_MAGIC):
+                    told |= threads_of(entry[4:])
+                continue
             offset, entry = _entry(file, member, CORE_MAGIC)
             thread = area_of(entry[4:])
         except Broken as problem:
             raise FormatError(file.path, member.offset, f"{member.name}: {problem}") from None
+        tid = _tid(member)
         if thread is None:
             empty += 1
+            (gone if is_dead(entry[4:]) else told).add(tid)
         else:
-            threads.append(_vcpu(thread, Origin(member, offset, entry, packed, single)))
+            threads.append(_vcpu(tid, thread, Origin(member, offset, entry, packed, single)))
     if not threads:
         raise FormatError(
             source.path, None, "found no core-TID.img with registers, needed one a thread"
@@ -122,7 +133,20 @@ def read(
     facts: dict[str, Any] = {"threads_without_state": empty}
     if cpus:
         facts["cpuinfo"] = [_told(cpu) for cpu in cpus]
-    return [Snapshot(source.path, "criu", "process", "criu", threads, source.container, facts)]
+    missing = sorted(told - gone - {vcpu.index for vcpu in threads})
+    shown = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")
+    return [
+        Snapshot(
+            source.path,
+            "criu",
+            "process",
+            "criu",
+            threads,
+            source.container,
+            facts,
+            doubts=(f"expected the registers of thread {shown}, got none",) if missing else (),
+        )
+    ]
 
 
 def _members(source: Source | Folder, packed: bool) -> Iterator[tuple[Source, Member]]:
@@ -147,16 +171,27 @@ def _members(source: Source | Folder, packed: bool) -> Iterator[tuple[Source, Me
 
 
 def _wanted(name: str) -> bool:
-    return name == CPUINFO_NAME or CORE_NAME.fullmatch(name) is not None
+    return name in (CPUINFO_NAME, PSTREE_NAME) or CORE_NAME.fullmatch(name) is not None
+
+
+def _tid(member: Member) -> int:
+    """Return the thread's id, which its image's name has; 0 for an image of another name."""
+    name = CORE_NAME.fullmatch(member.name)
+    return int(name[1]) if name else 0
 
 
 def _entry(source: Source, member: Member, magic: int) -> tuple[int, bytes]:
-    """Return where the first entry of an image lies, and its bytes: length and message.
+    """Return where the first entry of an image lies, and its bytes: length and message."""
+    return next(_entries(source, member, magic))
+
+
+def _entries(source: Source, member: Member, magic: int) -> Iterator[tuple[int, bytes]]:
+    """Yield where each entry of an image lies, and its bytes; there is one at least.
 
     Raises
     ------
     Broken
-        If the image is of another kind.
+        If the image is of another kind, or an entry longer than it can be.
     """
     position = member.offset
     (found,) = source.unpack("<I", position)
@@ -166,20 +201,23 @@ def _entry(source: Source, member: Member, magic: int) -> tuple[int, bytes]:
     if found != magic:
         raise Broken(f"found an image with the magic {found:#x}, needed {magic:#x}")
     position += 4
-    (length,) = source.unpack("<I", position)
     end = member.offset + member.size
-    if length > IMAGE_LIMIT or position + 4 + length > end:
-        raise Broken(f"found an entry of {length} bytes, needed at most {end - position - 4}")
-    return position, source.read(position, 4 + length)
+    while True:
+        (length,) = source.unpack("<I", position)
+        if length > IMAGE_LIMIT or position + 4 + length > end:
+            raise Broken(f"found an entry of {length} bytes, needed at most {end - position - 4}")
+        yield position, source.read(position, 4 + length)
+        position += 4 + length
+        if position == end:
+            return
 
 
-def _vcpu(thread: Thread, origin: Origin) -> Vcpu:
-    name = CORE_NAME.fullmatch(origin.member.name)
+def _vcpu(tid: int, thread: Thread, origin: Origin) -> Vcpu:
     facts: dict[str, Any] = {"member": origin.member.name, "fields": sorted(thread.fields)}
     if thread.cet is not None:
         facts["cet"] = thread.cet
     return Vcpu(
-        index=int(name[1]) if name else 0,
+        index=tid,
         area=thread.area,
         layout=LAYOUT,
         layout_source="format",

@@ -8,14 +8,14 @@ table says which field is which bytes of the area; it is read in both directions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import PolicyError
-from xfast.snapshots.criu.wire import Broken, encoded, fields, message
+from xfast.snapshots.criu.wire import Broken, Field, encoded, fields, inner
 from xfast.xsave.features import (
     AVX,
     HEADER_OFFSET,
@@ -64,10 +64,12 @@ TABLES = {(THREAD_INFO, FPREGS): FPREGS_FIELDS, (THREAD_INFO, FPREGS, XSAVE): XS
 NESTED = {(THREAD_INFO,), *TABLES}
 
 
-def _lay_out(data: bytes, table: Mapping[int, Row], area: NDArray[np.uint8]) -> set[str]:
+def _lay_out(
+    message: Iterable[Field], table: Mapping[int, Row], area: NDArray[np.uint8]
+) -> set[str]:
     """Put the numbers of a message where `table` says; return the names of the fields found."""
     counts: dict[int, int] = {}
-    for number, value, _ in fields(data):
+    for number, value, _ in message:
         if number not in table:
             continue
         name, offset, dtype, most = table[number]
@@ -101,17 +103,21 @@ def area_of(core: bytes) -> Thread | None:
     machine = next((f.value for f in fields(core) if f.number == 1), None)
     if machine != MARCH_X86_64:
         raise Broken(f"found machine type {machine!r}, needed {MARCH_X86_64} (x86-64)")
-    fpregs = message(core, THREAD_INFO, FPREGS)
+    info = inner(fields(core), THREAD_INFO)
+    fpregs = None if info is None else inner(fields(info), FPREGS)
     if fpregs is None:
         return None
     area = np.zeros(AREA_SIZE, np.uint8)
-    found = _lay_out(fpregs, FPREGS_FIELDS, area)
-    xsave = message(fpregs, XSAVE)
+    registers = list(fields(fpregs))
+    found = _lay_out(registers, FPREGS_FIELDS, area)
+    cet = None
+    xsave = inner(registers, XSAVE)
     if xsave is None:
         area[HEADER_OFFSET] = XFEATURE_MASK_FPSSE
     else:
-        found |= _lay_out(xsave, XSAVE_FIELDS, area)
-    cet = None if xsave is None else message(xsave, CET)
+        extended = list(fields(xsave))
+        found |= _lay_out(extended, XSAVE_FIELDS, area)
+        cet = inner(extended, CET)
     named = (
         None
         if cet is None
@@ -138,9 +144,9 @@ def renewed(
             if register != old[offset : offset + item].tobytes():
                 part = encoded(number << 3) + encoded(int.from_bytes(register, "little"))
         elif isinstance(value, bytes) and (*at, number) in NESTED:
-            inner = renewed(value, old, new, (*at, number))
-            if inner != value:
-                part = encoded(number << 3 | 2) + encoded(len(inner)) + inner
+            nested = renewed(value, old, new, (*at, number))
+            if nested != value:
+                part = encoded(number << 3 | 2) + encoded(len(nested)) + nested
         parts.append(part)
     return b"".join(parts)
 

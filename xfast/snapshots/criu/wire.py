@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+FIELD_LIMIT = 1 << 12
+"""Fields of one message: a core has some 600 at most, cpuinfo.img one for each CPU."""
 
 
 class Field(NamedTuple):
@@ -46,36 +49,48 @@ def encoded(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-def fields(data: bytes) -> Iterator[Field]:
+def fields(data: bytes, limit: int = FIELD_LIMIT) -> Iterator[Field]:
     """Yield the fields of a protobuf message in order; numbers as int, the rest as bytes.
 
     Raises
     ------
     Broken
-        If it is none.
+        If it is none, or has more fields than `limit`.
     """
-    position = 0
-    while position < len(data):
+    position, end = 0, len(data)
+    for _ in range(limit):
+        if position == end:
+            return
         start = position
-        tag, position = varint(data, position)
-        if tag & 7 == 0:
-            value, position = varint(data, position)
+        tag = data[position]
+        if tag < 0x80:
+            position += 1
+        else:
+            tag, position = varint(data, position)
+        kind = tag & 7
+        if kind == 0:
+            if position < end and data[position] < 0x80:  # most numbers are one byte
+                value = data[position]
+                position += 1
+            else:
+                value, position = varint(data, position)
             yield Field(tag >> 3, value, data[start:position])
             continue
-        size = {1: 8, 5: 4}.get(tag & 7)
-        if tag & 7 == 2:
+        size = {1: 8, 5: 4}.get(kind)
+        if kind == 2:
             size, position = varint(data, position)
-        if size is None or position + size > len(data):
-            raise Broken(f"found a field of type {tag & 7} at {start}, needed it within the data")
+        if size is None or position + size > end:
+            raise Broken(f"found a field of type {kind} at {start}, needed it within the data")
         position += size
         yield Field(tag >> 3, data[position - size : position], data[start:position])
+    if position < end:
+        raise Broken(f"found over {limit} fields in a message")
 
 
-def message(data: bytes, *path: int) -> bytes | None:
-    """Return the message that lies in `data` under the field numbers `path`, or None."""
-    for number in path:
-        found = [f.value for f in fields(data) if f.number == number and isinstance(f.value, bytes)]
-        if not found:
-            return None
-        data = found[-1]
-    return data
+def inner(message: Iterable[Field], number: int) -> bytes | None:
+    """Return the message in the last field of this number, or None."""
+    found = None
+    for field in message:
+        if field.number == number and isinstance(field.value, bytes):
+            found = field.value
+    return found

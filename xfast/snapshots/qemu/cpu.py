@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import PolicyError
-from xfast.snapshots.qemu.stream import CpuSection
+from xfast.snapshots.qemu.search import CpuSection
 from xfast.xsave import area as engine
 from xfast.xsave.features import BY_NAME, HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
 from xfast.xsave.layout import preset
@@ -123,10 +123,7 @@ class Section:
         self.place = place
         self.kvm = kvm
         self.form = FORMS[place.fixed]
-        self.zones = self.form.zones | {
-            name: (offset - place.offset, size)
-            for name, (offset, size) in place.subsections.items()
-        }
+        self.zones = self.form.zones | place.subsections
 
     def runs(self, fsw: int) -> list[Run]:
         """Return what this section has of the table, with the x87 slots in `fsw`'s order."""

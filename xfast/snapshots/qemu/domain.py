@@ -6,7 +6,9 @@ qemuDomainSaveCookieFormatBuf().
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+from xml.parsers import expat
 
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.libvirt import HEADER_SIZE, Header
@@ -55,13 +57,93 @@ class Domain(NamedTuple):
     """What the XML tells of the guest.
 
     `kvm` is whether the domain ran under KVM; `components` the user components that its CPU may
-    have (bits), None where the XML does not tell.
+    have (bits), None where the XML does not tell; `vcpus` how many it had, None likewise.
     """
 
     name: str
     kvm: bool
     model: str
     components: int | None
+    vcpus: int | None = None
+
+
+class _Wanted:
+    """What is collected of a document while it is parsed; no tree is built.
+
+    Parameters
+    ----------
+    data : bytes
+        XML. A document type, and with it every entity, is refused.
+
+    Raises
+    ------
+    ValueError
+        If it is no XML, or has a document type.
+    """
+
+    TEXTS = frozenset({"name", "vcpu", "cpu/model"})
+    TEXT_LIMIT = 1024
+    DEPTH = 5
+    """Of what is looked at: <domstatus><domain><cpu><feature>, and one more."""
+
+    def __init__(self, data: bytes) -> None:
+        self.root = ""
+        self.attributes: dict[str, dict[str, str]] = {}
+        self.texts: dict[str, str] = {}
+        self.features: dict[str, bool] = {}
+        self._path: list[tuple[str, bool]] = []
+        self._depth = 0
+        parser = expat.ParserCreate()
+        parser.buffer_text = True
+        parser.StartElementHandler = self._start
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._text
+        parser.StartDoctypeDeclHandler = self._doctype
+        try:
+            parser.Parse(data, True)
+        except expat.ExpatError as problem:
+            raise ValueError(str(problem)) from None
+
+    def _doctype(self, *_: object) -> None:
+        raise ValueError("got a DOCTYPE, expected none")
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        self._depth += 1
+        if self._depth > self.DEPTH:
+            return
+        if self._depth == 1:
+            self.root = name
+        place = self._place(name)
+        feature = place == "cpu/feature"
+        first = (feature or place not in self.attributes) and (not self._path or self._path[-1][1])
+        self._path.append((name, first))
+        if not first:
+            return
+        if feature:
+            policy = attributes.get("policy", "require")
+            self.features[attributes.get("name", "")] = policy not in ("disable", "forbid")
+        else:
+            self.attributes[place] = attributes
+
+    def _end(self, name: str) -> None:
+        if self._depth <= self.DEPTH:
+            self._path.pop()
+        self._depth -= 1
+
+    def _text(self, text: str) -> None:
+        place = self._place() if self._depth <= self.DEPTH and self._path[-1][1] else ""
+        if place in self.TEXTS and len(self.texts.get(place, "")) < self.TEXT_LIMIT:
+            self.texts[place] = self.texts.get(place, "") + text
+
+    def _place(self, *more: str) -> str:
+        """Return where the parser is, from the domain (or the cookie's root) on."""
+        inner = [name for name, _ in self._path[1:]]
+        inner += more if self._path else []
+        if self.root in ("domain", "cookie"):
+            return "/".join(inner)
+        return (
+            "/".join(inner[1:]) or "domain" if inner[:1] == ["domain"] else "../" + "/".join(inner)
+        )
 
 
 def domain(path: str, head: Header) -> Domain:
@@ -70,35 +152,30 @@ def domain(path: str, head: Header) -> Domain:
     Raises
     ------
     FormatError
-        If one is no XML.
-
-    *Source*: libvirt docs/formatdomain.rst "CPU model and topology"; src/qemu/qemu_domain.c
-    qemuDomainSaveCookieFormatBuf().
+        If one is no XML, or has a document type.
     """
-    from xml.etree import ElementTree
-
     try:
-        outer = ElementTree.fromstring(head.xml)
-        root = outer if outer.tag == "domain" else outer.find("domain")
-        if root is None:
-            raise ElementTree.ParseError("no domain")
-        cookie = ElementTree.fromstring(head.cookie) if head.cookie else root
-    except (ElementTree.ParseError, ValueError) as problem:
+        outer = _Wanted(head.xml)
+        cookie = _Wanted(head.cookie) if head.cookie else outer
+        if outer.root != "domain" and "domain" not in outer.attributes:
+            raise ValueError("no domain")
+    except ValueError as problem:
         raise FormatError(path, HEADER_SIZE, f"found XML that is no domain's: {problem}") from None
-    cpu = cookie.find("cpu")
-    if cpu is None:
-        cpu = root.find("cpu")
+    told = cookie if "cpu" in cookie.attributes else outer
     model, components = "", None
-    if cpu is not None:
-        model = (cpu.findtext("model") or "").strip()
-        features = {
-            feature.get("name", ""): feature.get("policy", "require") not in ("disable", "forbid")
-            for feature in cpu.findall("feature")
-        }
-        components = _components(model, features)
+    if "cpu" in told.attributes:
+        model = told.texts.get("cpu/model", "").strip()
+        components = _components(model, told.features)
+    kind = outer.attributes["" if outer.root == "domain" else "domain"].get("type")
     return Domain(
-        (root.findtext("name") or "").strip(), root.get("type") == "kvm", model, components
+        outer.texts.get("name", "").strip(), kind == "kvm", model, components, _vcpus(outer)
     )
+
+
+def _vcpus(outer: _Wanted) -> int | None:
+    """Return how many vCPUs the domain had: those plugged in, where it tells both numbers."""
+    count = outer.attributes.get("vcpu", {}).get("current") or outer.texts.get("vcpu", "")
+    return int(count) if re.fullmatch(r"\s*\d{1,6}\s*", count) else None
 
 
 def _components(model: str, features: dict[str, bool]) -> int | None:

@@ -22,15 +22,19 @@ from typing import Any, NamedTuple
 from xfast.engine.walk import Walker
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source, View
-from xfast.snapshots.qemu.stream import (
-    DESCRIPTION,
+from xfast.snapshots.qemu.search import (
     FOOTER,
     FULL,
     HEADER,
     SEARCH_LIMIT,
     SECTION_END,
     CpuSection,
+    Found,
+)
+from xfast.snapshots.qemu.stream import (
+    DESCRIPTION,
     Sections,
+    checked,
     described_cpu,
     find_cpus,
     measure,
@@ -264,7 +268,7 @@ class Hold:
             kvmclock |= name == b"kvmclock"
             if at + 5 <= eof and self.stream.read(at, 5) == bytes([FOOTER]) + head[1:5]:
                 at += 5
-        return at, Sections(sorted(cpus), kvmclock, "whole")
+        return at, checked(Found(cpus, kvmclock=kvmclock, description="whole"), devices)
 
 
 def stuck(path: str, walker: Walker) -> FormatError:

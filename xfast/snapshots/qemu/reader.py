@@ -204,6 +204,9 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         vcpu.guest_mask = guest.components if guest else None
         vcpus.append(vcpu)
     container = (*source.container, *stream.container, *mapped_ram)
+    doubts = found.doubts
+    if guest and guest.vcpus not in (None, len(vcpus)):
+        doubts += (f"expected {guest.vcpus} vCPUs, as the domain has, got {len(vcpus)}",)
     return Snapshot(
         source.path,
         "qemu",
@@ -213,6 +216,7 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         container,
         facts,
         "/".join(stream.internal or ()),
+        doubts,
     )
 
 

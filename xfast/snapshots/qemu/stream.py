@@ -11,77 +11,39 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.model import misnumbered
+from xfast.snapshots.qemu.search import (
+    CPU_VERSION,
+    FIXED_SIZES,
+    FOOTER,
+    FULL,
+    LOOK_BACK,
+    SUBSECTION,
+    WINDOW,
+    CpuSection,
+    Found,
+    Window,
+    ends_at,
+    search,
+)
 
 MAGIC = b"QEVM\0\0\0\3"
-CONFIGURATION, FULL, FOOTER, SUBSECTION = 7, 4, 0x7E, 5
+CONFIGURATION = 7
 DESCRIPTION_LIMIT = 16 << 20
 """No description is longer (bytes): it takes about 8 KB a vCPU."""
-SEARCH_LIMIT = 16 << 20
-"""How far from its end a stream without description is searched for vCPUs (bytes)."""
 CONFIGURATION_PARTS = 8
 """The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
 """How far from the file's start a stream may begin (bytes)."""
-WINDOW = 1 << 17
 DEPTH_LIMIT = 16
-CPU_VERSION = 12
-CPU_HEADER = 17
-"""Bytes of a `cpu` section's header: type, section id, name, instance, version."""
-FIXED_SIZES = (1817, 1313)
-"""Bytes of a `cpu` section before its subsections: x86_64, i386."""
 
-SUBSECTION_SIZES = {
-    "cpu/" + name: sizes
-    for names, sizes in (
-        ("triple_fault", (1,)),
-        ("error_code umwait pkru pkrs svm_guest msr_tsx_ctrl", (4,)),
-        ("async_pf_msr async_pf_int_msr async_pv_eoi_msr steal_time_msr poll_control_msr", (8,)),
-        ("msr_tsc_adjust msr_tscdeadline msr_ia32_misc_enable msr_ia32_feature_control", (8,)),
-        ("msr_hyperv_vapic msr_hyperv_time msr_hyperv_runtime tsc_khz msr_smi_count", (8,)),
-        ("spec_ctrl amd_tsc_scale_msr mcg_ext_ctl virt_ssbd xss msr_pl0_ssp msr_hwcr", (8,)),
-        ("exception_info", (11,)),
-        ("svn_npt", (12,)),
-        ("msr_hyperv_hypercall msr_xfd cet", (16,)),
-        ("fpop_ip_dp", (18,)),
-        ("msr_hyperv_reenlightenment", (24,)),
-        ("pdptrs intel_sgx", (32,)),
-        ("msr_hyperv_crash cet_shstk", (40,)),
-        ("msr_hyperv_stimer", (64,)),
-        ("fred", (72,)),
-        ("mpx", (88,)),
-        ("xen_vcpu", (97,)),
-        ("intel_pt", (104,)),
-        ("apx", (128,)),
-        ("msr_hyperv_synic", (152,)),
-        ("msr_architectural_pmu", (344,)),
-        ("arch_lbr", (784,)),
-        ("avx512", (1600, 320)),
-        ("intel_amx_xtile", (8256,)),
-    )
-    for name in names.split()
-}
-"""Bytes of each subsection's data, for streams that have no description to tell them."""
-
-HEADER = re.compile(rb"\x04(.{4})\x03cpu(.{4})" + struct.pack(">I", CPU_VERSION), re.DOTALL)
-"""A `cpu` section's header: section id and instance."""
 DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
-NEXT = re.compile(rb"\x7e|\x05|\x04.{4}[\x01-\xff][\x21-\x7e]", re.DOTALL)
-"""What may follow a subsection: a footer, another one, or (without footers) a section."""
-OTHER_DEVICE = re.compile(
-    rb"\x04.{4}([\x03-\x7f])(?!cpu|apic|kvm-tpr-opt)([\x21-\x7e]{3,})\0\0\0.\0\0\0.", re.DOTALL
-)
-"""The header of a section that is no part of a vCPU: the length of its name, and the name."""
-SECTION_END = re.compile(
-    rb"\x7e(?=(.{4})(?:\x04.{4}[\x01-\xff][\x21-\x7e]|\0(?:\x06|\0*\Z)))", re.DOTALL
-)
-"""A footer and its section id, before another section or EOF, which ends the stream or comes
-before the description; a disk image or O_DIRECT may pad it with zeros."""
 
 
 class Configuration(NamedTuple):
@@ -91,28 +53,16 @@ class Configuration(NamedTuple):
     capabilities: tuple[str, ...] = ()
 
 
-class CpuSection(NamedTuple):
-    """Where one vCPU's section lies; offsets in the stream, bytes.
-
-    `fixed` bytes of registers at `offset`, then subsections: {name: (offset of the data, bytes)}.
-    """
-
-    instance: int
-    offset: int
-    fixed: int
-    size: int
-    subsections: dict[str, tuple[int, int]]
-
-
 class Sections(NamedTuple):
     """The vCPUs of a stream, and what the devices around them tell.
 
-    `description` is ``whole``, ``damaged`` or ``none``.
+    `description` is ``whole``, ``damaged`` or ``none``; `doubts` are those of a Snapshot.
     """
 
     cpus: list[CpuSection]
     kvmclock: bool
     description: str
+    doubts: tuple[str, ...] = ()
 
 
 def start_of(source: Source) -> int | None:
@@ -186,24 +136,63 @@ def find_cpus(stream: Source) -> Sections:
     """
     end, devices = _description(stream)
     if devices is None:
-        cpus, kvmclock, description = _search(stream)
+        found = search(stream)
         described = 0
     else:
-        description = "whole"
-        described = sum(device.get("name") == "cpu" for device in devices)
-        kvmclock = any(device.get("name") == "kvmclock" for device in devices)
-        cpus = _walk(stream, devices, end)
-        if len(cpus) < described:
-            cpus, _, _ = _search(stream)
-    if not cpus or len(cpus) < described:
+        described = sum(device["name"] == "cpu" for device in devices)
+        cpus, doubts = _walk(stream, devices, end)
+        found = Found(cpus) if len(cpus) >= described else search(stream)
+        kvmclock = any(device["name"] == "kvmclock" for device in devices)
+        found = found._replace(
+            kvmclock=kvmclock, description="whole", doubts=(*found.doubts, *doubts)
+        )
+    if not found.cpus or len(found.cpus) < described:
         hint = "" if devices else " (cut off? it does not end with its description)"
         needed = described or "at least one"
         raise FormatError(
             stream.path,
             stream.size,
-            f"found {len(cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
+            f"found {len(found.cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
         )
-    return Sections(sorted(cpus), kvmclock, description)
+    return checked(found, devices)
+
+
+def checked(found: Found, devices: Sequence[Mapping[str, Any]] | None) -> Sections:
+    """Return what was found, and what makes one doubt that it is all.
+
+    QEMU writes a section ``cpu_common`` for every vCPU, of the same instance, and an ``apic``
+    (whose instance is the APIC's id) for every one that has one.
+
+    Parameters
+    ----------
+    found : Found
+    devices : sequence of mapping, optional
+        What the description lists.
+
+    *Source*: QEMU hw/core/cpu-system.c cpu_vmstate_register(); hw/intc/apic_common.c.
+    """
+    count = len(found.cpus)
+    commons, apics = set(found.commons), found.apics
+    doubts = list(misnumbered(cpu.instance for cpu in found.cpus))
+    if devices is not None:
+        names = [device["name"] for device in devices]
+        described = names.count("cpu")
+        if described != count:
+            doubts.append(f"expected {described} vCPUs, as the description lists, got {count}")
+        commons.update(_instances(devices, "cpu_common"))
+        apics = max(apics, names.count("apic"))
+    alone = sorted(commons - {cpu.instance for cpu in found.cpus})
+    if alone:
+        doubts.append(f"got a section cpu_common of vCPU {alone[0]}, expected its cpu section")
+    if apics > count:
+        doubts.append(f"expected {apics} vCPUs, as many as have an apic, got {count}")
+    return Sections(sorted(found.cpus), found.kvmclock, found.description, (*doubts, *found.doubts))
+
+
+def _instances(devices: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    """Return the instances of a device, as far as the description tells them."""
+    found = [device.get("instance_id") for device in devices if device["name"] == name]
+    return [instance for instance in found if isinstance(instance, int)]
 
 
 def _description(stream: Source) -> tuple[int, list[dict[str, Any]] | None]:
@@ -272,13 +261,17 @@ def _count(value: Any) -> int:
     return value
 
 
-def _walk(stream: Source, devices: Sequence[dict[str, Any]], end: int) -> list[CpuSection]:
+def _walk(
+    stream: Source, devices: Sequence[dict[str, Any]], end: int
+) -> tuple[list[CpuSection], list[str]]:
     """Go over the devices from last to first; `end` is where the last one ends.
 
     Stops at the first that is not where its description puts it: devices with early_setup are
-    listed, but lie before RAM.
+    listed, but lie before RAM. Returns the `cpu` sections, and what makes one doubt that they
+    are all.
     """
     cpus = []
+    doubts = []
     text = end + 6
     for device in reversed(devices):
         size = measure(stream, device, text)
@@ -286,10 +279,23 @@ def _walk(stream: Source, devices: Sequence[dict[str, Any]], end: int) -> list[C
         found = _section(stream, name, size, end)
         if found is None:
             break
+        if device.get("instance_id", found[0]) != found[0]:
+            doubts.append(
+                f"expected instance {str(device['instance_id'])[:20]} of {device['name'][:40]}, "
+                f"as the description lists, got {found[0]}"
+            )
         if name == b"cpu":
             cpus.append(described_cpu(stream, device, text, found, size))
         end = found[2] - 14 - len(name)
-    return cpus
+    if cpus and _is_cpu_before(stream, end):
+        doubts.append("got a cpu section that the description does not list")
+    return cpus, doubts
+
+
+def _is_cpu_before(stream: Source, end: int) -> bool:
+    """Tell whether a `cpu` section ends where the sections begin that the description lists."""
+    start = max(0, end - LOOK_BACK)
+    return ends_at(Window(stream.read(start, min(end + 8, stream.size) - start), start), end)
 
 
 def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int, int] | None:
@@ -340,103 +346,6 @@ def described_cpu(
         if stream.read(at, len(head)) != head:
             raise FormatError(stream.path, at, f"found no {part['vmsd_name'][:40]}, as described")
         at += len(head) + 4
-        subsections[part["vmsd_name"]] = (at, length)
+        subsections[part["vmsd_name"]] = (at - offset, length)
         at += length
     return CpuSection(instance, offset, fixed, size, subsections)
-
-
-def _search(stream: Source) -> tuple[list[CpuSection], bool, str]:
-    """Find the `cpu` sections of a stream without description, window by window from the end.
-
-    QEMU saves vCPU 0 first, so that the search ends where it is found; what looks like a vCPU
-    before it is guest memory. Returns the sections, whether there is a kvmclock, and what became
-    of the description.
-    """
-    found: dict[int, CpuSection] = {}
-    refused: list[int] = []
-    window = b""
-    start = stream.size
-    while start and 0 not in found and stream.size - start < SEARCH_LIMIT:
-        size = min(WINDOW, start)
-        start -= size
-        window = stream.read(start, size) + window
-        for match in reversed(list(HEADER.finditer(window, 0, size + 16))):
-            section = _bare_cpu(window, match, start)
-            if section:
-                found.setdefault(section.instance, section)
-            else:
-                refused.append(start + match.end())
-    first = found[0].offset if 0 in found else stream.size
-    for offset in refused:
-        if offset > first:
-            raise FormatError(
-                stream.path,
-                offset,
-                "found a cpu section with parts that are not known here, needed the description "
-                "that QEMU writes at the end of a stream",
-            )
-    cpus = sorted(section for section in found.values() if section.offset >= first)
-    if not cpus:
-        return [], False, "none"
-    end = _end(window, cpus, start)
-    if end is None:
-        raise FormatError(
-            stream.path,
-            stream.size,
-            f"found {len(cpus)} vCPUs and no EOF record behind the devices, needed a whole stream",
-        )
-    description = "damaged" if window[end + 1 : end + 2] == b"\x06" else "none"
-    return cpus, window.find(b"\x08kvmclock", first - start) >= 0, description
-
-
-def _end(window: bytes, cpus: Sequence[CpuSection], start: int) -> int | None:
-    """Return where in `window` the EOF record lies, or None for a stream that is cut off.
-
-    Without description a section's length is not known, but its footer names it: from the first
-    vCPU's on, each has to lead to the next. Where there are no footers (machine types up to 2.3)
-    all that can be asked for is every vCPU up to the last, another device, and EOF's zero.
-    """
-    first, last = cpus[0], cpus[-1]
-    if window[first.offset + first.size - start] != FOOTER:
-        others = OTHER_DEVICE.finditer(window, last.offset + last.size - start)
-        whole = [cpu.instance for cpu in cpus] == list(range(len(cpus)))
-        whole = whole and any(match[1][0] == len(match[2]) for match in others)
-        return len(window) - 1 if whole and not window[-1] else None
-    header = first.offset - start - CPU_HEADER
-    for match in SECTION_END.finditer(window, header):
-        if match[1] == window[header + 1 : header + 5]:
-            header = match.start() + 5
-            if not window[header]:
-                return header
-    return None
-
-
-def _bare_cpu(window: bytes, match: re.Match[bytes], start: int) -> CpuSection | None:
-    """Return the cpu section whose header is at `match`, if it ends as one does."""
-    (instance,) = struct.unpack(">I", match[2])
-    for fixed in FIXED_SIZES:
-        at = match.end() + fixed
-        subsections = {}
-        for name, offset, size in _bare_subsections(window, at):
-            subsections[name] = (start + offset, size)
-            at = offset + size
-        following = NEXT.match(window, at)
-        if following and (
-            following[0][0] == FULL or window[at : at + 5] == bytes([FOOTER]) + match[1]
-        ):
-            return CpuSection(instance, start + match.end(), fixed, at - match.end(), subsections)
-    return None
-
-
-def _bare_subsections(window: bytes, at: int) -> Iterator[tuple[str, int, int]]:
-    while window[at : at + 1] == bytes([SUBSECTION]):
-        length = window[at + 1] if at + 1 < len(window) else 0
-        name = window[at + 2 : at + 2 + length].decode("latin-1")
-        at += 6 + length
-        for size in SUBSECTION_SIZES.get(name, ()):
-            if NEXT.match(window, at + size):
-                yield name, at, size
-                at += size
-                break
-        else:
-            return

@@ -1,0 +1,116 @@
+"""Fuzz the targets, coverage-guided (atheris), and print what came of it, a line a target.
+
+``python fuzz/run.py --seconds 600 [TARGET...]``. Each target runs in a process of its own. New
+inputs go to the corpus's working folder; the small corpus in ``fuzz/corpus`` is read, and replayed
+by ``--replay``, which measures the lines and branches that it covers (coverage.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "helpers")]
+INPUT_LIMIT = 1 << 16
+SECONDS_AN_INPUT = 10
+MEMORY_LIMIT = 2048
+
+
+def fuzz_one(name: str, work: Path, seconds: int) -> None:
+    """Fuzz a target in this process until the time is up, or something is found."""
+    import atheris
+
+    with atheris.instrument_imports(include=["xfast"]):
+        import mutators
+        import targets
+    target = targets.TARGETS[name]
+    for data in target.seeds():
+        digest = hashlib.sha1(data, usedforsecurity=False).hexdigest()
+        (work / f"seed-{digest[:12]}").write_bytes(data[:INPUT_LIMIT])
+    corpus = HERE / "corpus" / name
+    folders = [str(work), *([str(corpus)] if corpus.is_dir() else [])]
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={INPUT_LIMIT}",
+        f"-timeout={SECONDS_AN_INPUT}",
+        f"-rss_limit_mb={MEMORY_LIMIT}",
+        f"-artifact_prefix={work.parent}/{name}-",
+        "-print_final_stats=1",
+    ]
+    mutate = mutators.mutator(name)
+    atheris.Setup([sys.argv[0], *options, *folders], target.run, custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+def replay(name: str, work: Path) -> str:
+    """Return how much of the target's modules the inputs of both corpora cover."""
+    import coverage
+    import targets
+
+    target = targets.TARGETS[name]
+    measured = coverage.Coverage(branch=True, source=list(target.modules), data_file=None)
+    measured.start()
+    files = [*work.glob("*"), *(HERE / "corpus" / name).glob("*")]
+    for data in target.seeds():
+        target.run(data)
+    for path in files:
+        target.run(path.read_bytes())
+    measured.stop()
+    rows = []
+    for module in sorted(measured.get_data().measured_files()):
+        numbers = measured._analyze(module).numbers
+        if numbers.n_executed:
+            rows.append(f"{Path(module).stem} {numbers.pc_covered:.0f} %")
+    return f"{len(files)} inputs: {', '.join(rows)}"
+
+
+def summary(name: str, log: str, seconds: float, status: int) -> str:
+    """Return a line of figures from libFuzzer's log."""
+    runs = re.findall(r"stat::number_of_executed_units:\s+(\d+)", log) or re.findall(r"#(\d+)", log)
+    edges = re.findall(r"cov: (\d+)", log)
+    found = "nothing" if status == 0 else f"exit {status}, see the log"
+    return (
+        f"{name}: {seconds:.0f} s, {runs[-1] if runs else 0} inputs, "
+        f"{edges[-1] if edges else 0} edges, found {found}"
+    )
+
+
+def main() -> int:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="TARGET")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/xfast-fuzz"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--replay", action="store_true", help="measure coverage, fuzz nothing")
+    args = parser.parse_args()
+    if args.one:
+        fuzz_one(args.one, args.work / args.one, args.seconds)
+        return 0
+    import targets
+
+    worst = 0
+    for name in args.names or targets.TARGETS:
+        work = args.work / name
+        work.mkdir(parents=True, exist_ok=True)
+        if args.replay:
+            print(f"{name}: {replay(name, work)}", flush=True)
+            continue
+        begin = time.monotonic()
+        command = [sys.executable, __file__, "--one", name, "--seconds", str(args.seconds)]
+        with open(args.work / f"{name}.log", "w+") as log:
+            done = subprocess.run([*command, "--work", args.work], stdout=log, stderr=log)
+            log.seek(0)
+            print(summary(name, log.read(), time.monotonic() - begin, done.returncode), flush=True)
+        worst = max(worst, done.returncode)
+    return 1 if worst else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Files in the making: written beside their place under a name of their own, then published.
+
+A reader finds the old file, or the new one with all its bytes on the disk; never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from typing import IO
+
+from xfast.errors import XfastError
+from xfast.store.names import PRIVATE, SAFE_MODE, Directory, same, umask
+
+TEMPORARY = ".{}.xfast-new"
+"""What a file is called until it is published."""
+
+KEPT_ATTRIBUTES = ("user.", "system.posix_acl_access", "security.selinux")
+"""The extended attributes that a new file takes over. Not, above all, security.capability."""
+
+
+class Staged:
+    """A file in the making, beside the place that `publish` gives it. A context manager.
+
+    Until then only its owner can open it. Leaving the context removes what was not published,
+    whatever happened.
+
+    Parameters
+    ----------
+    folder : Directory
+    name : str
+        What it is to be called there.
+
+    Raises
+    ------
+    XfastError
+        If another process is writing the same file.
+    OSError
+        If the folder can't be written.
+    """
+
+    def __init__(self, folder: Directory, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.path = folder.path_of(name)
+        self.temporary = TEMPORARY.format(name)
+        self.file: IO[bytes] = os.fdopen(self._create(), "w+b")
+
+    def _create(self) -> int:
+        """Create the temporary file; one that a killed process left is removed first."""
+        for _ in range(2):
+            with contextlib.suppress(FileExistsError):
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                fd = self.folder.open_file(self.temporary, flags, PRIVATE)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                return fd
+            if not _remove_left_over(self.folder, self.temporary):
+                break
+        raise XfastError(f"{self.path}: another process is writing it")
+
+    def flush(self) -> int:
+        """Hand over what Python holds back; return the descriptor, to read it again."""
+        self.file.flush()
+        return self.file.fileno()
+
+    def take_over(self, original: os.stat_result | None) -> None:
+        """Take over an original's permissions, under the umask, and its owner if we may."""
+        fd = self.file.fileno()
+        if original is not None:
+            with contextlib.suppress(PermissionError):
+                _give(fd, original)
+        os.fchmod(fd, safe_mode(original))
+
+    def resemble(self, original: int, *, strict: bool = True) -> None:
+        """Take over permissions, owner, times and extended attributes of an open file.
+
+        Raises
+        ------
+        OSError
+            If this process may not give it that owner, and `strict` asks for it.
+        """
+        status = os.fstat(original)
+        fd = self.file.fileno()
+        with contextlib.suppress(OSError, AttributeError):  # a system without them, or not ours
+            for name in os.listxattr(original):
+                if name.startswith(KEPT_ATTRIBUTES):
+                    os.setxattr(fd, name, os.getxattr(original, name))
+        with contextlib.suppress(*([] if strict else [PermissionError])):
+            _give(fd, status)
+        os.fchmod(fd, stat.S_IMODE(status.st_mode) & SAFE_MODE)
+        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def publish(self, *, replace: bool = False) -> None:
+        """Give the file its place, with all its bytes on the disk.
+
+        Raises
+        ------
+        XfastError
+            If there is a file of this name, unless it is to be replaced; or if somebody
+            meddled with the temporary file.
+        """
+        os.fsync(self.flush())
+        own = os.fstat(self.file.fileno())
+        if own.st_nlink != 1 or not same(self.folder.status(self.temporary), own):
+            raise XfastError(f"{self.path}: somebody exchanged or linked the file in the making")
+        try:
+            self.folder.rename(self.temporary, self.name, replace=replace)
+        except FileExistsError:
+            raise XfastError(f"{self.path}: exists; expected a new name") from None
+        self.temporary = ""
+        self.folder.sync()
+        if not same(self.folder.status(self.name), own):
+            raise XfastError(f"{self.path}: somebody exchanged the file that was published")
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # a full disk: flushing would fail again
+            self.file.close()
+        if self.temporary:
+            with contextlib.suppress(FileNotFoundError):
+                self.folder.remove(self.temporary)
+
+
+def _give(fd: int, original: os.stat_result) -> None:
+    """Give a file the owner of another."""
+    own = os.fstat(fd)
+    if (original.st_uid, original.st_gid) != (own.st_uid, own.st_gid):
+        os.fchown(fd, original.st_uid, original.st_gid)
+
+
+def safe_mode(original: os.stat_result | None) -> int:
+    """Return the permissions of a new file: an original's, as far as safe, under the umask."""
+    have = 0o777 if original is None else stat.S_IMODE(original.st_mode)
+    return have & SAFE_MODE & ~umask()
+
+
+def _remove_left_over(folder: Directory, name: str) -> bool:
+    """Remove a temporary file, unless a process that lives has it locked; return whether."""
+    fd = folder.open_file(name, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.remove(name)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def sweep(folder: Directory, *names: str) -> None:
+    """Remove what a killed process left of files with these names, where nobody writes them."""
+    for name in names:
+        temporary = TEMPORARY.format(name)
+        if folder.status(temporary):
+            with contextlib.suppress(OSError):  # reported when the name is needed
+                _remove_left_over(folder, temporary)
