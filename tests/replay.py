@@ -338,7 +338,7 @@ def modify(cpu, how):
     if how == 2:
         values[at[2] + 240 : at[2] + 256] = 0xFF
         written |= BY_NAME["avx"].bit
-        if cpu.xcr0 & BY_NAME["zmm_hi256"].bit:
+        if cpu.xinuse & BY_NAME["zmm_hi256"].bit:  # what is not in use stays so
             values[at[6] + 480 : at[6] + 512] = 0
             written |= BY_NAME["zmm_hi256"].bit
     if how == 3:  # KXNORW K7, K7, K7

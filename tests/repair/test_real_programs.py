@@ -228,9 +228,9 @@ def test_kvm_takes_a_fixed_area_and_gives_it_back():
     have = host.kvm_xcr0 & ~XFEATURE_MASK_XTILE
     lacks = (BY_NAME[name] for name in ("pkru", "bndregs", "opmask"))
     component = next(one for one in lacks if not host.kvm_xcr0 & one.bit)
-    lacking, behind = component.bit, host.layout.standard_size()
-    slots = host.layout.restricted(~lacking).slots
-    layout = Layout(tuple(sorted((*slots, Slot(component.nr, component.size, behind)))))
+    lacking, own = component.bit, host.layout.restricted(have)
+    last = Slot(component.nr, component.size, own.standard_size())
+    layout = Layout(tuple(sorted((*own.slots, last))))
     image = filled(have, layout)
     image[512:520] = np.frombuffer((have | lacking).to_bytes(8, "little"), "u1")
     snapshot = Snapshot("area", "raw", "vm", "kvm", [Vcpu(0, image, layout, "given", xcr0=have)])

@@ -43,9 +43,8 @@ GENERATIONS = (
     Generation("granite-rapids", "GenuineIntel", 6, _only(0xAD, 0xAE), 57),
 )
 """*Source*: measured on Zen 3 (25/1), Zen 4 (25/17), Sapphire Rapids (6/143) and Emerald Rapids
-(6/207); of
-the others, whether the core was built with five levels of paging. Skylake's 0x55 is Cascade Lake
-and Cooper Lake too.
+(6/207); of the others, whether the core was built with five levels of paging. Skylake's
+0x55 is Cascade Lake and Cooper Lake too.
 """
 
 
