@@ -30,6 +30,7 @@ FORMATS = {
     "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu.reader",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
+    "crosvm": "xfast.snapshots.crosvm",
     "raw": "xfast.snapshots.raw",
     "firecracker": "xfast.snapshots.firecracker",
 }
@@ -38,6 +39,10 @@ FORMATS = {
 
 PLUGINS = "XFAST_PLUGINS"
 """The environment's word (1) that formats of other packages may be loaded by root."""
+
+
+MAGICS = {b"\x7fELF": "elfcore", b"MDMP": "minidump", b"QEVM": "qemu"}
+"""The first bytes of files that are of one format for certain: no other is asked."""
 
 
 @cache
@@ -106,6 +111,9 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     """
     if isinstance(source, Folder):
         return _claimed(source)[0]
+    name = MAGICS.get(source.read(0, min(4, source.size)), "")
+    if name:
+        return name
     for name in _names():
         if format_named(name).sniff(source):
             return name
@@ -130,7 +138,9 @@ def _claimed(folder: Folder) -> tuple[str, str]:
         if file is not None:
             return name, file
     raise FormatError(
-        folder.path, None, "found a directory, needed a snapshot (core-*.img, state.json) in it"
+        folder.path,
+        None,
+        "found a directory, needed a snapshot (core-*.img, state.json, vcpu0) in it",
     )
 
 
