@@ -33,8 +33,9 @@ from xfast.repair.plan import Plan, plan_fix
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu.cpu import INTEL
 from xfast.snapshots.qemu.forward import CHUNK, Flow, bare_end
+from xfast.snapshots.qemu.plans import Sections
 from xfast.snapshots.qemu.reader import from_sections, splices
-from xfast.snapshots.qemu.stream import Sections, find_cpus
+from xfast.snapshots.qemu.stream import find_cpus
 
 SMALLEST_PIPE = 4096
 DESCRIBED = b"\x06"
