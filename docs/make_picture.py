@@ -1,4 +1,4 @@
-"""Draw the matrix of ``xfast check`` on the examples: docs/check.svg, from the program's own output.
+"""Draw docs/check.svg: the matrix of ``xfast check`` on the examples, as the program prints it.
 
 python docs/make_picture.py
 """
