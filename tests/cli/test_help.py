@@ -29,7 +29,7 @@ def test_a_help_has_two_examples_that_parse(name):
     lines = re.findall(r"^  (.*\bxfast .*)$", text.split("examples:\n")[1], re.M)
     assert len(lines) >= 2
     for line in lines:
-        (command,) = re.findall(r"\b(xfast [^|>]*)", line)
+        (command,) = re.findall(r"\b(xfast [^|<>]*)", line)
         words = shlex.split(command)[1:]
         assert command.startswith(name.split()[0])
         assert parser_for(words[0]).parse_args(words).verb == words[0]
