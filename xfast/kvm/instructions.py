@@ -398,7 +398,7 @@ def _check_ssp(ssp: int, width: int) -> None:
 
 def _check_size(area: Area, size: int) -> None:
     if len(area) < size:
-        raise ValueError(f"area: got {len(area)} bytes, needed {size}")
+        raise ValueError(f"area: expected {size} bytes, got {len(area)}")
 
 
 def _store_mxcsr(cpu: Processor, area: Area) -> None:
