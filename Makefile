@@ -1,5 +1,7 @@
 # make demo: build xfast in a virtual environment and judge the snapshots in examples/.
 # make test: build it with everything that the tests need, and run them.
+# make san: build the engine with the address and undefined-behaviour sanitizers and test that.
+# make lint: what reads the sources. make bench: the benchmarks beside numpy, some minutes.
 # make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
 # All need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
 
@@ -8,7 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd xfast/engine/*.py[xi] xfast/engine/*.px[di] xfast/engine/*.h)
 
-.PHONY: demo test lint bench fuzz clean
+STUBBED := xfast._core $(patsubst xfast/engine/%.pyi,xfast.engine.%,$(wildcard xfast/engine/*.pyi))
+SAN := build/san
+
+.PHONY: demo test lint san bench fuzz clean
 
 demo: $(VENV)/.demo
 	@echo
@@ -20,13 +25,24 @@ demo: $(VENV)/.demo
 	@$(BIN)/xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --benchmark-disable
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint xfast/  # it runs pycodestyle by name
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint xfast/ xfast/engine/*.px[id]  # runs pycodestyle by name
+	$(BIN)/python -m mypy.stubtest --allowlist tests/stubtest.txt --ignore-unused-allowlist \
+	  --ignore-disjoint-bases $(STUBBED)
+
+# The sanitizers' own allocator and handlers have to be there first. ThreadSanitizer is left out: an
+# interpreter that is not built with it gives reports of its own.
+san: $(VENV)/.test
+	XFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SAN) --build-lib $(SAN)/lib
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=$(SAN)/lib XFAST_SANITIZED=1 \
+	  $(BIN)/python -m pytest -q -n 2 --benchmark-disable -p no:cacheprovider \
+	  tests/engine/test_core.py tests/engine/test_core_bounds.py tests/engine/test_trial.py tests/xsave
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks

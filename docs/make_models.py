@@ -4,8 +4,8 @@
 
 Only facts are taken: which CPUID features, of those that xfast knows, each named model has. The
 map of libvirt 9.0 was used, and the qemu-system-x86_64 (7.2) on the path, which is asked what
-each of its models gives a guest; models that are newer are older ones and what libvirt 11's map
-gives them more or less.
+each of its models gives a guest. Models that are newer are older ones, and what a later map gives
+them more or less.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def newer(models: dict[str, Model]) -> dict[str, Model]:
             name=name,
             signatures=(signature,),
             features=features - set(less.split()),
-            source="libvirt 11 cpu map",
+            source="libvirt cpu map, later than 9.0",
         )
     return found
 

@@ -5,7 +5,7 @@ import pytest
 
 from xfast import _core
 from xfast.bench.engine import INTEL, fill
-from xfast.xsave import area
+from xfast.xsave import area, rows
 
 ROWS = 5000
 """More than the sixteen slices of 256 that a trial takes, and no multiple of 256."""
@@ -13,9 +13,9 @@ ROWS = 5000
 
 @pytest.fixture(autouse=True)
 def measured_anew():
-    area.tune(stream_above=0, whole_rows="measure")
+    area.tune(stream_above=0, whole_rows="measure", threads=1)
     yield
-    area.tune(stream_above=16 << 20, whole_rows="measure")
+    area.tune(stream_above=16 << 20, whole_rows="measure", threads=rows.DEFAULT_THREADS)
 
 
 def areas_of(mix, size=4096, n=ROWS):

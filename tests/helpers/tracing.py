@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-TRACEME, GETREGS, SETREGS, SYSCALL = 0, 12, 13, 24
+TRACEME, GETREGS, SETREGS, DETACH, SYSCALL = 0, 12, 13, 17, 24
 SETOPTIONS, TRACESYSGOOD, EXITKILL = 0x4200, 1, 1 << 20
 
 REGISTERS = (
@@ -70,7 +70,12 @@ class Shorten:
     """Let the call move half of the bytes it was asked for."""
 
 
-Action = Kill | Fail | Shorten | None
+@dataclass(frozen=True)
+class Release:
+    """Let the process go on, and look no further."""
+
+
+Action = Kill | Fail | Shorten | Release | None
 Script = Callable[[int, str], Action]
 """Number of the call that matters, from 0, and its name -> what to do."""
 
@@ -136,6 +141,9 @@ def _drive(pid: int, script: Script, calls: frozenset[str]) -> Ended:
             if name in calls and _matters(name, registers, calls):
                 pending = script(number, name)
                 number += 1
+                if isinstance(pending, Release):
+                    _ptrace(DETACH, pid)
+                    return Ended(os.waitpid(pid, 0)[1], number)
                 _begin(pid, pending, name, registers)
         elif pending is not None:
             _ptrace(GETREGS, pid, ctypes.byref(registers))

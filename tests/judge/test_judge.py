@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast.errors import PolicyError
+from xfast.hosts.catalogue import catalogue
 from xfast.hosts.model import Host
+from xfast.judge.advice import next_steps
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Policy
 from xfast.kernels.behaviour import BEHAVIOURS, of_release
@@ -455,3 +457,143 @@ def test_bytes_that_mpx_and_apx_share_are_mpxs():
     (answer,) = check(row, host(), layout=INTEL, cpuid=guest(7))
     assert {f.component for f in answer.findings if f.code == "INUSE"} >= {"bndregs"}
     assert "apx" not in {f.component for f in answer.findings}
+
+
+class TestWhatTheVmmMeetsFirst:
+    """A VMM stops at the first call that KVM refuses, and prints its text."""
+
+    def test_the_area_is_refused(self):
+        (verdict,) = check(area(0x207, pkru=0), host(mask=7), layout=INTEL, xcr0=7)
+        assert verdict.failure[:2] == ("KVM_SET_XSAVE", "EINVAL")
+        texts = verdict.failure.texts()
+        assert "Failed to set XSAVE: Invalid argument" in texts["QEMU 9.2 and later"]
+        assert list(verdict.failure.texts("firecracker")) == ["Firecracker"]
+
+    @pytest.mark.parametrize(("pke", "call"), [(True, "KVM_SET_SREGS"), (False, "KVM_SET_XSAVE")])
+    def test_cr4_comes_before_the_area(self, pke, call):
+        vcpu = Vcpu(0, area(0x207, pkru=4), INTEL, portable=True, xcr0=0x207, pkru_enabled=pke)
+        (verdict,) = check(Snapshot("s", "qemu", "vm", "qemu-kvm", [vcpu]), host(mask=7))
+        assert verdict.failure.call == call
+        assert verdict.verdict == "incompatible"
+
+    def test_osxsave_on_a_host_without_xsave(self):
+        plain = Host("old", xcr0=3, kvm_xcr0=0, mxcsr_mask=0xFFFF, features=frozenset({"sse"}))
+        (verdict,) = check(area(7), plain, layout=INTEL, xcr0=7)
+        assert verdict.failure.call == "KVM_SET_SREGS"
+        assert any("CR4 has OSXSAVE" in f.why for f in verdict.findings)
+        assert check(area(3), plain, layout=INTEL, xcr0=1)[0].failure is None
+
+    def test_xcr0_and_permission_and_msrs(self):
+        (verdict,) = check(area(7), host(mask=7), layout=INTEL, xcr0=0xE7, cpuid=guest(0xE7))
+        assert verdict.failure.call == "KVM_SET_XCRS"
+        amx = host(mask=0x602E7, xsave2_size=11008, guest_permission=0)
+        (verdict,) = check(area(7), amx, layout=INTEL, xcr0=0x602E7, cpuid=guest(0x602E7))
+        assert verdict.failure[:2] == ("KVM_SET_CPUID2", "EPERM")
+        (verdict,) = check(Vcpu(0, area(7), INTEL, xcr0=7, xss=0x1800), host(mask=7))
+        assert verdict.failure.texts("qemu") == {"QEMU": "error: failed to set MSR 0xda0 to 0x1800"}
+        assert verdict.settable
+
+    def test_nothing_fails_where_bytes_would_be_misread(self):
+        target = host(mask=0x207, layout=MILAN, mxcsr_mask=0x2FFFF)
+        (verdict,) = check(area(0x207, ROME), target, layout=ROME, xcr0=0x207)
+        assert verdict.verdict == "incompatible"
+        assert verdict.failure is None
+
+    def test_explain_knows_every_text(self):
+        from xfast.judge.vmm import TEXTS
+        from xfast.messages.table import message_of
+
+        for texts in TEXTS.values():
+            for text in texts.values():
+                if not text.startswith(("nothing", "error: failed to set MSR")):
+                    assert message_of(text), text
+
+
+class TestNext:
+    """Advice names the missing fact or a host that would do, and nothing that can't help."""
+
+    def test_a_safe_fix(self):
+        (verdict,) = check(area(0x207, pkru=0), host(mask=7), layout=INTEL, xcr0=7)
+        first, second = next_steps(verdict)
+        assert "xfast fix" in first
+        assert "does not reset it" in second
+
+    def test_dropping_does_not_help_where_xcr0_blocks_as_well(self):
+        (verdict,) = check(area(0xE7), host(mask=7), layout=INTEL, xcr0=0xE7, cpuid=guest(0xE7))
+        text = " ".join(next_steps(verdict))
+        assert "--drop" not in text
+        assert "Hosts of the catalogue that would do: intel-cascadelake, " in text
+        assert "PKRU" not in text
+
+    def test_the_missing_fact_is_named(self):
+        (verdict,) = check(area(0x207, pkru=0), host(kernel=None), layout=INTEL, cpuid=guest(7))
+        assert "Name the host's kernel" in next_steps(verdict)[0]
+        (verdict,) = check(area(0x207, pkru=0), host(kernel="5.18"), layout=INTEL, xcr0=7)
+        assert "guest's CPUID settles it" in next_steps(verdict)[0]
+        (verdict,) = check(Vcpu(0, area(0x207), None, layout_note="three fit"), host())
+        assert "--layout" in next_steps(verdict)[0]
+        (verdict,) = check(area(7), Host("mystery"), layout=INTEL)
+        assert "CPUID leaf 0xD" in next_steps(verdict)[0]
+
+    def test_nothing_to_do(self):
+        (verdict,) = check(area(7), host(mask=7), layout=INTEL, xcr0=7, cpuid=guest(7))
+        assert next_steps(verdict) == ()
+
+    def test_a_process_is_told_as_one(self):
+        vcpu = Vcpu(1, area(3), INTEL, "note", xcr0=0xE7)
+        core = Snapshot("core", "elfcore", "process", "kernel", [vcpu])
+        (verdict,) = check(core, host(mask=7))
+        text = " ".join(next_steps(verdict))
+        assert "process" in text
+        assert "KVM" not in text
+
+
+@pytest.mark.parametrize("xcr0", [7, 0xE7])
+def test_a_core_of_a_machine_with_avx_is_no_silent_superset(xcr0):
+    """CPUID told the process of AVX: it may execute it at any time, used or not so far."""
+    vcpu = Vcpu(1, area(3), INTEL, "note", xcr0=xcr0)
+    core = Snapshot("core", "elfcore", "process", "kernel", [vcpu])
+    (verdict,) = check(core, host(mask=3))
+    assert verdict.verdict == "superset"
+    assert verdict.risky
+    told = [f for f in verdict.findings if f.code == "HOST-MISSING"]
+    assert {f.severity for f in told} == {"risky"}
+    assert all(f.why.startswith("The process may meet SIGILL") for f in told)
+    assert not check(core, host(mask=0xE7))[0].risky or xcr0 == 7
+    assert check(core, host(mask=3), policy="fpu")[0].verdict == "incompatible"
+
+
+@pytest.mark.parametrize(("mask", "risky"), [(0x202E7, True), (0x2E7, False), (0x602E7, False)])
+def test_half_of_amx_in_a_guests_cpuid_is_risky(mask, risky):
+    """Linux 5.17 to 6.3 offered XTILE_CFG without XTILE_DATA; guests fault at XSETBV then."""
+    target = host(mask=0x602E7, xsave2_size=11008, guest_permission=1 << 18)
+    (verdict,) = check(area(3), target, layout=INTEL, xcr0=3, cpuid=guest(mask))
+    assert ("XCR0" in codes(verdict, "risky")) == risky
+    if risky:
+        assert only(verdict, "XCR0").component == "tilecfg"
+        assert "55cd57b596e8" in only(verdict, "XCR0").ref
+
+
+def test_vcpus_that_may_be_missing_leave_the_verdict_unknown():
+    snapshot = Snapshot("s", "qemu", "vm", "qemu-kvm", [Vcpu(0, area(7), INTEL, xcr0=7)])
+    snapshot.doubts = ("expected 2 vCPUs, got 1",)
+    (verdict,) = check(snapshot, host(mask=7))
+    assert verdict.verdict == "unknown"
+    assert "expected 2 vCPUs, got 1" in only(verdict, "PARTIAL").why
+    snapshot.doubts = ()
+    assert check(snapshot, host(mask=7))[0].verdict == "identical"
+
+
+def test_fix_and_check_agree_on_criu_files(data):
+    """At level fpu check said incompatible where fix said superset, and wrote."""
+    import xfast
+
+    (snapshot,) = xfast.read(data / "criu" / "criu42-regs64s-3thr")
+    for target in catalogue().values():
+        for level in ("xstate", "fpu", "strict"):
+            plan = xfast.plan_fix(snapshot, target, policy=level)
+            (verdict,) = check(snapshot, target, policy=level)
+            assert plan.before.verdict == verdict.verdict
+            (after,) = check(snapshot, target, policy=level)
+            if not plan.changes:
+                assert plan.after.verdict == after.verdict

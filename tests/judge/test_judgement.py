@@ -12,8 +12,7 @@ from xfast.hosts.model import Host
 from xfast.judge import findings, judgement
 from xfast.judge.judgement import check
 from xfast.kernels.behaviour import of_release
-from xfast.snapshots.model import Snapshot, Vcpu
-from xfast.snapshots.stack import Stack
+from xfast.snapshots.model import Snapshot, Stack, Vcpu
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.layout import PRESETS, preset
 

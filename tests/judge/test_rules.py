@@ -61,7 +61,7 @@ def test_a_new_rule_is_a_row_and_a_function(no_new_rules):
     """Nothing else: the verdict, the fix and the words of the answer follow from the row."""
     RULES["ODD"] = Rule(
         "ODD", "AVX on odd days", "It is odd.", "none", "Wait a day.",
-        refuses_set=True, mends="drop",
+        call="KVM_SET_XSAVE", mends="drop",
     )  # fmt: skip
 
     @findings.judges("ODD")

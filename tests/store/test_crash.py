@@ -202,11 +202,12 @@ class Scene:
     def swapping(self, step: int, *, back: bool):
         """Return a script: swap at one call, and back again at the next one if asked to."""
 
-        def script(number: int, name: str) -> None:
+        def script(number: int, name: str) -> tracing.Action:
             if number == step:
                 self.swap()
             elif number == step + 1 and back:
                 self.undo_swap()
+            return tracing.Release() if number == step + back else None
 
         return script
 
@@ -215,8 +216,11 @@ class Scene:
         self.inside.with_name("aside").rename(self.inside)
 
 
-@pytest.mark.parametrize("back", [False, True], ids=["for good", "for one call"])
-@pytest.mark.parametrize("mode", [*MODES, "undo", "convert"])
+SWAPS = [(mode, False) for mode in ("backup", "patch-backup", "new", "undo", "convert")]
+SWAPS += [(mode, True) for mode in ("patch-backup", "undo")]
+
+
+@pytest.mark.parametrize(("mode", "back"), SWAPS)
 def test_a_parent_swapped_for_a_link_at_any_call_changes_nothing_outside(
     tmp_path, monkeypatch, mode, back
 ):
@@ -289,11 +293,12 @@ def test_whatever_fails_there_is_the_old_or_the_new_file(tmp_path, mode, faults)
 
 
 def shrinking(path: Path, step: int, what: str):
-    def script(number: int, name: str) -> None:
+    def script(number: int, name: str) -> tracing.Action:
         if number == step and what == "gone":
             path.unlink()
         elif number == step:
             os.truncate(path, 100 if what == "shorter" else 0)
+        return tracing.Release() if number == step else None
 
     return script
 

@@ -17,7 +17,8 @@ import pytest
 import xfast
 from xfast.cli.main import main
 from xfast.errors import PolicyError, XfastError
-from xfast.snapshots.bytes.source import Source, copy_bytes
+from xfast.snapshots.bytes.copying import copy_bytes
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
 from xfast.store import journal, put, staged
 from xfast.store.journal import Warrant

@@ -1,6 +1,8 @@
 from xfast._core import U32, U64, Areas, Table
 
-class Converter:
+class Plans: ...
+
+class Converter(Plans):
     def __init__(
         self,
         source: Table,
@@ -18,7 +20,7 @@ class Converter:
         self, src: Areas, out: Areas, lost: U64 | None = None, pkru: U32 | None = None
     ) -> int: ...
 
-class Merger:
+class Merger(Plans):
     def __init__(
         self,
         source: Table,

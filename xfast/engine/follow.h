@@ -58,10 +58,33 @@ static inline void blend_into(const blend_t *blend, const uint8_t *src, uint8_t 
         else \
             line_store(dst + blend[n - 1].dst, blend_line(blend + n - 1, src));
 
+/* The same with the C library's calls, which beat what a compiler makes of portable lines. */
+FORCED void follow_calls(
+    const step_t *step, const blend_t *blend, const uint8_t *src, uint8_t *dst, int into)
+{
+    for (; step->code < BLEND; step++) {
+        size_t size = step->lines * (size_t)LINE;
+        if (step->code <= ZERO)
+            memcpy(dst + step->dst_end - size, src + step->src_end - size, size);
+        else
+            memset(dst + step->dst_end - size, 0, size);
+    }
+    for (uint32_t n = step->code - BLEND; n; n--, blend++) {
+        if (into)
+            blend_into(blend, src, dst);
+        else
+            line_store(dst + blend->dst, blend_line(blend, src));
+    }
+}
+
 /* Write an area or, with `into`, only what the plan names of it; `into` is a constant. */
 FORCED void follow(
     const step_t *step, const blend_t *blend, const uint8_t *src, uint8_t *dst, int into)
 {
+    if (PORTABLE) {
+        follow_calls(step, blend, src, dst, into);
+        return;
+    }
     for (;;) {
         const uint8_t *from = src + step->src_end;
         uint8_t *to = dst + step->dst_end;

@@ -16,7 +16,7 @@ from xfast.engine.cache cimport RING, Cache, find_plan, is_for
 from xfast.engine.loops cimport Job, Loops, Scan
 from xfast.engine.plan cimport PACKED, Plan, Range
 from xfast.engine.simd cimport (
-    LINE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
+    LINE, PORTABLE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
     line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
 )
 

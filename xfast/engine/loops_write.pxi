@@ -132,6 +132,8 @@ cdef void convert(Job *job) noexcept nogil:
         if packed and i == 0:
             convert_row(job, i, ring[0], carry, False)
             open_carry(job, carry)
+        elif PORTABLE and ring[i & (RING - 1)].ragged:
+            convert_row(job, i, ring[i & (RING - 1)], carry, False)
         else:
             convert_row(job, i, ring[i & (RING - 1)], carry, True)
     if packed and n > 1:
@@ -217,7 +219,7 @@ cdef void merge(Job *job) noexcept nogil:
         if i < 0:
             continue
         fetch_row(job, i + 1, ring)
-        if job.stream:
+        if job.stream and not PORTABLE:
             merge_row(job, i, ring[i & (RING - 1)], True)
         else:
             merge_row(job, i, ring[i & (RING - 1)], False)

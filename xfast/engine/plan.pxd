@@ -26,6 +26,7 @@ cdef struct Plan:
     uint64_t lost  # components that have no place, in the source or in the target
     uint32_t steps, blends, reads, holds
     bint dense  # it reads DENSE lines or more
+    bint ragged  # it writes a row only as far as its components go
     bint whole_blends  # each blend makes one line, and all of it
     bint followable  # `follow` can do it, and nothing is lost, packed or comes from elsewhere
     void *blend  # blend_t

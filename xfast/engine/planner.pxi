@@ -110,6 +110,7 @@ cdef void choose(
     if config.ragged:
         xcomp = bit(63) | have
         draft.end = EXTENDED
+    draft.plan.ragged = config.ragged
     draft.plan.stored = have
     draft.plan.lost = want & ~have
 

@@ -14,6 +14,8 @@
 
 #if defined(XFAST_PLAIN) || !defined(__SSE2__)
 
+enum { PORTABLE = 1 }; /* runs of lines go through memcpy and memset, which know the CPU */
+
 /* Four registers of 16 bytes in the compiler's own vector type: NEON, SSE2, VSX, or two words. */
 typedef uint64_t vec_t __attribute__((vector_size(16)));
 typedef struct { vec_t v[4]; } line_t;
@@ -42,6 +44,8 @@ static inline void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 #else /* x86 */
 
 #include <immintrin.h>
+
+enum { PORTABLE = 0 };
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 

@@ -7,6 +7,7 @@ cdef extern from "simd.h" nogil:
         pass
     enum:
         LINE
+        PORTABLE
     line_t line_load(const void *p)
     line_t line_zero()
     line_t line_merge(line_t a, const uint8_t *p, uint64_t taken, bint whole)

@@ -1,5 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, binding=False
 """A QEMU migration stream from the front: over guest memory to the first device section.
 
 The walker is fed with pieces of the stream, of any size from `NEEDED` on, and keeps none of them:

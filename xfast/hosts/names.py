@@ -3,7 +3,8 @@
 All but the catalogue's names stand for what such a machine is taken to be, and their facts are
 marked ``assumed``.
 
-*Source*: Intel's and AMD's numbering of Xeon and EPYC; the pages named in INSTANCES, as of 2026.
+*Source*: Intel's and AMD's numbering of Xeon and EPYC. The instance types are common knowledge and
+have not been checked row by row: the page to check a row against is named in it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ Of Xeon Scalable the second digit is the generation; of EPYC it is the last one.
 
 
 class Instance(NamedTuple):
-    """Types of cloud instance, and the catalogue's entries of the CPUs that they may run on."""
+    """Types of cloud instance, and the catalogue's entries of the CPUs that they may run on.
+
+    `source` is the provider's page to compare with.
+    """
 
     pattern: str
     cpus: tuple[str, ...]
@@ -156,7 +160,7 @@ def _of_instance(name: str) -> Host | None:
     """Return what all CPUs have that a type of cloud instance may run on."""
     for pattern, cpus, source in INSTANCES:
         if re.fullmatch(pattern, name.lower()):
-            return _assumed(name, cpus, f"the CPUs of {name} by {source}")
+            return _assumed(name, cpus, f"table of instance types; compare {source}")
     return None
 
 

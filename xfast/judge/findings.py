@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from xfast.judge.registry import FUNCTIONS, finding_of, judges
 from xfast.judge.rules import RULES
 from xfast.judge.subject import State, Subject
 from xfast.judge.target import Target
@@ -32,52 +33,6 @@ from xfast.xsave.features import (
     name_of,
     names_of,
 )
-
-RuleFunction = Callable[[State, Target, Policy], Iterator[Finding]]
-
-FUNCTIONS: dict[str, RuleFunction] = {}
-"""{rule code: its function}, each there once: a rule without one can't be imported."""
-
-
-def judges(code: str) -> Callable[[RuleFunction], RuleFunction]:
-    """Register the function of a rule.
-
-    Raises
-    ------
-    ImportError
-        If there is no such rule, or it has a function already.
-    """
-    if code not in RULES or code in FUNCTIONS:
-        problem = "has two functions" if code in RULES else "is not in the rule table"
-        raise ImportError(f"rule {code} {problem}")
-
-    def register(function: RuleFunction) -> RuleFunction:
-        FUNCTIONS[code] = function
-        return function
-
-    return register
-
-
-def finding_of(
-    code: str,
-    severity: str,
-    why: str,
-    *,
-    snapshot: str,
-    host: str,
-    component: int | str = "",
-    fix: str = "none",
-    ref: str = "",
-    open: bool = False,
-) -> Finding:
-    """Build a finding, of no vCPU yet.
-
-    `component` is a name or a number, `snapshot` and `host` are both sides' values, and `ref`
-    is the rule's where it is empty.
-    """
-    name = name_of(component) if isinstance(component, int) else component
-    ref = ref or RULES[code].ref
-    return Finding(code, name, 0, severity, snapshot, host, fix, why, ref, open)
 
 
 def _drop(state: State, nr: int) -> str:
@@ -172,6 +127,7 @@ def _host_missing(state: State, target: Target, policy: Policy) -> Iterator[Find
             snapshot=f"{state.bv:#x}",
             host=f"{have:#x}",
             fix=_drop(state, nr),
+            call="" if process else None,
         )
     yield from (_told_process if process else _promised)(state, have, policy)
 
@@ -186,6 +142,7 @@ def _promised(state: State, have: int, policy: Policy) -> Iterator[Finding]:
             component=nr,
             snapshot=f"{state.guest_cpuid_mask:#x}",
             host=f"{have:#x}",
+            call="",
         )
 
 
@@ -204,6 +161,7 @@ def _told_process(state: State, have: int, policy: Policy) -> Iterator[Finding]:
             component=nr,
             snapshot=f"{told:#x}",
             host=f"{have:#x}",
+            call="",
         )
 
 
@@ -222,6 +180,18 @@ def _xcr0(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             snapshot=f"{state.guest_cpuid_mask:#x}",
             host="both or none",
             ref=HALF_OF_AMX,
+        )
+    if target.refuses_cr4:
+        bit, lacks = ("PKE", "PKU") if state.pkru_enabled else ("OSXSAVE", "XSAVE")
+        yield finding_of(
+            "XCR0",
+            "blocks",
+            say("cr4", bit=bit, lacks=lacks),
+            component="pkru" if state.pkru_enabled else "",
+            snapshot=f"CR4.{bit}",
+            host=f"no {lacks}",
+            ref="Linux arch/x86/kvm/x86.c kvm_is_valid_sregs(), __cr4_reserved_bits()",
+            call="KVM_SET_SREGS",
         )
     xcr0 = state.xcr0
     if xcr0 is None or target.host is None:
@@ -372,6 +342,7 @@ def _format(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             host="0x0",
             fix="safe" if state.layout is not None or not state.compacted else "none",
             open=some and not every,
+            call=None if every else "",
         )
     if state.reserved:
         every, some = target.reserved
@@ -477,6 +448,7 @@ def _xss(state: State, target: Target, policy: Policy) -> Iterator[Finding]:
             component=names_of(missing),
             snapshot=f"{state.xss:#x}",
             host=f"{target.xss:#x}",
+            call="KVM_SET_MSRS" if state.kind == "vm" else "",
         )
     if state.guest is not None and state.guest.xss and state.xss is None and state.has_msrs:
         yield finding_of(

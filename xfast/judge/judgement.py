@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xfast.hosts.model import Host
-from xfast.judge.findings import FUNCTIONS, WHOLE
-from xfast.judge.rules import FIXES, SEVERITIES
+from xfast.judge.findings import WHOLE
+from xfast.judge.registry import FUNCTIONS
+from xfast.judge.rules import CALLS, FIXES, SEVERITIES
 from xfast.judge.subject import State, Subject, subject_of
 from xfast.judge.target import Facts, Target, target_of
-from xfast.judge.verdict import Finding, Judgement, Policy, Verdict
+from xfast.judge.verdict import Failure, Finding, Judgement, Policy, Verdict, Verdicts
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.cpuid import Cpuid
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import Layout, layout_of
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -72,7 +73,21 @@ def judge(subject: Subject, facts: Facts, policy: Policy) -> Judgement:
     if subject.stacked:
         findings = _merged(findings)
     findings += _of_the_whole(subject, facts.host, policy)
-    return conclude(findings, all(target.same for target in targets.values()))
+    verdict = conclude(findings, all(target.same for target in targets.values()))
+    calls = (
+        ([f.call for f in _findings_of(state, targets[state], policy) if f.call], state.xss or 0)
+        for state, _, _ in subject.parts
+    )
+    return replace(verdict, failure=_first_failure(calls), asked=(subject, facts, policy))
+
+
+def _first_failure(vcpus: Iterable[tuple[list[str], int]]) -> Failure | None:
+    """Return what fails first, of each vCPU's calls that would fail; with its IA32_XSS."""
+    for calls, xss in vcpus:
+        if calls:
+            call = min(calls, key=CALLS.index)
+            return Failure(call, "EPERM" if call == "KVM_SET_CPUID2" else "EINVAL", xss)
+    return None
 
 
 def conclude(findings: list[Finding], same: bool) -> Judgement:
@@ -102,8 +117,8 @@ def _merged(findings: list[Finding]) -> list[Finding]:
 _verdict = partial(tuple.__new__, Verdict)
 """Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
 
-_findings_of = lru_cache(maxsize=1 << 14)(findings_of)
-_target_of = lru_cache(maxsize=1 << 14)(target_of)
+_findings_of = lru_cache(maxsize=16_384)(findings_of)
+_target_of = lru_cache(maxsize=16_384)(target_of)
 
 
 class _Case:
@@ -177,9 +192,19 @@ def facts_of(host: Host) -> Facts:
     return _FACTS.get(key) or _remember(_FACTS, key, Facts(nameless), 4096)
 
 
-def _pool_of(hosts: tuple[Host, ...]) -> _Pool:
+def _pool_of(hosts: tuple[Host | str, ...]) -> _Pool:
     ids = tuple(map(id, hosts))
-    return _POOLS.get(ids) or _remember(_POOLS, ids, _Pool(hosts), 64)
+    return _POOLS.get(ids) or _new_pool(hosts)
+
+
+def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
+    """Return hosts that were not met before; names are resolved anew each time."""
+    known = tuple(host for host in hosts if isinstance(host, Host))
+    if len(known) == len(hosts):
+        return _remember(_POOLS, tuple(map(id, known)), _Pool(known), 64)
+    from xfast.hosts import resolve
+
+    return _Pool(tuple(resolve(host) if isinstance(host, str) else host for host in hosts))
 
 
 def _case_of(subject: Subject) -> _Case:
@@ -188,20 +213,21 @@ def _case_of(subject: Subject) -> _Case:
 
 def check(
     subject: Any,
-    hosts: Host | Iterable[Host],
+    hosts: Host | str | Iterable[Host | str],
     *,
     policy: Policy | str = "xstate",
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
     xcr0: int | None = None,
     cpuid: Cpuid | None = None,
-) -> list[Verdict]:
+) -> Verdicts:
     """Judge which hosts can take a snapshot, and why the others can't.
 
     Parameters
     ----------
     subject : Snapshot, Vcpu, (size,) uint8 or bytes
         A snapshot from `xfast.read`, one vCPU, or one bare XSAVE area.
-    hosts : Host or iterable of Host
+    hosts : Host, str, or iterable of them
+        A name is resolved as `xfast.resolve` does, at every call; a Host is read once.
     policy : Policy or str
         Or just its level.
     layout, xcr0, cpuid
@@ -209,8 +235,8 @@ def check(
 
     Returns
     -------
-    list of Verdict
-        One for each host, in the hosts' order.
+    Verdicts
+        A list: one Verdict for each host, in the hosts' order.
 
     Raises
     ------
@@ -227,12 +253,13 @@ def check(
         if not isinstance(subject, Vcpu):
             area = subject if isinstance(subject, np.ndarray) else np.frombuffer(subject, np.uint8)
             source = "unknown" if layout is None else "given"
-            vcpu = Vcpu(0, area, layout, source, xcr0=xcr0, cpuid=cpuid)
+            known = None if layout is None else layout_of(layout)
+            vcpu = Vcpu(0, area, known, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
-    pool = _pool_of((hosts,) if isinstance(hosts, Host) else tuple(hosts))
+    pool = _pool_of((hosts,) if isinstance(hosts, Host | str) else tuple(hosts))
     judgements = _case_of(subject_of(snapshot)).answer(pool, rules)
     rows = zip(repeat(snapshot.name), pool.names, judgements, repeat(None))
-    return list(map(_verdict, rows))
+    return Verdicts(map(_verdict, rows))
 
 
 __all__ = ["check", "facts_of", "findings_of", "forget", "judge"]

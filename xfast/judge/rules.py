@@ -19,11 +19,19 @@ MENDS = ("drop", "move", "clean", "trim", "")
 cleans the header, or drops tiles and cuts the area to what the target takes; or not at all."""
 
 
+CALLS = ("KVM_SET_CPUID2", "KVM_SET_SREGS", "KVM_SET_XSAVE", "KVM_SET_XCRS", "KVM_SET_MSRS")
+"""The calls of KVM that carry extended state, in the order in which VMMs make them.
+
+*Source*: `xfast.judge.vmm`.
+"""
+
+
 class Rule(NamedTuple):
     """One rule: what it says, why it exists, the source, and what programs do about it.
 
-    `refuses_set` says that a finding that blocks stands for an EINVAL of KVM_SET_XSAVE, `mends`
-    is one of MENDS, and `mends_notes` says that ``xfast fix`` mends even what is only a note.
+    `call` is the call of KVM that refuses what a finding that blocks is about, empty where none
+    does; `mends` is one of MENDS, and `mends_notes` says that ``xfast fix`` mends even what is
+    only a note.
     """
 
     code: str
@@ -31,9 +39,14 @@ class Rule(NamedTuple):
     text: str
     ref: str
     next: str
-    refuses_set: bool = False
+    call: str = ""
     mends: str = ""
     mends_notes: bool = False
+
+    @property
+    def refuses_set(self) -> bool:
+        """Whether KVM_SET_XSAVE itself refuses the area."""
+        return self.call == "KVM_SET_XSAVE"
 
 
 _TABLE = (
@@ -49,7 +62,7 @@ _TABLE = (
         'supported bits of XCR0") (in v5.17)',
         "xfast fix clears the bit. A KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU "
         "as it was; it does not reset it.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
         mends="drop",
         mends_notes=True,
     ),
@@ -61,7 +74,7 @@ _TABLE = (
         "Linux arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_xsave(); kvm_caps.supported_xcr0",
         "Choose a host that has the component. Where it holds only its init value, xfast fix "
         "clears the bit and nothing is lost.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
         mends="drop",
         mends_notes=True,
     ),
@@ -69,10 +82,12 @@ _TABLE = (
         "XCR0",
         "the guest's XCR0 can't be set on the target",
         "The guest has enabled components (XCR0) that the target cannot give it, or in a "
-        "combination that the CPU forbids: KVM_SET_XCRS answers EINVAL.",
+        "combination that the CPU forbids: KVM_SET_XCRS answers EINVAL. Where the host has no PKU "
+        "or no XSAVE at all, KVM_SET_SREGS comes first, and refuses CR4.PKE or CR4.OSXSAVE.",
         "Linux arch/x86/kvm/x86.c __kvm_set_xcr(); Intel SDM vol. 1 section 13.3",
         "Choose a host that has the components. The guest itself uses them; no edit of the file "
         "makes it forget them.",
+        call="KVM_SET_XCRS",
     ),
     Rule(
         "SIZE",
@@ -103,7 +118,7 @@ _TABLE = (
         "the header must be zero.",
         "Linux arch/x86/kernel/fpu/xstate.c validate_user_xstate_header()",
         "xfast fix expands the area and cleans the header.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
         mends="clean",
         mends_notes=True,
     ),
@@ -136,7 +151,7 @@ _TABLE = (
         "the target lacks the IA32_XSS that goes with them.",
         "Linux arch/x86/kvm/x86.c kvm_set_msr_common() MSR_IA32_XSS",
         "Check that the VMM saves MSR 0xDA0, and that the target kernel is 6.18 or later.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
         mends="drop",
     ),
     Rule(
@@ -147,6 +162,7 @@ _TABLE = (
         'Linux kernel commit 980fe2fddcff ("x86/fpu: Extend fpu_xstate_prctl() with guest '
         'permissions") (in v5.17)',
         "Let the VMM ask for the permission before it creates a vCPU.",
+        call="KVM_SET_CPUID2",
     ),
     Rule(
         "KERNEL",
@@ -157,7 +173,7 @@ _TABLE = (
         'Linux kernel commit 8647c52e9504 ("KVM: x86: Constrain guest-supported xfeatures only '
         'at KVM_GET_XSAVE{2}") (in v6.6)',
         "Name the kernel (--host NAME@6.6), or run xfast host dump on the host to probe it.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
         mends="drop",
     ),
     Rule(
@@ -167,7 +183,7 @@ _TABLE = (
         "EINVAL. Bit 17 (misaligned SSE) exists on AMD only.",
         "Linux arch/x86/kernel/fpu/xstate.c copy_uabi_to_xstate(); Intel SDM vol. 1 section 11.6.6",
         "Restore on a CPU of the same vendor.",
-        refuses_set=True,
+        call="KVM_SET_XSAVE",
     ),
     Rule(
         "ISA",

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from xfast.snapshots.model import CpuInfo, Snapshot, Vcpu
-from xfast.snapshots.stack import Stack
+from xfast.snapshots.model import CpuInfo, Snapshot, Stack, Vcpu
 from xfast.xsave.area import ALL, Groups, facts
 from xfast.xsave.cpuid import RUNTIME_FEATURES, Cpuid
 from xfast.xsave.features import (
@@ -177,7 +176,7 @@ def state_of(vcpu: Vcpu, kind: str = "vm", producer: str = "") -> State:
 
 def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ...]) -> State:
     """Return the State of a vCPU whose area of `size` bytes holds what `found` (FACTS) says."""
-    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved = found[:9]
+    bv, xcomp, inuse, default, stale, unreadable, mxcsr, pkru, reserved, *_ = found
     layout = vcpu.layout or NO_LAYOUT
     return State(
         kind,
@@ -210,7 +209,7 @@ def _state(vcpu: Vcpu, kind: str, producer: str, size: int, found: tuple[int, ..
 def subject_of(snapshot: Snapshot) -> Subject:
     """Work out what the rules look at in a snapshot."""
     kind, producer = snapshot.kind, snapshot.producer
-    doubts: tuple[str, ...] = getattr(snapshot, "doubts", ())
+    doubts = snapshot.doubts
     if isinstance(snapshot.vcpus, Stack):
         return Subject(kind, _parts(snapshot.vcpus, kind, producer), True, None, doubts)
     parts = tuple([Part(state_of(v, kind, producer), v.index) for v in snapshot.vcpus])

@@ -16,7 +16,9 @@ from xfast.kernels.behaviour import Behaviours
 from xfast.xsave.area import ALL
 from xfast.xsave.features import (
     KVM_XSAVE_SIZE,
+    PKRU,
     TILEDATA,
+    X87,
     XFEATURE_MASK_FPSSE,
 )
 from xfast.xsave.layout import Layout
@@ -66,6 +68,8 @@ class Target(NamedTuple):
         Dynamic components that the guest needs permission for, and those that are granted.
     missing : tuple of str
         CPUID features that the guest was told of and that the host lacks.
+    refuses_cr4 : bool
+        Whether KVM_SET_SREGS refuses the guest's CR4.
     """
 
     host: int | None
@@ -89,6 +93,7 @@ class Target(NamedTuple):
     asks: int
     granted: int | None
     missing: tuple[str, ...]
+    refuses_cr4: bool
 
 
 class Facts:
@@ -100,13 +105,14 @@ class Facts:
         Its name and where its description came from make no difference.
     """
 
-    __slots__ = ("_moves", "host", "kernels", "supported", "uses_xsave")
+    __slots__ = ("_moves", "_users", "host", "kernels", "supported", "uses_xsave")
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.kernels = TYPICAL if host.kernel is None else (host.kernel,)
         self.uses_xsave = tuple(host.uses_xsave(kernel) for kernel in self.kernels)
         self.supported = host.kvm_xcr0 if any(self.uses_xsave) else XFEATURE_MASK_FPSSE
+        self._users = tuple(host.enabled_by(kernel) for kernel in self.kernels)
         self._moves: dict[int, tuple[tuple[int, int], ...]] = {}
 
     def moves(self, guest: int) -> tuple[tuple[int, int], ...]:
@@ -116,16 +122,17 @@ class Facts:
         """
         found = self._moves.get(guest)
         if found is None:
-            kernels = zip(self.kernels, self.uses_xsave, strict=True)
-            found = tuple([self._masks(kernel, uses, guest) for kernel, uses in kernels])
+            kernels = zip(self.kernels, self.uses_xsave, self._users, strict=True)
+            found = tuple([self._masks(*kernel, guest) for kernel in kernels])
             self._moves[guest] = found
         return found
 
-    def _masks(self, kernel: Behaviours, uses_xsave: bool, guest: int) -> tuple[int, int]:
+    def _masks(
+        self, kernel: Behaviours, uses_xsave: bool, user: int | None, guest: int
+    ) -> tuple[int, int]:
         if not uses_xsave:
             return XFEATURE_MASK_FPSSE, XFEATURE_MASK_FPSSE
         supported = self.supported or 0
-        user = self.host.enabled_by(kernel)
         if user is None:
             user = supported
         supported &= user
@@ -170,6 +177,7 @@ def target_of(state: State, facts: Facts) -> Target:
         asks,
         granted,
         _missing(state, host),
+        vm and _refuses_cr4(state, facts, supported),
     )
 
 
@@ -268,6 +276,15 @@ def _permission(state: State, host: Host, supported: int | None) -> tuple[int, i
     if granted is None and host.kernel is not None and "guest-permission" not in host.kernel:
         granted = 0
     return wants, granted
+
+
+def _refuses_cr4(state: State, facts: Facts, supported: int | None) -> bool:
+    """Tell whether CR4 has PKE without PKU, or OSXSAVE (as a guest that set XCR0) without XSAVE.
+
+    *Source*: Linux arch/x86/kvm/x86.c kvm_is_valid_sregs(), __cr4_reserved_bits().
+    """
+    pke = bool(state.pkru_enabled) and supported is not None and not supported & PKRU
+    return pke or ((state.xcr0 or 0) > X87 and not any(facts.uses_xsave))
 
 
 def _missing(state: State, host: Host) -> tuple[str, ...]:

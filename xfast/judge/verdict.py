@@ -6,7 +6,8 @@ scheduler that asks about a hundred hosts gets a hundred verdicts and a handful 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import html
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from xfast.errors import PolicyError, escape
@@ -57,7 +58,8 @@ class Finding:
 
     `vcpu` is the vCPU's number or the thread's id; `fix` is what ``xfast fix`` can do about it.
     `open` marks a finding that leaves the verdict unknown: a fact is missing. In a stack of
-    areas, `vcpu` is the first that it is about, and `count` says how many there are.
+    areas, `vcpu` is the first that it is about, and `count` says how many there are. `call` is
+    the call of KVM that fails for it.
     """
 
     code: str
@@ -71,6 +73,7 @@ class Finding:
     ref: str
     open: bool = False
     count: int = 1
+    call: str = ""
 
     def of(self, vcpu: int, count: int = 1) -> Finding:
         """Return the same finding about other vCPUs."""
@@ -81,10 +84,24 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         """Return the finding as the JSON answer has it: with `count` where there are several."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        del fields["open"]
+        del fields["open"], fields["call"]
         if self.count == 1:
             del fields["count"]
         return fields
+
+
+class Failure(NamedTuple):
+    """The first call of a VMM that fails, its error, and the guest's IA32_XSS."""
+
+    call: str
+    error: str
+    xss: int = 0
+
+    def texts(self, form: str = "") -> dict[str, str]:
+        """Return {program: what it prints}, of those that load snapshots of a format (or all)."""
+        from xfast.judge.vmm import texts
+
+        return texts(self.call, form, self.xss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,12 @@ class Judgement:
     verdict: str
     fixable: str
     findings: tuple[Finding, ...]
+    failure: Failure | None = None
+    asked: Any = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what was asked: it is only needed to find other hosts."""
+        return Judgement, (self.verdict, self.fixable, self.findings, self.failure)
 
 
 class KvmAnswer(NamedTuple):
@@ -170,7 +193,12 @@ class Verdict(NamedTuple):
     @property
     def settable(self) -> bool:
         """Whether no finding says that KVM_SET_XSAVE itself would refuse the area."""
-        return not any(f.severity == "blocks" and RULES[f.code].refuses_set for f in self.findings)
+        return not any(f.call == "KVM_SET_XSAVE" for f in self.findings)
+
+    @property
+    def failure(self) -> Failure | None:
+        """The call of the VMM that fails first, and what it prints; None where none does."""
+        return self.judgement.failure
 
     def __str__(self) -> str:
         return f"{self.snapshot} on {self.host}: {self.verdict}"
@@ -187,3 +215,26 @@ class Verdict(NamedTuple):
         if self.kvm is not None:
             answer["live"] = str(self.kvm)
         return answer
+
+
+class Verdicts(list[Verdict]):
+    """The answers to one snapshot: a list that prints as a table, and draws one in a notebook."""
+
+    def __str__(self) -> str:
+        width = max((len(verdict.host) for verdict in self), default=0)
+        return "\n".join(f"{escape(v.host):<{width}}  {v.verdict}" for v in self)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{_html(v.snapshot)}</td><td>{_html(v.host)}</td><td>{v.verdict}</td>"
+            f"<td>{v.fixable}</td><td>{'<br>'.join(_html(f.why) for f in v.findings)}</td></tr>"
+            for v in self
+        )
+        heads = "".join(
+            f"<th>{name}</th>" for name in ("snapshot", "host", "verdict", "fix", "why")
+        )
+        return f"<table><tr>{heads}</tr>{rows}</table>"
+
+
+def _html(text: str) -> str:
+    return html.escape(escape(text))

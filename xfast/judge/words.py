@@ -37,6 +37,8 @@ SENTENCES = {
     # XCR0
     "xcr0": "KVM_SET_XCRS fails with EINVAL: the guest's XCR0 is {xcr0:#x}, and {whose} allows "
     "{allowed:#x} ({fault})",
+    "cr4": "KVM_SET_SREGS fails with EINVAL, before any other call: the guest's CR4 has {bit}, and "
+    "the host lacks {lacks}",
     "half of AMX": "The guest may fault when it sets XCR0: its CPUID announces {has} without "
     "{lacks}, as Linux 5.17 to 6.3 offer AMX to a VMM without permission for tile data",
     # SIZE

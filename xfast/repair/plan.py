@@ -38,6 +38,7 @@ from xfast.xsave.features import (
     MXCSR_MASK_AMD,
     MXCSR_MASK_INTEL,
     PKRU,
+    PKRU_NR,
     SSE,
     SUPERVISOR_MASK,
     TILEDATA,
@@ -464,7 +465,7 @@ def _components(finding: Finding, state: State) -> Iterator[int]:
 
 def _held(state: State, nr: int) -> str:
     """Say in a word what a present component holds."""
-    if nr == 9 and state.pkru and not state.live & PKRU:
+    if nr == PKRU_NR and state.pkru and not state.live & PKRU:
         return "default"
     if state.unreadable >> nr & 1:
         return "unknown"

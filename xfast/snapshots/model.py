@@ -5,9 +5,9 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ class Snapshot:
         Who wrote it, as far as the file tells: ``qemu-kvm``, ``qemu-tcg``, ``kvm``, ``kernel``,
         ``gdb``, ...; empty where it does not.
     vcpus : sequence of Vcpu
-        A list; of a file with very many areas, a `xfast.snapshots.stack.Stack`.
+        A list; of a file with very many areas, a `xfast.snapshots.model.Stack`.
     container : tuple of str
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
@@ -204,6 +204,75 @@ def kept(holder: Vcpu | Snapshot, kind: type[Kept]) -> Kept:
         found = type(holder.origin).__module__ if holder.origin else "nowhere"
         raise ValueError(f"origin: expected what {kind.__module__} keeps, got {found}")
     return holder.origin
+
+
+CHUNK = 16 << 20
+"""Bytes of areas that `runs` yields at most at a time."""
+
+
+class Stack(Sequence[Vcpu]):
+    """The vCPUs of an array of areas.
+
+    Parameters
+    ----------
+    areas : (n, size) uint8
+    kinds : sequence of Vcpu
+        One for each sort of row: what the file tells of such a vCPU besides its area.
+    sort_of : (n,) unsigned, or None
+        Each row's index into `kinds`; None where there is one for all.
+    make : callable
+        Returns the vCPU of a row from its kind, number and area.
+    """
+
+    def __init__(
+        self,
+        areas: NDArray[np.uint8],
+        kinds: Sequence[Vcpu],
+        sort_of: NDArray[np.uint8] | NDArray[np.uint32] | None,
+        make: Callable[[Vcpu, int, NDArray[np.uint8]], Vcpu],
+    ) -> None:
+        self.areas = areas
+        self.kinds = tuple(kinds)
+        self.sort_of = sort_of
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self.areas)
+
+    @overload
+    def __getitem__(self, index: int) -> Vcpu: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Vcpu]: ...
+    def __getitem__(self, index: int | slice) -> Vcpu | list[Vcpu]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        kind = self.kinds[0 if self.sort_of is None else int(self.sort_of[row])]
+        return self._make(kind, row, self.areas[row])
+
+    def __iter__(self) -> Iterator[Vcpu]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(other) != len(self):
+            return NotImplemented
+        return all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def runs(self, kind: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
+        """Yield the rows of one kind, a chunk at a time: their numbers, and their areas."""
+        step = max(1, CHUNK // self.areas.shape[1])
+        for start in range(0, len(self), step):
+            areas = self.areas[start : start + step]
+            rows = np.arange(start, start + len(areas))
+            if self.sort_of is not None:
+                mine = self.sort_of[start : start + step] == kind
+                if not mine.any():
+                    continue
+                if not mine.all():
+                    rows, areas = rows[mine], areas[mine]
+            yield rows, areas
 
 
 class Splice(NamedTuple):

@@ -31,8 +31,7 @@ from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.entry import beside
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source, private_copy
-from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
-from xfast.snapshots.stack import Stack
+from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, MXCSR_MASK_AMD, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout

@@ -21,7 +21,7 @@ from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import Layout, layout_of
 
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
@@ -138,7 +138,7 @@ def read(
     path: Any,
     *,
     format: str | None = None,
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
     size: int | None = None,
     expand_limit: int | None = None,
 ) -> list[Snapshot]:
@@ -173,7 +173,8 @@ def read(
     """
     with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT) as source:
         reader = format_named(format or recognise(source, "raw" if layout or size else ""))
-        found = reader.read(cast(Source, source), layout=layout, size=size)
+        known = layout_of(layout) if layout is not None else None
+        found = reader.read(cast(Source, source), layout=known, size=size)
         for snapshot in found:
             snapshot.stamp = snapshot.stamp or source.stamp
     return found

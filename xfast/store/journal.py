@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from xfast.errors import XfastError
-from xfast.snapshots.bytes.source import JOURNAL, Source, read_at, write_all
+from xfast.snapshots.bytes.copying import read_at, write_all
+from xfast.snapshots.bytes.source import JOURNAL, Source
 from xfast.snapshots.model import Splice
 from xfast.store.names import Directory, doubt, require_one_name, same
 from xfast.store.record import read_record

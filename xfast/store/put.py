@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from xfast.errors import XfastError
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source, copy_bytes
+from xfast.snapshots.bytes.copying import copy_bytes
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Splice, Stamp
 from xfast.store.journal import Warrant, patch
 from xfast.store.names import BACKUP, SAFE_MODE, Directory, require_one_name, same

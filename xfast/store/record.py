@@ -183,6 +183,7 @@ def read_record(folder: Directory, name: str) -> dict[str, Any]:
         words = [record["output"], record["snapshot"], record["nonce"], *sum(rows, ())]
         lists = [*record["edits"], *record["changes"]]
         fits = all(isinstance(word, str) for word in words)
+        fits = fits and record["schema"] == SCHEMA
         if rows and fits and all(isinstance(one, dict) for one in lists):
             return dict(record)
     except (ValueError, KeyError, TypeError, RecursionError):

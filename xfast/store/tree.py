@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 
 from xfast.errors import XfastError
-from xfast.snapshots.bytes.source import copy_bytes
+from xfast.snapshots.bytes.copying import copy_bytes
 from xfast.store.names import SAFE_FOLDER_MODE, Directory, same, umask
 from xfast.store.staged import TEMPORARY, Staged
 

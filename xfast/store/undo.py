@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from xfast.errors import XfastError
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source, copy_bytes
+from xfast.snapshots.bytes.copying import copy_bytes
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Splice
 from xfast.store.journal import Warrant, recover_in
 from xfast.store.names import BACKUP, DIRECTORY, Directory

@@ -105,7 +105,7 @@ class Groups:
         Where the components of all these areas lie.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout | str) -> None:
         from xfast.engine import group  # which only those load who group
 
         self._table = table_of(layout)
@@ -124,7 +124,7 @@ class Groups:
         return np.frombuffer(self._found.groups(), GROUPS)
 
 
-def group(areas: Any, layout: Layout) -> tuple[NDArray[np.void], NDArray[np.uint32]]:
+def group(areas: Any, layout: Layout | str) -> tuple[NDArray[np.void], NDArray[np.uint32]]:
     """Find the rows that no judgement can tell apart.
 
     Returns
@@ -142,7 +142,7 @@ def group(areas: Any, layout: Layout) -> tuple[NDArray[np.void], NDArray[np.uint
     return found.classes, index
 
 
-def facts(areas: Any, layout: Layout) -> NDArray[np.void]:
+def facts(areas: Any, layout: Layout | str) -> NDArray[np.void]:
     """Find all that a judgement reads from each area: (n,) of `FACTS`, one for a single area."""
     rows, _ = rows_of(areas)
     found = np.empty(len(rows), FACTS)
@@ -172,7 +172,7 @@ def headers(areas: Any) -> Headers:
     return Headers(*(column[0].item() for column in out)) if single else out
 
 
-def classify(areas: Any, layout: Layout) -> Classes:
+def classify(areas: Any, layout: Layout | str) -> Classes:
     """Find which components are absent, init, default and live.
 
     Returns
@@ -189,7 +189,7 @@ def classify(areas: Any, layout: Layout) -> Classes:
     return Classes(*(column[0].item() for column in out)) if single else out
 
 
-def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
+def keep(areas: Any, layout: Layout | str, mask: int, *, scrub: bool = True) -> Any:
     """Intersect XSTATE_BV with `mask`, in place.
 
     Parameters
@@ -214,7 +214,7 @@ def keep(areas: Any, layout: Layout, mask: int, *, scrub: bool = True) -> Any:
     return dropped[0].item() if single else dropped
 
 
-def diff(one: Any, two: Any, layout: Layout, two_layout: Layout | None = None) -> Any:
+def diff(one: Any, two: Any, layout: Layout | str, two_layout: Layout | str | None = None) -> Any:
     """Find the components whose values differ; a clear bit stands for the init value.
 
     Returns
@@ -260,7 +260,7 @@ def audit(areas: Any, mask: int, mxcsr_mask: int) -> Any:
     return status[0].item() if single else status
 
 
-def xinuse(areas: Any, layout: Layout, early: bool = False) -> Any:
+def xinuse(areas: Any, layout: Layout | str, early: bool = False) -> Any:
     """Find the components whose bytes differ from their init value; MXCSR takes no part.
 
     Parameters

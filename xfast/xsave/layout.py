@@ -297,7 +297,18 @@ def preset(name: str) -> Layout:
     try:
         return PRESETS[name]
     except KeyError:
-        raise LayoutError(f"layout: got {name!r}, needed one of: {', '.join(PRESETS)}") from None
+        raise LayoutError(f"layout: expected one of {', '.join(PRESETS)}, got {name!r}") from None
+
+
+def layout_of(layout: Layout | str) -> Layout:
+    """Return a Layout, or the preset of this name: how public functions take a layout.
+
+    Raises
+    ------
+    LayoutError
+        If there is no preset of that name.
+    """
+    return preset(layout) if isinstance(layout, str) else layout
 
 
 @lru_cache(maxsize=512)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xfast.errors import XfastError
 from xfast.xsave.area import classify, headers, rows_of
 from xfast.xsave.features import XCOMP_BV_COMPACTED, name_of
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import Layout, layout_of
 
 
 class Part(NamedTuple):
@@ -133,9 +133,9 @@ class Registers:
         If the rows have different XCOMP_BV, so that no one view fits them all.
     """
 
-    def __init__(self, areas: Any, layout: Layout) -> None:
+    def __init__(self, areas: Any, layout: Layout | str) -> None:
         self._rows, self._single = rows_of(areas)
-        self._layout = layout
+        layout = self._layout = layout_of(layout)
         head = headers(self._rows)
         self._unreadable = head.xstate_bv & classify(self._rows, layout).unreadable
         self._bv = head.xstate_bv & ~self._unreadable

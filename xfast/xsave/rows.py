@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xfast import _core
 from xfast.engine import memory
 from xfast.xsave.features import KVM_XSAVE_SIZE
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import Layout, layout_of
 
 Areas = NDArray[np.uint8]
 Masks = NDArray[np.uint64]
@@ -74,12 +74,12 @@ def tune(
 
 
 @lru_cache(maxsize=512)
-def table_of(layout: Layout) -> _core.Table:
-    """Return the engine's form of a layout."""
-    return _core.Table(layout.slots)
+def table_of(layout: Layout | str) -> _core.Table:
+    """Return the engine's form of a layout, or of the preset of this name."""
+    return _core.Table(layout_of(layout).slots)
 
 
-def empty(n: int, layout: Layout | int, *, zero: bool = True) -> Areas:
+def empty(n: int, layout: Layout | str | int, *, zero: bool = True) -> Areas:
     """Return `n` areas of zeros, each in its own row, aligned to 4 KiB (batches: to 2 MiB).
 
     Parameters
@@ -102,7 +102,9 @@ def empty(n: int, layout: Layout | int, *, zero: bool = True) -> Areas:
     ValueError
         If `n` is negative or `size` is below 576.
     """
-    size = layout if isinstance(layout, int) else max(layout.standard_size(), KVM_XSAVE_SIZE)
+    size = layout
+    if not isinstance(size, int):
+        size = max(layout_of(size).standard_size(), KVM_XSAVE_SIZE)
     if n < 0 or size < 576:
         raise ValueError(f"empty: got n={n}, size={size}, needed n >= 0 and size >= 576")
     stride = -(-size // PAGE) * PAGE

@@ -14,8 +14,15 @@ import numpy as np
 from xfast import _core
 from xfast.engine import convert
 from xfast.errors import LayoutError
-from xfast.xsave.features import KVM_XSAVE_SIZE, SUPERVISOR_MASK, XCOMP_BV_COMPACTED, bits
-from xfast.xsave.layout import Layout
+from xfast.xsave.features import (
+    AVX,
+    KVM_XSAVE_SIZE,
+    SSE,
+    SUPERVISOR_MASK,
+    XCOMP_BV_COMPACTED,
+    bits,
+)
+from xfast.xsave.layout import Layout, layout_of
 from xfast.xsave.rows import ALL, Areas, Masks, check_mask, empty, rows_of, spread, table_of
 
 
@@ -121,8 +128,8 @@ def _result_size(areas: Any, to: Layout, mask: int, xcomp_bv: int | None) -> int
 
 def relayout(
     areas: Any,
-    layout: Layout,
-    to: Layout,
+    layout: Layout | str,
+    to: Layout | str,
     *,
     mask: int = ALL,
     xcomp_bv: int | None = None,
@@ -167,6 +174,7 @@ def relayout(
     LayoutError
         If a component of `mask` would be lost; names area, component and both layouts.
     """
+    layout, to = layout_of(layout), layout_of(to)
     how = converter(
         layout, to, mask=mask, xcomp_bv=xcomp_bv, mxcsr_mask=mxcsr_mask, software=software
     )
@@ -177,12 +185,12 @@ def relayout(
     return _convert_rows(areas, how, where, size, out, zero=ragged, lossy=lossy)
 
 
-def expand(areas: Any, layout: Layout, **how: Any) -> Areas:
+def expand(areas: Any, layout: Layout | str, **how: Any) -> Areas:
     """Bring areas into standard format; `relayout` to the layout they have."""
     return relayout(areas, layout, layout, **how)
 
 
-def compact(areas: Any, layout: Layout, *, xcomp_bv: int = 0, **how: Any) -> Areas:
+def compact(areas: Any, layout: Layout | str, *, xcomp_bv: int = 0, **how: Any) -> Areas:
     """Bring areas into compacted format.
 
     Parameters
@@ -198,13 +206,13 @@ def compact(areas: Any, layout: Layout, *, xcomp_bv: int = 0, **how: Any) -> Are
 
 def get_uabi(
     areas: Any,
-    layout: Layout,
+    layout: Layout | str,
     *,
     mask: int,
     features: int = 0,
     mxcsr_mask: int = 0,
     pkru: Any = None,
-    to: Layout | None = None,
+    to: Layout | str | None = None,
     size: int | None = None,
     out: Areas | None = None,
 ) -> Areas:
@@ -240,7 +248,8 @@ def get_uabi(
 
     *Source*: Linux arch/x86/kernel/fpu/xstate.c __copy_xstate_to_uabi_buf().
     """
-    to = to or layout
+    layout = layout_of(layout)
+    to = layout_of(to or layout)
     how = converter(
         layout,
         to,
@@ -290,10 +299,10 @@ def merger(
 
 def set_uabi(
     uabi: Any,
-    layout: Layout,
+    layout: Layout | str,
     into: Any,
     *,
-    into_layout: Layout | None = None,
+    into_layout: Layout | str | None = None,
     user_xfeatures: int,
     mxcsr_mask: int,
     supervisor: int = SUPERVISOR_MASK,
@@ -329,8 +338,8 @@ def set_uabi(
     if len(images) != len(rows):
         raise ValueError(f"into: got {len(images)} areas, needed {len(rows)}, as many as uabi")
     how = merger(
-        layout,
-        into_layout or layout,
+        layout_of(layout),
+        layout_of(into_layout or layout),
         mask=ALL & ~check_mask(supervisor, "supervisor"),
         user_xfeatures=check_mask(user_xfeatures, "user_xfeatures"),
         mxcsr_mask=mxcsr_mask,
@@ -344,12 +353,12 @@ def swap(
     registers: Any,
     leave: Any,
     enter: Any,
-    layout: Layout,
+    layout: Layout | str,
     *,
     save_mask: int,
     restore_mask: int,
-    leave_layout: Layout | None = None,
-    enter_layout: Layout | None = None,
+    leave_layout: Layout | str | None = None,
+    enter_layout: Layout | str | None = None,
 ) -> None:
     """Save one state and load another, as fpu_swap_kvm_fpstate() does.
 
@@ -375,8 +384,10 @@ def swap(
         rows_of(area, name)[0]
         for area, name in ((registers, "registers"), (leave, "leave"), (enter, "enter"))
     )
-    save = merger(layout, leave_layout or layout, mask=save_mask, mxcsr=save_mask & 6 != 0)
-    restore = merger(enter_layout or layout, layout, mask=restore_mask, mxcsr=restore_mask & 6 != 0)
+    here, there = layout_of(layout), layout_of(leave_layout or layout)
+    save = merger(here, there, mask=save_mask, mxcsr=save_mask & (SSE | AVX) != 0)
+    there = layout_of(enter_layout or layout)
+    restore = merger(there, here, mask=restore_mask, mxcsr=restore_mask & (SSE | AVX) != 0)
     lost = np.empty(len(live), "u8")
     if convert.swap(save, restore, live, out, load, lost):
         refuse_lost(lost, "registers", "where they are to go")
