@@ -12,7 +12,7 @@ from xfast.snapshots.firecracker import crc64
 
 XCR0 = 7
 AREA_SIZE = 832
-READ_ONLY = frozenset({"minidump", "xen"})
+READ_ONLY = frozenset({"crosvm", "minidump", "xen"})
 """Formats that are not edited: nobody restores them, or no edit could be checked."""
 
 
@@ -289,6 +289,45 @@ def xen_guest(*areas: bytes) -> bytes:
     return xen_image(xen_context(*entries))
 
 
+# crosvm
+
+
+def cbor(value) -> bytes:
+    """Return a value in CBOR, as serde writes it."""
+
+    def head(major: int, number: int) -> bytes:
+        if number < 24:
+            return bytes([major << 5 | number])
+        size = next(size for size in (1, 2, 4, 8) if number < 1 << 8 * size)
+        return bytes([major << 5 | 23 + size.bit_length()]) + number.to_bytes(size, "big")
+
+    if value is None:
+        return b"\xf6"
+    if isinstance(value, int):
+        return head(0, value)
+    if isinstance(value, str):
+        return head(3, len(value)) + value.encode()
+    if isinstance(value, list):
+        return head(4, len(value)) + b"".join(map(cbor, value))
+    items = (cbor(key) + cbor(item) for key, item in value.items())
+    return head(5, len(value)) + b"".join(items)
+
+
+def crosvm_vcpu(number: int, image: bytes, **more) -> dict:
+    """Return what crosvm saves of a vCPU."""
+    words = list(struct.unpack(f"<{len(image) // 4}I", image))
+    return {
+        "vcpu_id": number,
+        "regs": {"rax": 1},
+        "sregs": {"cr4": 0x40000},
+        "xcrs": {0: XCR0},
+        "msrs": {0x174: 0},
+        "xsave": {"data": words, "len": len(image)},
+        "hypervisor_data": None,
+        **more,
+    }
+
+
 BUILDERS = {
     "qemu": lambda: {"vm.qemustate": qemu_stream()},
     "elfcore": lambda: {"core": elf_core(*elf_notes(100, area(1)), *elf_notes(101, area(2)))},
@@ -297,6 +336,7 @@ BUILDERS = {
     "criu": lambda: criu_files(100, 101),
     "raw": lambda: {"vm.xsave": area(1, 4096) + area(2, 4096)},
     "minidump": lambda: {"x.dmp": minidump(area(1), area(2))},
+    "crosvm": lambda: {f"vcpu{i}": cbor(crosvm_vcpu(i, area(i + 1, 4096))) for i in range(2)},
     "xen": lambda: {"guest.xen": xen_guest(area(1), area(2))},
 }
 """Format -> a function that returns the files of one snapshot: {name: bytes}."""

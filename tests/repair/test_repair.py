@@ -590,7 +590,7 @@ def test_the_verbs_complaints(data, capsys, extra, says):
 def test_apply_wants_one_place():
     plan = plan_fix(snapshot(area(7)), host(7))
     for how in ({}, {"output": "x", "in_place": True}, {"output": "x", "backup": True}):
-        with pytest.raises(ValueError, match="needed either"):
+        with pytest.raises(ValueError, match="expected either"):
             plan.apply(**how)
     with pytest.raises(XfastError, match="blob"):
         plan.apply("out")

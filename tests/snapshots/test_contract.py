@@ -197,7 +197,7 @@ class TestEditing:
 def test_what_nobody_restores_is_not_edited(built, name):
     path, _ = built(name)
     (snapshot,) = snapshots.read(path)
-    with Source.open(path) as source, pytest.raises(PolicyError):
+    with registry.open_input(path) as source, pytest.raises(PolicyError):
         snapshots.splices(source, snapshot, {0: snapshot.vcpus[0].area})
 
 

@@ -439,6 +439,14 @@ class TestEdits:
         assert edits[0].offset == snapshot.vcpus[1].where["area"][0] + 512
 
 
+def test_the_names_of_notes_are_told_only_if_they_are_known(tmp_path):
+    """The fuzzer put a line break into one, and the error was of two lines."""
+    notes = note("CORE", 1, prstatus(1)), note("a\nb", 9, b""), note("\x1b[31m" * 9, 9, b"")
+    with pytest.raises(FormatError, match=r"\(notes: CORE, others\)") as caught:
+        read(tmp_path / "core", *notes)
+    assert str(caught.value).isprintable()
+
+
 class TestHoles:
     """A sparse file costs nothing to make: what its holes seem to hold must cost nothing either."""
 

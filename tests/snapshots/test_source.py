@@ -213,6 +213,18 @@ def test_a_bomb_stops_at_the_limit(tmp_path, codec):
 
 
 @pytest.mark.parametrize("codec", PACKERS)
+def test_without_a_word_the_limit_is_256_times_the_size(tmp_path, codec):
+    path = write(tmp_path, PACKERS[codec](bytes(65 << 20)))
+    if path.stat().st_size * 256 > 65 << 20:
+        assert codec == "lz4"  # which packs nothing smaller
+        return
+    with pytest.raises(FormatError, match=r"more than 67108864 bytes, .*--expand-limit"):
+        Source.open(path)
+    with Source.open(path, expand_limit=1 << 30) as source:
+        assert source.size == 65 << 20
+
+
+@pytest.mark.parametrize("codec", PACKERS)
 def test_damage_is_one_clear_line(tmp_path, codec):
     packed = PACKERS[codec](random.Random(1).randbytes(100_000))
     for broken in (packed[:-9], packed[:10] + bytes(50) + packed[60:]):

@@ -418,3 +418,89 @@ def test_the_hash_of_the_record_is_the_files(leak, tmp_path):
     record = plan(leak).apply(str(tmp_path / "out"))
     digest = hashlib.sha256((tmp_path / "out").read_bytes()).hexdigest()
     assert record["files"][0]["after"] == digest
+
+
+def test_a_snapshot_that_a_link_names_is_read_and_not_replaced(leak, tmp_path):
+    link = tmp_path / "link.xsave"
+    link.symlink_to(leak)
+    assert plan(link).apply(str(tmp_path / "out"))
+    with pytest.raises(XfastError, match="is a symbolic link"):
+        plan(link).apply(in_place=True)
+    assert leak.read_bytes() == area()
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("when", ["linked", "exchanged"])
+def test_a_file_in_the_making_that_a_tenant_gets_hold_of_is_not_published(
+    leak, tmp_path, monkeypatch, when
+):
+    """The folder is the tenant's: he may give our file a second name, or put his own there."""
+    temporary = tmp_path / ".leak.xsave.xfast-new"
+    real = put.complete
+
+    def meddle(row, source):
+        real(row, source)
+        if when == "linked":
+            os.link(temporary, tmp_path / "second")
+        else:
+            temporary.rename(tmp_path / "second")
+            temporary.write_bytes(b"the tenant's")
+
+    monkeypatch.setattr(put, "complete", meddle)
+    with pytest.raises(XfastError, match="somebody exchanged or linked the file in the making"):
+        plan(leak).apply(in_place=True)
+    assert leak.read_bytes() == area()
+    assert everything(tmp_path) <= {"leak.xsave", "second"}
+
+
+@AS_ROOT
+def test_in_a_folder_that_everybody_writes_and_a_tenant_owns(leak, tmp_path):
+    tmp_path.chmod(0o1777)
+    os.chown(tmp_path, TENANT, TENANT)
+    os.chown(leak, TENANT, TENANT)
+    record = str(leak) + ".xfast.json"
+    assert plan(leak).apply(in_place=True)
+    assert leak.stat().st_uid == TENANT
+    undo(record)
+    assert leak.read_bytes() == area()
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    Path(record).rename(outside / "r.json")  # a path in a record that lies where others write
+    outside.chmod(0o777)
+    with pytest.raises(XfastError, match="--file names another"):
+        undo(str(outside / "r.json"))
+
+
+@AS_ROOT
+def test_an_access_list_gives_nobody_the_right_to_write(leak):
+    acl = bytes.fromhex("02000000" "01000600ffffffff" "02000600e1100000" "04000600ffffffff"
+                        "10000600ffffffff" "20000000ffffffff")  # fmt: skip
+    try:
+        os.setxattr(leak, "system.posix_acl_access", acl)
+    except OSError:
+        pytest.skip("this file system has no access lists")
+    plan(leak).apply(in_place=True)
+    kept = os.getxattr(leak, "system.posix_acl_access")
+    mask = kept[kept.index(b"\x10\x00", 4) + 2]
+    assert not mask & 2
+
+
+def test_a_companion_that_is_damaged_between_two_looks_is_one_line(leak, tmp_path, monkeypatch):
+    from xfast.snapshots import raw
+
+    ready = plan(leak)
+    (tmp_path / "leak.xcrs").write_bytes(b"short")
+    assert set(raw.COMPANIONS) == {".xcrs", ".cpuid2"}
+    with pytest.raises(XfastError, match=r"leak\.xcrs"):
+        ready.apply(str(tmp_path / "out"))
+    assert everything(tmp_path) == {"leak.xsave", "leak.xcrs"}
+
+
+def test_a_device_is_not_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    with Directory.open(str(tmp_path)) as top, pytest.raises(XfastError, match="no regular file"):
+        put.open_in(top, "pipe")
+    assert "pipe" not in opened

@@ -62,7 +62,10 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
     parser.add_argument("--size", type=size_of, help="bytes of a raw area (default 4096)")
     parser.add_argument(
-        "--expand-limit", type=size_of, metavar="BYTES", help="what compressed data may expand to"
+        "--expand-limit",
+        type=size_of,
+        metavar="BYTES",
+        help="what compressed data may expand to (default: 256 times its size, 4G at most)",
     )
     parser.add_argument(
         "--plugins", action=_Plugins, nargs=0, help="load other packages' formats as root too"

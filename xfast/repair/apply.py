@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast import snapshots
-from xfast.errors import PolicyError, XfastError
+from xfast.errors import FormatError, PolicyError, XfastError
 from xfast.hosts import description
 from xfast.hosts.model import Host
 from xfast.snapshots import raw
@@ -98,7 +98,7 @@ def apply(
         way, or something can't be written.
     """
     if in_place == (output is not None) or (backup and not in_place):
-        raise ValueError("apply: needed either output, or in_place with or without backup")
+        raise ValueError("apply: expected either output, or in_place with or without backup")
     for plan in plans:
         plan.require_restorable()
     path = plans[0].snapshot.path.rstrip("/")
@@ -183,7 +183,10 @@ class _Job:
         fd = os.open(found[0], NOFOLLOW)
         with Source.open(found[0], fd=fd) as source:
             data = source.read(0, min(source.size, raw.COMPANION_LIMIT))
-            parse(data)
+            try:
+                parse(data)
+            except ValueError as problem:
+                raise FormatError(found[0], 0, str(problem)) from None
             name = raw.companion_paths(self.name, suffix)[0]
             if self.directory.status(name) is not None:
                 with Source.open(name, fd=open_in(self.directory, name)) as there:

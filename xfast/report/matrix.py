@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from xfast.errors import escape
+from xfast.judge.advice import next_steps
 from xfast.judge.rules import RULES
 from xfast.judge.verdict import Finding, Verdict
 
@@ -91,6 +92,10 @@ class Fleet:
         for group in self.groups.values():
             names.update(dict.fromkeys(verdict.host for verdict in group.verdicts))
         return list(names)
+
+
+STEPS = 6
+"""Sentences of advice that an answer about many pairs has at most."""
 
 
 class Answer:
@@ -293,7 +298,30 @@ class Answer:
                     yield from self._wrap(line, "    in ", "      ")
             for ref in refs[code]:
                 yield from self._wrap(f"source: {ref}", "    ", "      ")
-            yield from self._wrap(f"next: {RULES[code].next}", "    ", "      ")
+        yield from self._next()
+
+    def _next(self) -> Iterator[str]:
+        """Yield what to do next, each sentence once, and of one pair what the VMM will print."""
+        verdicts = [verdict for group in self.groups for verdict in group.verdicts]
+        if len(verdicts) == 1 and verdicts[0].failure:
+            failure = verdicts[0].failure
+            yield ""
+            yield f"first to fail: {failure.call} ({failure.error}); what the VMM prints then:"
+            for program, text in failure.texts(self.form(verdicts[0])).items():
+                yield from self._wrap(f"{program}: {text}", "  ", "    ")
+        steps = dict.fromkeys(step for verdict in verdicts for step in next_steps(verdict))
+        if steps:
+            yield ""
+        for step in list(steps)[:STEPS]:
+            yield from self._wrap(f"next: {step}", "", "  ")
+        if len(steps) > STEPS:
+            yield f"next: {len(steps) - STEPS} more; ask about one snapshot and one host"
+
+    def form(self, verdict: Verdict) -> str:
+        """Return which VMM's format the snapshot has, where its producer tells."""
+        asked = verdict.judgement.asked
+        producers = {part.state.producer for part in asked[0].parts} if asked else set()
+        return "qemu" if producers == {"qemu-kvm"} else ""
 
 
 class _Text(tuple[str, str, str]):

@@ -53,6 +53,10 @@ PRSTATUS_SIZE = 20
 LOOK_BACK = 1 << 16
 """How far before the notes others are looked for (bytes): as a rule program headers lie there."""
 
+OWNERS = {"CORE", "LINUX", "GDB", "FreeBSD", "NetBSD-CORE", "QEMU", "VMCOREINFO", "XEN"}
+"""Names of notes that an error tells; of others it tells that there are some."""
+OTHERS = "others"
+
 SEGMENT_LIMIT = 1 << 20
 SEGMENTS_AT_ONCE = 1 << 14
 NOTE_LIMIT = 1 << 20
@@ -277,7 +281,7 @@ def _take(source: Source, found: Found, long_size: int, start: int, end: int) ->
         if count == NOTE_LIMIT:
             raise FormatError(source.path, note.offset, f"found over {NOTE_LIMIT} notes")
         found.first = note.type if found.first is None else found.first
-        found.names.add(note.name)
+        found.names.add(note.name if note.name in OWNERS else OTHERS)
         if note.type == NT_PRSTATUS and (note.name, long_size) in PID_OFFSET:
             at = PID_OFFSET[note.name, long_size]
             if note.length < at + 4:

@@ -30,6 +30,7 @@ FORMATS = {
     "qemu": "xfast.snapshots.qemu.reader",
     "criu": "xfast.snapshots.criu.reader",
     "cloud-hypervisor": "xfast.snapshots.cloud_hypervisor",
+    "crosvm": "xfast.snapshots.crosvm",
     "raw": "xfast.snapshots.raw",
     "firecracker": "xfast.snapshots.firecracker",
 }
@@ -130,7 +131,9 @@ def _claimed(folder: Folder) -> tuple[str, str]:
         if file is not None:
             return name, file
     raise FormatError(
-        folder.path, None, "found a directory, needed a snapshot (core-*.img, state.json) in it"
+        folder.path,
+        None,
+        "found a directory, needed a snapshot (core-*.img, state.json, vcpu0) in it",
     )
 
 

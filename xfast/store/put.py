@@ -117,15 +117,17 @@ def open_in(folder: Directory, name: str) -> int:
     status = folder.status(name)
     if status is not None and stat.S_ISLNK(status.st_mode):
         raise XfastError(f"{path}: is a symbolic link; name the file itself")
+    if status is not None and not stat.S_ISREG(status.st_mode):  # opening a device may act
+        raise XfastError(f"{path}: is no regular file, which alone can be changed in place")
     if folder.status(name + JOURNAL) is not None:
         raise XfastError(
             f"{path}: found an interrupted edit ({JOURNAL} beside it), expected a whole file: "
             "xfast fix --in-place undoes it first"
         )
     fd = folder.open_file(name)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    if not same(os.fstat(fd), status):
         os.close(fd)
-        raise XfastError(f"{path}: is no regular file, which alone can be changed in place")
+        raise XfastError(f"{path}: somebody exchanged it while it was opened")
     return fd
 
 

@@ -29,6 +29,9 @@ CHUNK = 1 << 20
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
+EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 256
+"""Without anybody's word it is no more than that many times the file's own size, or 64 MiB: a
+mebibyte of packed zeros would be expanded for ten seconds before it is found to be nothing."""
 
 JOURNAL = ".xfast-journal"
 """What the journal of an edit in place is called, behind the file's name."""
@@ -463,6 +466,8 @@ def _compression(source: Source) -> tuple[str, int]:
 
 
 def _expand(source: Source, codec: str, body: int, limit: int) -> int:
+    if limit == EXPAND_LIMIT:
+        limit = min(limit, max(EXPAND_LEAST, EXPAND_RATIO * source.base.size))
     with source.whole() as packed:
         packed.seek(body)
         try:
