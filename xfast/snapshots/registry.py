@@ -41,6 +41,10 @@ PLUGINS = "XFAST_PLUGINS"
 """The environment's word (1) that formats of other packages may be loaded by root."""
 
 
+MAGICS = {b"\x7fELF": "elfcore", b"MDMP": "minidump", b"QEVM": "qemu"}
+"""The first bytes of files that are of one format for certain: no other is asked."""
+
+
 @cache
 def _others() -> dict[str, Any]:
     """Return the entry points by which other packages offer formats.
@@ -107,6 +111,9 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     """
     if isinstance(source, Folder):
         return _claimed(source)[0]
+    name = MAGICS.get(source.read(0, min(4, source.size)), "")
+    if name:
+        return name
     for name in _names():
         if format_named(name).sniff(source):
             return name

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
 
 CHUNK = 1 << 20
+HEAD = 512
+"""Bytes that are read when a file is opened: all that most formats are told by."""
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
@@ -71,7 +73,11 @@ class Source:
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
+        self.status = os.fstat(fd)
+        self.size = self.status.st_size
+        if self.is_device:
+            self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
+        self._head = os.pread(fd, HEAD, 0)
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -176,7 +182,7 @@ class Source:
     @property
     def is_device(self) -> bool:
         """Whether the bytes lie on a block device, which has room behind them."""
-        return stat.S_ISBLK(os.fstat(self.fd).st_mode)
+        return stat.S_ISBLK(self.status.st_mode)
 
     @property
     def base(self) -> Source:
@@ -185,8 +191,8 @@ class Source:
 
     @property
     def stamp(self) -> Stamp:
-        """What tells that the file is the same one, unchanged."""
-        status = os.fstat(self.base.fd)
+        """What tells that the file is the same one, unchanged: as it was when it was opened."""
+        status = self.base.status
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     @property
@@ -209,6 +215,9 @@ class Source:
                 f"found {max(0, self.size - max(0, offset))} bytes, needed {length} "
                 f"(of {self.size} in all)",
             )
+        if offset + length <= len(self._head):
+            self.bytes_read += length
+            return self._head[offset : offset + length]
         return self._fetch(offset, length)
 
     def _fetch(self, offset: int, length: int) -> bytes:
@@ -354,6 +363,7 @@ class View(Source):
     def __init__(self, source: Source, size: int, locate: Locate) -> None:
         self.path = source.path
         self.source = source
+        self._head = b""
         self.size = size
         self.locate = locate
         self.container = source.container

@@ -65,9 +65,12 @@ NESTED = {(THREAD_INFO,), *TABLES}
 
 
 def _lay_out(
-    message: Iterable[Field], table: Mapping[int, Row], area: NDArray[np.uint8]
+    message: Iterable[Field], table: Mapping[int, Row], area: NDArray[np.uint8], *, whole: bool
 ) -> set[str]:
-    """Put the numbers of a message where `table` says; return the names of the fields found."""
+    """Put the numbers of a message where `table` says; return the names of the fields found.
+
+    `whole`: each of them has to be there, with all its numbers.
+    """
     counts: dict[int, int] = {}
     for number, value, _ in message:
         if number not in table:
@@ -81,6 +84,9 @@ def _lay_out(
             )
         counts[number] = index + 1
         area[offset + index * item :][:item] = list(value.to_bytes(item, "little"))
+    for number, (name, _, _, most) in table.items() if whole else ():
+        if counts.get(number, 0) != most:
+            raise Broken(f"found {counts.get(number, 0)} numbers of {name}, needed {most}")
     return {table[number][0] for number in counts}
 
 
@@ -109,14 +115,14 @@ def area_of(core: bytes) -> Thread | None:
         return None
     area = np.zeros(AREA_SIZE, np.uint8)
     registers = list(fields(fpregs))
-    found = _lay_out(registers, FPREGS_FIELDS, area)
+    found = _lay_out(registers, FPREGS_FIELDS, area, whole=True)
     cet = None
     xsave = inner(registers, XSAVE)
     if xsave is None:
         area[HEADER_OFFSET] = XFEATURE_MASK_FPSSE
     else:
         extended = list(fields(xsave))
-        found |= _lay_out(extended, XSAVE_FIELDS, area)
+        found |= _lay_out(extended, XSAVE_FIELDS, area, whole=False)
         cet = inner(extended, CET)
     named = (
         None

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import PolicyError
-from xfast.snapshots.qemu.search import CpuSection
 from xfast.xsave import area as engine
 from xfast.xsave.features import BY_NAME, HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
 from xfast.xsave.layout import preset
 
 INTEL = preset("intel")
+INDICES_LIMIT = 16
+"""Tables that a Shape keeps: one for each order of the x87 slots, and size."""
 _X87, _SSE = BY_NAME["x87"].nr, BY_NAME["sse"].nr
 
 
@@ -101,6 +103,82 @@ def _runs(registers: int, top: int) -> Iterator[Run]:
             yield Run(component.nr, zone, start, unit, length, component.offset)
 
 
+class Shape:
+    """What all sections have in common that are as long and have the same subsections.
+
+    Parameters
+    ----------
+    fixed : int
+        Bytes of the fixed part.
+    subsections : tuple
+        (name, (offset, bytes)) of each.
+
+    Attributes
+    ----------
+    zones : dict
+        {name: (offset, bytes)} of the fields, and of the subsections' data.
+    held : int
+        The components that there are bytes for.
+    optional : list of (int, int, int)
+        Component bit, start and end of those that come in subsections.
+    """
+
+    def __init__(self, fixed: int, subsections: tuple[tuple[str, tuple[int, int]], ...]) -> None:
+        self.form = FORMS[fixed]
+        self.zones = self.form.zones | dict(subsections)
+        self.subsections = sorted(name for name, _ in subsections)
+        runs = self.runs(0)
+        self.held = sum({1 << run.nr for run in runs})
+        self.optional = []
+        for run in runs:
+            if run.zone.startswith("cpu/"):
+                place = self.place_of(run)
+                self.optional.append((1 << run.nr, place.start, place.stop))
+        self.always = sum({1 << run.nr for run in runs if not run.zone.startswith("cpu/")})
+        self._sizes: dict[int, int] = {}
+        self._indices: dict[tuple[int, int], NDArray[np.intp]] = {}
+
+    def runs(self, top: int) -> list[Run]:
+        """Return what sections of this shape have of the table."""
+        return [
+            run
+            for run in _runs(self.form.registers, top)
+            if run.start + run.length <= self.zones.get(run.zone, (0, 0))[1]
+        ]
+
+    def place_of(self, run: Run) -> slice:
+        """Return where in a section a run lies."""
+        start = self.zones[run.zone][0] + run.start
+        return slice(start, start + run.length)
+
+    def area_size(self, xstate_bv: int) -> int:
+        """Return the bytes of the area of a section."""
+        mask = self.held | xstate_bv
+        if mask not in self._sizes:
+            self._sizes = {mask: INTEL.standard_size(mask)}
+        return self._sizes[mask]
+
+    def indices(self, top: int, size: int) -> NDArray[np.intp]:
+        """Return for each byte of an area which byte of the section it is; -1 for a zero."""
+        found = self._indices.get((top, size))
+        if found is None:
+            found = np.full(size, -1, np.intp)
+            for run in self.runs(top):
+                place = self.place_of(run)
+                words = np.arange(place.start, place.stop).reshape(-1, run.unit)
+                found[run.target : run.target + run.length] = words[:, ::-1].reshape(-1)
+            if len(self._indices) >= INDICES_LIMIT:
+                self._indices.clear()
+            self._indices[top, size] = found
+        return found
+
+
+@lru_cache(maxsize=64)
+def shape_of(fixed: int, subsections: tuple[tuple[str, tuple[int, int]], ...]) -> Shape:
+    """Return the Shape of sections."""
+    return Shape(fixed, subsections)
+
+
 class Section:
     """The bytes of one vCPU's section, in memory.
 
@@ -108,8 +186,7 @@ class Section:
     ----------
     data : bytes
         All of it, subsections included.
-    place : CpuSection
-        Where it was found.
+    shape : Shape
     kvm : bool
         Who wrote it: KVM's slots are ST(i) and its XSTATE_BV is real; TCG's are physical
         registers, and its XSTATE_BV is always 0.
@@ -118,26 +195,24 @@ class Section:
     cpu_pre_save().
     """
 
-    def __init__(self, data: bytes, place: CpuSection, kvm: bool) -> None:
+    def __init__(self, data: bytes, shape: Shape, kvm: bool) -> None:
         self.data = data
-        self.place = place
+        self.shape = shape
         self.kvm = kvm
-        self.form = FORMS[place.fixed]
-        self.zones = self.form.zones | place.subsections
+        self.form = shape.form
+        self.zones = shape.zones
 
     def runs(self, fsw: int) -> list[Run]:
         """Return what this section has of the table, with the x87 slots in `fsw`'s order."""
-        top = 0 if self.kvm else fsw >> 11 & 7
-        return [
-            run
-            for run in _runs(self.form.registers, top)
-            if run.start + run.length <= self.zones.get(run.zone, (0, 0))[1]
-        ]
+        return self.shape.runs(self.top(fsw))
+
+    def top(self, fsw: int) -> int:
+        """Return by how much the x87 slots are rotated."""
+        return 0 if self.kvm else fsw >> 11 & 7
 
     def place_of(self, run: Run) -> slice:
         """Return where in `data` a run lies."""
-        start = self.zones[run.zone][0] + run.start
-        return slice(start, start + run.length)
+        return self.shape.place_of(run)
 
     def unpack(self, fmt: str, zone: str) -> int:
         """Return the number that a zone begins with."""
@@ -173,27 +248,19 @@ class Section:
         """
         if self.kvm:
             return self.stream_xstate_bv
-        held = 0
-        for run in self.runs(0):
-            if not run.zone.startswith("cpu/") or any(self.data[self.place_of(run)]):
-                held |= 1 << run.nr
+        held = self.shape.always
+        for bit, start, end in self.shape.optional:
+            if self.data[start:end].strip(b"\0"):
+                held |= bit
         return (self.xcr0 | XFEATURE_MASK_FPSSE) & held
-
-    def area_size(self) -> int:
-        """Return the bytes of the vCPU's area."""
-        held = sum({1 << run.nr for run in self.runs(0)})
-        return INTEL.standard_size(self.xstate_bv | held)
 
     def area(self) -> NDArray[np.uint8]:
         """Return the vCPU's area: standard format, Intel's layout, as long as what is in it."""
         xstate_bv = self.xstate_bv
-        runs = self.runs(self.unpack(">H", "fsw"))
-        image = np.zeros(self.area_size(), np.uint8)
+        top = self.top(self.unpack(">H", "fsw"))
+        indices = self.shape.indices(top, self.shape.area_size(xstate_bv))
+        image: NDArray[np.uint8] = np.frombuffer(self.data + b"\0", np.uint8).take(indices)
         image[HEADER_OFFSET : HEADER_OFFSET + 8] = np.frombuffer(struct.pack("<Q", xstate_bv), "u1")
-        section = np.frombuffer(self.data, np.uint8)
-        for run in runs:
-            words = section[self.place_of(run)].reshape(-1, run.unit)
-            image[run.target : run.target + run.length] = words[:, ::-1].reshape(-1)
         return image
 
     def edited(self, image: NDArray[np.uint8]) -> Section:
@@ -206,7 +273,7 @@ class Section:
         PolicyError
             If the area holds something that this section has no place for.
         """
-        size = self.area_size()
+        size = self.shape.area_size(self.xstate_bv)
         if image.shape != (size,):
             raise ValueError(f"area: got shape {image.shape}, needed {(size,)}")
         image = image.copy()
@@ -222,7 +289,7 @@ class Section:
         if self.kvm:
             start, _ = self.zones["xstate_bv"]
             data[start : start + 8] = struct.pack(">Q", xstate_bv)
-        result = Section(bytes(data), self.place, self.kvm)
+        result = Section(bytes(data), self.shape, self.kvm)
         lost = engine.diff(result.area(), image, INTEL) & INTEL.user_mask
         if lost:
             raise PolicyError(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from xfast.engine.walk import Walker
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source, View
+from xfast.snapshots.qemu.plans import Sections, follow
 from xfast.snapshots.qemu.search import (
     FOOTER,
     FULL,
@@ -33,7 +34,6 @@ from xfast.snapshots.qemu.search import (
 )
 from xfast.snapshots.qemu.stream import (
     DESCRIPTION,
-    Sections,
     checked,
     described_cpu,
     find_cpus,
@@ -79,6 +79,7 @@ class Kept(Source):
         self.path = path
         self.file = tempfile.SpooledTemporaryFile(HOLD_IN_MEMORY)  # noqa: SIM115
         self.size = 0
+        self._head = b""
         self.fd = -1
         self.outer = None
         self.container = ()
@@ -374,6 +375,9 @@ def located(source: Source, start: int) -> tuple[Source, Sections]:
     FormatError
         If they are not to be found.
     """
+    known = None if source.is_device else follow(source)
+    if known is not None:
+        return source, known
     tail = None
     end = source.read(max(0, source.size - PADDING), min(PADDING, source.size))
     if any(end) and not source.is_device:

@@ -17,10 +17,12 @@ from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
-from xfast.snapshots.qemu.cpu import INTEL, Section
+from xfast.snapshots.qemu.cpu import INTEL, Section, Shape, shape_of
 from xfast.snapshots.qemu.domain import Domain, domain
 from xfast.snapshots.qemu.forward import located
-from xfast.snapshots.qemu.stream import Sections, configuration, start_of
+from xfast.snapshots.qemu.plans import Sections
+from xfast.snapshots.qemu.search import CpuSection
+from xfast.snapshots.qemu.stream import configuration, start_of
 from xfast.xsave.layout import Layout
 
 
@@ -185,7 +187,7 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     config = configuration(source, stream.start)
     if found is None:
         source, found = located(source, stream.start)
-    data = [source.read(place.offset, place.size) for place in found.cpus]
+    data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
     kvm, basis = _is_kvm(found, data, guest)
     facts: dict[str, Any] = {
         "machine": config.machine,
@@ -200,7 +202,7 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     mapped_ram = ("mapped-ram",) if "mapped-ram" in config.capabilities else ()
     vcpus = []
     for place, section in zip(found.cpus, data, strict=True):
-        vcpu = _vcpu(source, Section(section, place, kvm))
+        vcpu = _vcpu(source, place, Section(section, _shape(place), kvm))
         vcpu.guest_mask = guest.components if guest else None
         vcpus.append(vcpu)
     container = (*source.container, *stream.container, *mapped_ram)
@@ -229,15 +231,18 @@ def _is_kvm(found: Sections, data: list[bytes], guest: Domain | None) -> tuple[b
     if any("cpu/tsc_khz" in place.subsections for place in found.cpus):
         return True, "a cpu/tsc_khz subsection"
     if any(
-        Section(section, place, True).xstate_bv
+        Section(section, _shape(place), True).xstate_bv
         for place, section in zip(found.cpus, data, strict=True)
     ):
         return True, "an XSTATE_BV that is not 0"
     return False, "no trace of KVM"
 
 
-def _vcpu(source: Source, section: Section) -> Vcpu:
-    place = section.place
+def _shape(place: CpuSection) -> Shape:
+    return shape_of(place.fixed, tuple(place.subsections.items()))
+
+
+def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:
     if {"cpu/mpx", "cpu/apx"} <= place.subsections.keys():
         raise FormatError(
             source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
@@ -257,6 +262,6 @@ def _vcpu(source: Source, section: Section) -> Vcpu:
         facts={
             "stream_xstate_bv": section.stream_xstate_bv,
             "cr4": section.cr4,
-            "subsections": sorted(place.subsections),
+            "subsections": list(section.shape.subsections),
         },
     )

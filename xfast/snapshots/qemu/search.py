@@ -79,7 +79,7 @@ before the description; a disk image or O_DIRECT may pad it with zeros."""
 COMMON = re.compile(rb"\x04.{4}\x0acpu_common(.{4})\0\0\0.", re.DOTALL)
 APIC = re.compile(rb"\x04.{4}\x04apic.{4}\0\0\0.", re.DOTALL)
 """The headers of two sections that QEMU writes beside each `cpu`; the first has its instance."""
-LOOK_BACK = 1 << 15
+LOOK_BACK = 1 << 14
 """A `cpu` section with every subsection is shorter (bytes)."""
 COMMON_SIZE = 64
 """`cpu_common` 0 lies at most so far before the header of `cpu` 0 (bytes)."""

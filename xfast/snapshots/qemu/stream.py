@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import misnumbered
+from xfast.snapshots.qemu import plans
+from xfast.snapshots.qemu.plans import Sections
 from xfast.snapshots.qemu.search import (
     CPU_VERSION,
     FIXED_SIZES,
@@ -51,18 +53,6 @@ class Configuration(NamedTuple):
 
     machine: str = ""
     capabilities: tuple[str, ...] = ()
-
-
-class Sections(NamedTuple):
-    """The vCPUs of a stream, and what the devices around them tell.
-
-    `description` is ``whole``, ``damaged`` or ``none``; `doubts` are those of a Snapshot.
-    """
-
-    cpus: list[CpuSection]
-    kvmclock: bool
-    description: str
-    doubts: tuple[str, ...] = ()
 
 
 def start_of(source: Source) -> int | None:
@@ -134,13 +124,17 @@ def find_cpus(stream: Source) -> Sections:
 
     *Source*: QEMU migration/savevm.c qemu_savevm_state_complete_precopy().
     """
+    known = plans.follow(stream)
+    if known is not None:
+        return known
     end, devices = _description(stream)
+    walked: list[plans.Section] = []
     if devices is None:
         found = search(stream)
         described = 0
     else:
         described = sum(device["name"] == "cpu" for device in devices)
-        cpus, doubts = _walk(stream, devices, end)
+        cpus, doubts, more = _walk(stream, devices, end, walked)
         found = Found(cpus) if len(cpus) >= described else search(stream)
         kvmclock = any(device["name"] == "kvmclock" for device in devices)
         found = found._replace(
@@ -154,7 +148,10 @@ def find_cpus(stream: Source) -> Sections:
             stream.size,
             f"found {len(found.cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
         )
-    return checked(found, devices)
+    result = checked(found, devices)
+    if devices is not None and found.cpus == cpus:
+        plans.remember(stream, walked, end, more, result)
+    return result
 
 
 def checked(found: Found, devices: Sequence[Mapping[str, Any]] | None) -> Sections:
@@ -262,34 +259,41 @@ def _count(value: Any) -> int:
 
 
 def _walk(
-    stream: Source, devices: Sequence[dict[str, Any]], end: int
-) -> tuple[list[CpuSection], list[str]]:
+    stream: Source, devices: Sequence[dict[str, Any]], end: int, walked: list[plans.Section]
+) -> tuple[list[CpuSection], list[str], tuple[bytes, int]]:
     """Go over the devices from last to first; `end` is where the last one ends.
 
     Stops at the first that is not where its description puts it: devices with early_setup are
-    listed, but lie before RAM. Returns the `cpu` sections, and what makes one doubt that they
-    are all.
+    listed, but lie before RAM. Returns the `cpu` sections, what makes one doubt that they are
+    all, and which device it stopped at (see `plans.remember`); adds the sections to `walked`.
     """
     cpus = []
     doubts = []
     text = end + 6
+    more = b"", 0
     for device in reversed(devices):
         size = measure(stream, device, text)
         name = device["name"].encode(errors="replace")
         found = _section(stream, name, size, end)
         if found is None:
+            more = bytes([len(name) & 0xFF]) + name, 19 + len(name) + size
             break
-        if device.get("instance_id", found[0]) != found[0]:
+        instance, version, offset = found
+        if device.get("instance_id", instance) != instance:
             doubts.append(
                 f"expected instance {str(device['instance_id'])[:20]} of {device['name'][:40]}, "
-                f"as the description lists, got {found[0]}"
+                f"as the description lists, got {instance}"
             )
+        head = bytes([len(name) & 0xFF]) + name + struct.pack(">I", instance)
         if name == b"cpu":
             cpus.append(described_cpu(stream, device, text, found, size))
-        end = found[2] - 14 - len(name)
+            head += struct.pack(">I", version)
+        start = offset - 14 - len(name)
+        walked.append(plans.Section(start, name, head, end, end != offset + size))
+        end = start
     if cpus and _is_cpu_before(stream, end):
         doubts.append("got a cpu section that the description does not list")
-    return cpus, doubts
+    return cpus, doubts, more
 
 
 def _is_cpu_before(stream: Source, end: int) -> bool:
