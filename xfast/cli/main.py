@@ -27,6 +27,7 @@ VERBS = {
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",
+    "filter": "make a QEMU migration safe for its host while it passes through a pipe",
     "undo": "put back what a change record says was changed",
     "convert": "write areas in another layout or format",
     "diff": "tell in which registers two snapshots differ",
