@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain
+from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain, epilog
 from xfast.errors import XfastError
 
 VERBS = {
@@ -69,12 +69,15 @@ def _version() -> str:
     )
 
 
-def parser_for(verb: str) -> Parser:
-    """Return the parser, complete for one verb; the others are only named."""
+def parser_for(*complete: str) -> Parser:
+    """Return the parser, complete for some verbs; the others are only named."""
     parser = Parser(
         prog="xfast",
         description="XSAVE state in VM snapshots: which restore on which hosts, and why not.",
-        epilog=EXIT_CODES,
+        epilog=epilog(
+            "xfast check snapshots/ --host amd-milan@6.12 intel-broadwell@6.12",
+            'xfast explain "KVM_SET_XSAVE failed: Invalid argument"',
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -82,7 +85,7 @@ def parser_for(verb: str) -> Parser:
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="colour on a terminal only (auto), always or never; NO_COLOR is kept",
+        help="colour on a terminal only (auto), always or never; NO_COLOR works too",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, help_text in VERBS.items():
@@ -92,7 +95,7 @@ def parser_for(verb: str) -> Parser:
             description=help_text.capitalize() + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == verb:
+        if name in complete:
             import_module(f"xfast.cli.{name}").add_arguments(sub)
             sub.epilog = sub.epilog or EXIT_CODES
     return parser
