@@ -428,3 +428,10 @@ class TestCost:
         with pytest.raises(FormatError, match=r"found no core-TID\.img"):
             snapshots.read(shared / "cases/hostile/pax-digits.tar")
         assert time.process_time() - start < 1
+
+
+def test_a_task_without_registers_whose_state_is_damaged_is_one_line(tmp_path):
+    """The fuzzer's: whether a task is dead was asked where damage was not expected."""
+    damaged = number(1, 1) + message(2, number(1, 5)) + message(3, b"\x0f")
+    with pytest.raises(FormatError, match=r"core-5\.img: found a field of type 7"):
+        read(tmp_path / "core-5.img", image(damaged))

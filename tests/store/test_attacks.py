@@ -504,3 +504,30 @@ def test_a_device_is_not_opened(tmp_path, monkeypatch):
     with Directory.open(str(tmp_path)) as top, pytest.raises(XfastError, match="no regular file"):
         put.open_in(top, "pipe")
     assert "pipe" not in opened
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_record_of_a_directory_is_as_private_as_its_images(data, tmp_path, in_place):
+    """The directory may be open to all and its images not; the record holds their registers."""
+    dump = tmp_path / "dump"
+    shutil.copytree(data / "criu" / "criu42-regs64s-3thr", dump)
+    dump.chmod(0o755)
+    for path in dump.iterdir():
+        path.chmod(0o600)
+    (found,) = xfast.read(dump)
+    drop = ["avx", "opmask", "zmm_hi256", "hi16_zmm"]
+    ready = xfast.plan_fix(found, xfast.resolve("amd-milan"), drop=drop, even_if_live=True)
+    way = {"in_place": True} if in_place else {"output": str(tmp_path / "out")}
+    assert ready.apply(**way, record=str(tmp_path / "record"))
+    assert mode(tmp_path / "record") == 0o600
+
+
+def test_the_first_companion_goes_where_the_second_fails(leak, tmp_path):
+    ready = plan(leak)
+    xcrs = np.zeros(392, np.uint8)
+    xcrs[0], xcrs[16] = 1, 7
+    (tmp_path / "leak.xcrs").write_bytes(xcrs.tobytes())
+    (tmp_path / "leak.cpuid2").write_bytes(b"short")
+    with pytest.raises(XfastError, match=r"leak\.cpuid2"):
+        ready.apply(str(tmp_path / "out"))
+    assert everything(tmp_path) == {"leak.xsave", "leak.xcrs", "leak.cpuid2"}

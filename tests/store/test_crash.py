@@ -339,3 +339,46 @@ def test_the_stream_of_a_real_machine_is_killed_too(data, tmp_path):
         if ended.status == 0:
             break
         assert digest(path) == old or json.loads((tmp_path / "leak.xfast.json").read_text())
+
+
+@pytest.mark.parametrize("what", ["in place", "new", "undo"])
+def test_a_directory_that_is_killed_at_every_step_is_finished_later(data, tmp_path, what):
+    """Each image is the old or the new one, and the same command again makes all of them new."""
+    source = data / "criu" / "criu42-regs64s-3thr"
+    old = {path.name: digest(path) for path in source.iterdir()}
+
+    def planned(folder):
+        drop = ["avx", "opmask", "zmm_hi256", "hi16_zmm"]
+        host = xfast.resolve("amd-milan")
+        return xfast.plan_fix(xfast.read(folder)[0], host, drop=drop, even_if_live=True)
+
+    planned(source).apply(str(tmp_path / "done"))
+    new = {path.name: digest(path) for path in (tmp_path / "done").iterdir()}
+    step = 0
+    while True:
+        top = tmp_path / "here"
+        shutil.rmtree(top, ignore_errors=True)
+        dump = top / "dump"
+        shutil.copytree(source, dump)
+        if what == "undo":
+            planned(dump).apply(in_place=True)
+        mode = {"in place": "replace"}.get(what, what)
+        ready = None if what == "undo" else planned(dump)
+        ended = tracing.run(fixing(ready, dump, mode), killing(step))
+        images = {name: digest(dump / name) for name in old}
+        assert all(images[name] in (old[name], new[name]) for name in old)
+        place = dump.with_name("dump.new") if what == "new" else dump
+        if what == "undo":
+            undo(str(dump) + ".xfast.json")
+        elif what == "new":
+            assert images == old
+            if not place.exists():
+                planned(dump).apply(str(place))
+        else:
+            planned(dump).apply(in_place=True)
+        assert {name: digest(place / name) for name in old} == (old if what == "undo" else new)
+        assert not [name for name in (*names(top), *names(place)) if name.startswith(".")]
+        if ended.status == 0:
+            break
+        step += 1
+    assert step > 12

@@ -19,10 +19,10 @@ from xfast.snapshots import raw
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Snapshot, Splice
-from xfast.store.names import BACKUP, NOFOLLOW, SUFFIX, Directory, require_one_name, same
+from xfast.store.names import BACKUP, NOFOLLOW, SAFE_MODE, SUFFIX, Directory, require_one_name, same
 from xfast.store.put import Check, Fill, Original, Put, open_in
 from xfast.store.record import Note, record_of, row_of, sha256
-from xfast.store.staged import Staged, sweep
+from xfast.store.staged import Staged, safe_mode, sweep
 from xfast.store.tree import StagedTree
 from xfast.xsave.area import headers
 
@@ -145,7 +145,7 @@ class _Job:
             if not edits:
                 self._require_nothing_to_do(source)
                 return None
-            note = self._note(edits, original.status)
+            note = self._note(edits, safe_mode(original.status))
             row = row_of(os.path.basename(self.path), source)
             note.record["files"] = [row]
             names = [self.name + end for end in ("", BACKUP, JOURNAL)]
@@ -165,10 +165,10 @@ class _Job:
     def _companions(self) -> Iterator[None]:
         """Copy what lies beside a raw file along; take it away again where the rest fails."""
         made: list[str] = []
-        if not self.in_place and self.plans[0].snapshot.format == "raw":
-            for suffix, parse in raw.COMPANIONS.items():
-                made += self._copy_companion(suffix, parse)
         try:
+            if not self.in_place and self.plans[0].snapshot.format == "raw":
+                for suffix, parse in raw.COMPANIONS.items():
+                    made += self._copy_companion(suffix, parse)
             yield
         except BaseException:
             for name in made:
@@ -204,7 +204,7 @@ class _Job:
             if not edits:
                 self._require_nothing_to_do(_Listed(source))
                 return None
-            note = self._note(edits, os.fstat(source.fd))
+            note = self._note(edits, _common_mode(source, edits))
             if self.in_place:
                 sweep(source, *(edit.member for edit in edits))
                 self._change_members(source, edits, note)
@@ -263,14 +263,14 @@ class _Job:
             if difference:
                 raise PolicyError(f"{self.path}: the format can't hold the plan: {difference}")
 
-    def _note(self, edits: list[Splice], like: os.stat_result) -> Note:
+    def _note(self, edits: list[Splice], mode: int) -> Note:
         changes = [change.as_json() for plan in self.plans for change in plan.changes]
         notes = [note for plan in self.plans for note in plan.notes]
         host = self.plans[0].host
         told = {"name": host.name, "source": host.source, "description": description.to_dict(host)}
         target = self.directory.path_of(self.name)
         record = record_of(self.path, target, told, changes, notes, edits)
-        return Note(self.note_folder, self.note_name, record, like)
+        return Note(self.note_folder, self.note_name, record, mode)
 
 
 class _Listed(Folder):
@@ -317,6 +317,14 @@ def _rows(folder: Directory, edits: list[Splice]) -> list[dict[str, str]]:
             row["after"] = sha256(trial.flush())
             rows.append(row)
     return rows
+
+
+def _common_mode(folder: Directory, edits: list[Splice]) -> int:
+    """Return the permissions that every file of a directory that changes has, if safe."""
+    mode = SAFE_MODE
+    for name in _by_member(edits):
+        mode &= safe_mode(folder.status(name))
+    return mode
 
 
 def _any_done(folder: Directory, rows: Iterable[dict[str, str]]) -> bool:

@@ -22,7 +22,7 @@ from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
 from xfast.store.names import Directory, doubt
-from xfast.store.staged import Staged, safe_mode
+from xfast.store.staged import Staged
 
 SCHEMA = "xfast/1"
 RECORD_LIMIT = 256 << 20
@@ -201,15 +201,15 @@ class Note:
         Where it is to be.
     record : dict
         With its ``files``, by the time it is published.
-    like : os.stat_result
-        Of the file it tells of, whose permissions it has at most. Its owner is who wrote it,
-        so that it can be trusted.
+    mode : int
+        Its permissions, at most those of every file that it tells of: it holds their bytes. Its
+        owner is who wrote it, so that it can be trusted.
     """
 
     folder: Directory
     name: str
     record: dict[str, Any]
-    like: os.stat_result
+    mode: int
 
     @property
     def path(self) -> str:
@@ -245,7 +245,7 @@ class Note:
             raise XfastError(f"{self.path}: exists; expected a new name")
         with Staged(self.folder, self.name) as staged:
             staged.file.write(json.dumps(self.record, indent=1).encode() + b"\n")
-            os.fchmod(staged.flush(), safe_mode(self.like))
+            os.fchmod(staged.flush(), self.mode)
             staged.publish(replace=old is not None)
         try:
             yield self.record["nonce"]

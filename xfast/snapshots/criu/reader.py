@@ -115,12 +115,13 @@ def read(
                 continue
             offset, entry = _entry(file, member, CORE_MAGIC)
             thread = area_of(entry[4:])
+            dead = thread is None and is_dead(entry[4:])
         except Broken as problem:
             raise FormatError(file.path, member.offset, f"{member.name}: {problem}") from None
         tid = _tid(member)
         if thread is None:
             empty += 1
-            (gone if is_dead(entry[4:]) else told).add(tid)
+            (gone if dead else told).add(tid)
         else:
             threads.append(_vcpu(tid, thread, Origin(member, offset, entry, packed, single)))
     if not threads:

@@ -99,6 +99,11 @@ class Kept(Source):
         self.file.seek(offset)
         self.file.write(data)
 
+    def place_of(self, offset: int) -> int:
+        """Return where what lies at `offset` of the stream, behind memory, is kept."""
+        start, place = self.starts[-1]
+        return start + offset - place
+
     def close(self) -> None:
         """Let go of what is kept."""
         self.file.close()
@@ -181,8 +186,10 @@ class Hold:
                         return end, found[1]
         return None
 
-    def early(self, missing: int) -> tuple[int, Sections] | None:
+    def early(self, missing: int) -> tuple[int, Sections, int] | None:
         """Return what `whole` will, as far as it can be told with `missing` bytes still to come.
+
+        The third is where the EOF record lies.
 
         A description that is whole but for its end lists the devices that come first, the vCPUs
         among them. None while it can't be told that every vCPU is listed.
@@ -198,7 +205,7 @@ class Hold:
                 continue
             rest = self.stream.read(found[0], eof - found[0])
             if not HEADER.search(rest):
-                return eof + 6 + length, found[1]
+                return eof + 6 + length, found[1], eof
         return None
 
     def _devices(self, eof: int, length: int) -> list[dict[str, Any]]:
