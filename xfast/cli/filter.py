@@ -9,15 +9,21 @@ import sys
 import time
 from typing import Any
 
-from xfast.cli.arguments import BLOCKED, OK, UNJUDGED, complain
+from xfast.cli.arguments import BLOCKED, EXIT_CODES, OK, UNJUDGED, complain
 from xfast.errors import FormatError, PolicyError, XfastError
 
-EPILOG = """\
-  migrate "exec:xfast filter --host HOST | ssh TARGET socat - UNIX:/run/vm/incoming"
+EXAMPLES = f"""\
+examples:
+  virsh qemu-monitor-command VM --hmp \
+    'migrate "exec:xfast filter --host amd-milan@6.12 | ssh TARGET socat - UNIX:/run/vm.in"'
+  xfast filter --host amd-milan@6.12 --check-only < vm.stream > copy.stream
+
 
 Guest memory passes as it comes. Where the state can't be made safe for HOST, the filter ends with
 exit code 1 before the last byte: the migration fails, and the VM goes on running at the source.
-docs/migrate.md has more."""
+docs/migrate.md has more.
+
+{EXIT_CODES}"""
 
 PATIENCE = 1.0
 """How often a terminal is told how far the stream is, and how long it has stalled (s)."""
@@ -27,13 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     from xfast.cli.plans import repair_arguments
 
-    parser.epilog = EPILOG
+    parser.epilog = EXAMPLES
     parser.add_argument(
-        "--host", required=True, metavar="HOST[@KERNEL]", help="the host that is to restore it"
+        "--host",
+        required=True,
+        metavar="HOST[@KERNEL]",
+        help="the host that is to restore the state",
     )
     repair_arguments(parser)
     parser.add_argument(
-        "--check-only", action="store_true", help="judge the state, change nothing, pass it all"
+        "--check-only",
+        action="store_true",
+        help="judge the state and pass everything on unchanged",
     )
     parser.add_argument(
         "--refuse",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from xfast.cli.arguments import (
     BLOCKED,
+    EXIT_CODES,
     OK,
     UNJUDGED,
     candidates,
@@ -26,10 +27,17 @@ from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
 from xfast.report.tally import Tally
 
-EPILOG = """\
+EXAMPLES = f"""\
+examples:
+  xfast fix vm.save --host intel-broadwell@6.12 --dry-run
+  xfast fix snapshots/ --host amd-milan@6.12 -o fixed/
+  xfast fix vm.save --host amd-milan@6.12 --in-place --backup
+
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
 Linux's default (PKRU 0x55555554). A KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU as
-it was; it does not reset it."""
+it was; it does not reset it.
+
+{EXIT_CODES}"""
 
 
 class Written(NamedTuple):
@@ -42,20 +50,30 @@ class Written(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.epilog = EPILOG
+    parser.epilog = EXAMPLES
     reading_arguments(parser)
     parser.add_argument(
-        "--host", required=True, metavar="HOST[@KERNEL]", help="the host that is to restore it"
+        "--host",
+        required=True,
+        metavar="HOST[@KERNEL]",
+        help="the host that is to restore the snapshot",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "-o", "--output", metavar="OUT", help="new file, or a directory for them (DIR/ is made)"
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="write to this new file, or into this directory (DIR/ is made)",
     )
     where.add_argument("--in-place", action="store_true", help="replace the snapshot itself")
-    where.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
-    parser.add_argument("--backup", action="store_true", help="keep the old one as SNAPSHOT.orig")
+    where.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument(
+        "--backup", action="store_true", help="keep the old snapshot as SNAPSHOT.orig"
+    )
     repair_arguments(parser)
-    parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
+    parser.add_argument(
+        "--record", metavar="FILE", help="name of the change record (default: OUT.xfast.json)"
+    )
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain
+from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain, epilog
 from xfast.errors import XfastError
 
 VERBS = {
@@ -58,12 +58,15 @@ def _version() -> str:
     )
 
 
-def parser_for(verb: str) -> Parser:
-    """Return the parser, complete for one verb; the others are only named."""
+def parser_for(*complete: str) -> Parser:
+    """Return the parser, complete for some verbs; the others are only named."""
     parser = Parser(
         prog="xfast",
         description="XSAVE state in VM snapshots: which restore on which hosts, and why not.",
-        epilog=EXIT_CODES,
+        epilog=epilog(
+            "xfast check snapshots/ --host amd-milan@6.12 intel-broadwell@6.12",
+            'xfast explain "KVM_SET_XSAVE failed: Invalid argument"',
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=_version())
@@ -71,7 +74,7 @@ def parser_for(verb: str) -> Parser:
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="colour on a terminal only (auto), always or never; NO_COLOR is kept",
+        help="colour on a terminal only (auto), always or never; NO_COLOR works too",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, help_text in VERBS.items():
@@ -81,7 +84,7 @@ def parser_for(verb: str) -> Parser:
             description=help_text.capitalize() + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == verb:
+        if name in complete:
             import_module(f"xfast.cli.{name}").add_arguments(sub)
             sub.epilog = sub.epilog or EXIT_CODES
     return parser

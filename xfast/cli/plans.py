@@ -17,12 +17,16 @@ def repair_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_component,
         metavar="COMPONENT",
-        help="drop this one as well",
+        help="drop this component as well, where no data are lost; may be repeated",
     )
     parser.add_argument(
-        "--even-if-live", action="store_true", help="give up the data of --drop where live"
+        "--even-if-live",
+        action="store_true",
+        help="let --drop give up live data; the change record keeps them",
     )
-    parser.add_argument("--level", default="xstate", help="what the host is asked for; see check")
+    parser.add_argument(
+        "--level", default="xstate", help="how much to ask of the host, as in xfast check"
+    )
 
 
 def _component(word: str) -> str:
