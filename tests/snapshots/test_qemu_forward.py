@@ -211,3 +211,24 @@ def test_a_device_is_repaired_into_a_file_and_not_in_place(tmp_path, leak):
     assert sum(a != b for a, b in zip(fixed[: len(leak)], leak, strict=True)) == 1
     assert not any(fixed[len(leak) :])
     assert out.stat().st_blocks * 512 < 4 << 20
+
+
+def test_a_stream_through_a_pipe_is_judged_whatever_its_size(stream, tmp_path):
+    """Through standard input, with a limit for what is expanded that is far below its size."""
+    first = places_of(stream)[0]
+    data = with_memory(stream, PAGES["page"] * 4096)
+    more = data[first : first + len(data) - len(stream)]
+    check = [sys.executable, "-m", "xfast", "check", "-", "--host", "qemu-tcg-max@6.1", "--json"]
+    process = subprocess.Popen([*check, "--expand-limit", "1M"], stdin=-1, stdout=-1)
+    process.stdin.write(stream[:first])
+    for _ in range(8):
+        process.stdin.write(more)
+    out, _ = process.communicate(stream[first:])
+    assert process.returncode == 0
+    assert b'"identical"' in out
+    for cut in (first - 5, first + 50):
+        done = subprocess.run(check, input=stream[:cut], capture_output=True, check=False)
+        assert done.returncode == 3
+        assert b": offset " in done.stderr or b"found 0 vCPUs" in done.stderr
+    bare = subprocess.run(check, input=undescribed(stream), capture_output=True, check=False)
+    assert bare.returncode == 0
