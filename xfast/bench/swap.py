@@ -354,7 +354,7 @@ def print_table(rows: Sequence[Result]) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, needed a number from 1")
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)
 
 
@@ -366,9 +366,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[guest.name for guest in GUESTS],
         help="only this mix of components in use; may be repeated (default: all)",
     )
-    parser.add_argument("--samples", type=_count, default=21, help="samples of each time (21)")
+    parser.add_argument(
+        "--samples", type=_count, default=21, metavar="N", help="samples of each time (default: 21)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", metavar="FILE.svg", help="write time against bytes")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw time against bytes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,9 +8,18 @@ import sys
 
 from xfast.cli.arguments import layout_named, reading_options
 
+EXAMPLES = """\
+examples:
+  xfast diff before.save after.save
+  xfast diff vm.save vm.save.orig --json
+
+exit codes: 0 no difference; 1 a difference; 2 usage error, or a file that can't be read;
+130 interrupted"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    parser.epilog = EXAMPLES
     parser.add_argument("one", metavar="A", help="file or directory")
     parser.add_argument("two", metavar="B", help="file or directory")
     reading_options(parser)

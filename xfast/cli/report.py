@@ -28,9 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.epilog = EXAMPLES
     parser.add_argument("results", metavar="RESULTS", help="the folder that xfast scan wrote")
-    parser.add_argument("-o", "--output", metavar="FILE", help="new file; default: standard output")
     parser.add_argument(
-        "--format", choices=FORMATS, help="default: what FILE's name says, else html"
+        "-o", "--output", metavar="FILE", help="new file (default: standard output)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="what to write (default: what FILE's name says, else html)",
     )
 
 
