@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xfast.errors import FormatError
-from xfast.snapshots.bytes.source import Source, View
+from xfast.snapshots.bytes.source import Locate, Source, View
 
 MAGIC = b"QFI\xfb"
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
@@ -21,6 +21,9 @@ ZERO = 1
 ENTRY_SIZE = 40
 SNAPSHOT_LIMIT = 1024
 """More internal snapshots than this are not read; QEMU itself stops at 65536."""
+READ_LEAST, READ_RATIO = 40 << 20, 4
+"""All VM states together are read for so many bytes, or so many times the image's: tables may
+name the same clusters again and again, and VM states of any length."""
 
 
 class Internal(NamedTuple):
@@ -59,6 +62,7 @@ def internals(source: Source) -> list[Internal]:
         )
     _check_tables(source, active, active_size, 1 << cluster_bits)
     found = []
+    allowance = _Allowance(max(READ_LEAST, READ_RATIO * source.size))
     for _ in range(count):
         l1_offset, l1_size, id_length, name_length = source.unpack(">QIHH", at)
         state_size, extra_length = source.unpack(">II", at + 32)
@@ -72,7 +76,7 @@ def internals(source: Source) -> list[Internal]:
                     names[:id_length].decode("utf-8", "replace"),
                     names[id_length:].decode("utf-8", "replace"),
                     state_size,
-                    View(source, state_size, clusters.locate),
+                    _State(source, state_size, clusters.locate, allowance),
                 )
             )
         at += (ENTRY_SIZE + extra_length + id_length + name_length + 7) & ~7
@@ -91,6 +95,32 @@ def _check_tables(source: Source, offset: int, count: int, cluster: int) -> None
         )
 
 
+class _Allowance:
+    """How many bytes may still be read of an image's VM states."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+class _State(View):
+    """A VM state; what is read of it is taken from the image's allowance."""
+
+    def __init__(self, source: Source, size: int, locate: Locate, allowance: _Allowance) -> None:
+        super().__init__(source, size, locate)
+        self.allowance = allowance
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        self.allowance.left -= length
+        if self.allowance.left < 0:
+            raise FormatError(
+                self.path,
+                offset,
+                "expected snapshots with clusters of their own, got tables that name the same "
+                "ones again and again",
+            )
+        return super()._fetch(offset, length)
+
+
 class _Clusters:
     """Where one snapshot's VM state lies: behind the disk, through the snapshot's own tables."""
 
@@ -103,6 +133,7 @@ class _Clusters:
         self.l1_size = l1_size
         span = 1 << (2 * cluster_bits - 3)
         self.start = -(-disk_size // span) * span
+        self.table_at, self.table = 0, b""
 
     def locate(self, offset: int) -> tuple[int | None, int]:
         """Return where a byte of the VM state lies, or None for zeros, and its cluster's rest."""
@@ -119,8 +150,14 @@ class _Clusters:
         table = self.source.unpack(">Q", self.l1_offset + 8 * index)[0] & OFFSET_MASK
         if not table:
             return None, left
-        place = table + 8 * (guest >> self.bits & ((1 << (self.bits - 3)) - 1))
-        (entry,) = self.source.unpack(">Q", place)
+        within_table = 8 * (guest >> self.bits & ((1 << (self.bits - 3)) - 1))
+        place = table + within_table
+        if table != self.table_at:
+            length = max(0, min(1 << self.bits, self.source.size - table))
+            self.table_at, self.table = table, self.source.read(table, length)
+        if within_table + 8 > len(self.table):
+            raise FormatError(self.source.path, place, "found the end, needed an L2 entry")
+        entry = int.from_bytes(self.table[within_table : within_table + 8], "big")
         if entry & COMPRESSED:
             raise FormatError(
                 self.source.path, place, "found a compressed cluster, needed a VM state without"
