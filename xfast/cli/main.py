@@ -12,6 +12,7 @@ import io
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -36,6 +37,14 @@ VERBS = {
 """Each verb is `xfast.cli.VERB`, with ``add_arguments(parser)`` and ``run(args)``."""
 
 
+class _Version(argparse.Action):
+    """Print the version and end."""
+
+    def __call__(self, *_: object) -> None:
+        print(_version())
+        raise SystemExit(0)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, and which knows near misses."""
 
@@ -48,13 +57,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def _version() -> str:
-    """Return the version, and what it runs on: the instruction set is found without numpy."""
+    """Return the version, and what it runs on; numpy is not needed for this."""
     from importlib.metadata import version
 
-    isa = os.environ.get("XFAST_ISA", "chosen at run time")
+    from xfast.engine.isa import chosen
+
     return (
-        f"xfast {version('xfast')} (Python {platform.python_version()}, {platform.machine()}, "
-        f"instruction set {isa})"
+        f"xfast {version('xfast')} (instruction set {chosen()}, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, "
+        f"{sysconfig.get_config_var('SOABI') or platform.python_implementation()})"
     )
 
 
@@ -69,7 +80,7 @@ def parser_for(*complete: str) -> Parser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
