@@ -111,7 +111,8 @@ def manual() -> str:
     return (
         '.\\" Written by docs/make_manual.py from the parser of the command line.\n'
         '.TH XFAST 1 "" xfast "User Commands"\n'
-        ".SH NAME\nxfast \\- which VM snapshots restore on which hosts, why not, and a safe repair\n"
+        ".SH NAME\n"
+        "xfast \\- which VM snapshots restore on which hosts, why not, and a safe repair\n"
         ".SH SYNOPSIS\n\\fBxfast\\fR [\\fIOPTION\\fR ...] \\fIVERB\\fR ...\n"
         ".SH DESCRIPTION\nReads, judges, repairs and converts the x86 XSAVE state in VM "
         "snapshots, core files and checkpoints of processes.\n"

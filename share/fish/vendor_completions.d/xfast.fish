@@ -57,7 +57,7 @@ complete -c xfast -e
 complete -c xfast -f
 
 complete -c xfast -n _shtab_xfast_using -s h -l help -d 'show this help message and exit'
-complete -c xfast -n _shtab_xfast_using -l version -d 'show program'"'"'s version number and exit'
+complete -c xfast -n _shtab_xfast_using -l version -d 'print the version'
 complete -c xfast -n _shtab_xfast_using -l color -xka "auto always never" -d 'colour on a terminal only (auto), always or never; NO_COLOR works too'
 complete -c xfast -n '_shtab_xfast_using; and test $_shtab_xfast_npos -eq 0' -a show -d 'Print what is in snapshots.'
 complete -c xfast -n '_shtab_xfast_using show' -s h -l help -d 'show this help message and exit'
