@@ -41,6 +41,13 @@ def sections(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
                 yield from sections(sub)
 
 
+def arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield a verb's own arguments, without --help and the verbs below."""
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
+            yield action
+
+
 def escaped(text: str) -> str:
     """Return text as roff has it."""
     text = text.replace("\\", "\\e").replace("-", "\\-")
@@ -76,9 +83,7 @@ def section(parser: argparse.ArgumentParser) -> str:
     """Return the section of one verb."""
     rows = [f".SH {escaped(parser.prog.upper())}\n{escaped(parser.description or '')}\n.PP\n"]
     rows.append(synopsis(parser) + "\n")
-    for action in parser._actions:
-        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
-            rows.append(option(action))
+    rows += map(option, arguments(parser))
     epilog, _, codes = (parser.epilog or "").partition("exit codes:")
     examples, _, rest = epilog.partition("\n\n")
     if examples:
@@ -101,11 +106,7 @@ def manual() -> str:
         f".TP\n\\fB{name}\\fR\n{escaped(text[0].upper() + text[1:])}\n"
         for name, text in ENVIRONMENT.items()
     )
-    general = "".join(
-        option(action)
-        for action in whole._actions
-        if not isinstance(action, argparse._SubParsersAction | argparse._HelpAction)
-    )
+    general = "".join(map(option, arguments(whole)))
     codes = (whole.epilog or "").partition("exit codes:")[2]
     rest = "".join(section(one) for one in list(sections(whole))[1:])
     return (
