@@ -23,7 +23,7 @@ from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, force, next_w
 
 from importlib import import_module
 
-from xfast.engine.isa import ISAS, chosen
+from xfast.engine.isa import ISAS, chosen  # no-cython-lint: ISAS is for importers
 
 cnp.import_array()
 
