@@ -64,7 +64,9 @@ def kernels() -> str:
 
 def commands() -> str:
     """Return the page of the commands, a section a verb."""
-    text = GENERATED + "# Commands\n\nThe same stands in the man page, and in `xfast VERB --help`.\n"
+    text = (
+        GENERATED + "# Commands\n\nThe same stands in the man page, and in `xfast VERB --help`.\n"
+    )
     for parser in list(make_manual.sections(parser_for(*VERBS)))[1:]:
         depth = "#" * len(parser.prog.split())
         usage = re.sub(r"\\f[BIR]|\\", "", make_manual.synopsis(parser))
@@ -92,7 +94,7 @@ def formats() -> str:
     readme = (ROOT / "README.md").read_text()
     (table,) = re.findall(r"^\| format \| .*?(?=\n\n`HOST`)", readme, re.S | re.M)
     return GENERATED + (
-        "# Formats\n\nFormats are recognised by content. \"Checked against\" says what a reader "
+        '# Formats\n\nFormats are recognised by content. "Checked against" says what a reader '
         "was tried on: where it\nis **no real file**, it follows the format's definition, and "
         f"nobody could check it yet.\n\n{table}\n"
     )

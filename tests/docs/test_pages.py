@@ -15,7 +15,9 @@ PAGES = {str(path.relative_to(ROOT)): path for path in pages.pages()}
 
 NEEDS = {
     "docs/scale.md": ("pyarrow",),
-    "docs/howto/data.md": ("duckdb", "polars", "pyarrow"), "docs/howto/fleet.md": ("pyarrow",)}
+    "docs/howto/data.md": ("duckdb", "polars", "pyarrow"),
+    "docs/howto/fleet.md": ("pyarrow",),
+}
 """What a page's blocks import beyond what xfast itself needs."""
 
 
