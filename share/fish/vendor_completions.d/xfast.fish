@@ -175,6 +175,7 @@ complete -c xfast -n '_shtab_xfast_using diff' -l layout -x -d 'where components
 complete -c xfast -n '_shtab_xfast_using diff' -l size -x -d 'size of each raw area (default: 4096)'
 complete -c xfast -n '_shtab_xfast_using diff' -l expand-limit -x -d 'refuse compressed data that expand to more (default: 256 times their size, at most 4G)'
 complete -c xfast -n '_shtab_xfast_using diff' -l plugins -d 'load formats from other packages even when running as root'
+complete -c xfast -n '_shtab_xfast_using diff' -l values-only -d 'take an absent component for one that holds its init value, as a restore does'
 complete -c xfast -n '_shtab_xfast_using diff' -l json -d 'print JSON'
 complete -c xfast -n '_shtab_xfast_using diff; and test $_shtab_xfast_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'file or directory'
 complete -c xfast -n '_shtab_xfast_using diff; and test $_shtab_xfast_npos -eq 1' -ka "(__fish_complete_path (commandline -ct))" -d 'file or directory'
