@@ -39,8 +39,8 @@ from xfast.bench.strategies import (
     skips,
 )
 from xfast.engine import hw
-from xfast.errors import XfastError
 from xfast.report.rows import SCHEMA, console
+from xfast.store.staged import write_text
 from xfast.xsave import area
 from xfast.xsave.features import PKRU, bits, name_of, names_of
 from xfast.xsave.layout import Layout, from_leaf_d, recognise
@@ -369,7 +369,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=_count, default=21, metavar="N", help="samples of each time (default: 21)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", metavar="FILE.svg", type=Path, help="draw time against bytes")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw time against bytes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -381,8 +381,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table(rows)
     if args.plot:
-        try:
-            args.plot.write_text(as_plot(rows), encoding="utf-8")
-        except OSError as problem:
-            raise XfastError(f"{args.plot}: {problem.strerror}") from None
+        write_text(args.plot, as_plot(rows), replace=True)
     return 0
