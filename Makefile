@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	@echo
 	@echo '$$ xfast check examples/snapshots --host examples/hosts intel-icelake-server@6.12'
 	@$(BIN)/xfast check examples/snapshots --host examples/hosts intel-icelake-server@6.12; \
-	  echo "exit code $$? (0: all can be restored, 1: something blocks, 2: something can't be judged)"
+	  echo "exit code $$? (0: all can be restored, 1: something blocks, 3: something can't be judged)"
 	@echo
 	@echo '$$ xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run'
 	@$(BIN)/xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run

@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-JOBS = min(4, len(os.sched_getaffinity(0)))
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+JOBS = min(4, CPUS)
 SANITIZE = os.environ.get("XFAST_SANITIZE")
 SANITIZED = (
     [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g1", "-O1"] if SANITIZE else []
@@ -56,6 +57,7 @@ EXTENSIONS = [
         ],
         extra_compile_args=[
             "-Wno-unused-function",
+            f"-ffile-prefix-map={os.getcwd()}=.",  # no path of this machine in what is built
             *FLAGS.get(path.stem, ["-O3"]),
             *(SANITIZED if SANITIZE else []),
         ],

@@ -18,29 +18,16 @@ from xfast.engine.area cimport EXTENDED, FP, LEGACY, PAGE, SSE, Facts, Slots, bi
 from xfast.engine.loops cimport Loops, Scan
 from xfast.engine.cache cimport RING
 from xfast.engine.plan cimport DENSE
-from xfast.engine.simd cimport LINE, widest_isa
+from xfast.engine.simd cimport LINE
 from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, force, next_way, note, now
 
-import os
 from importlib import import_module
+
+from xfast.engine.isa import ISAS, chosen  # no-cython-lint: ISAS is for importers
 
 cnp.import_array()
 
-ISAS = ("plain", "baseline", "avx2", "avx512")
-
-
-def _isa() -> str:
-    """Return the instruction set to use; refuse one that this CPU does not have."""
-    widest = widest_isa().decode()
-    wanted = os.environ.get("XFAST_ISA", widest)
-    if wanted not in ISAS[: ISAS.index(widest) + 1]:
-        raise ImportError(
-            f"XFAST_ISA: got {wanted!r}, needed one of {', '.join(ISAS[: ISAS.index(widest) + 1])}"
-        )
-    return wanted
-
-
-ISA = _isa()
+ISA = chosen()
 loops = <const Loops *>PyCapsule_GetPointer(
     import_module(f"xfast.engine.loops_{ISA}").loops(), "xfast.loops"
 )

@@ -42,7 +42,7 @@ def test_table(capsys):
 
 def test_too_little_memory(capsys):
     assert run("--memory", "1") == 2
-    assert "--memory: got 1, needed 16 or more" in capsys.readouterr().err
+    assert "--memory: expected 16 or more, got 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mix", engine.MIXES)

@@ -5,6 +5,7 @@ import pytest
 
 from xfast import _core
 from xfast.bench.engine import INTEL, fill
+from xfast.engine import clock
 from xfast.xsave import area, rows
 
 ROWS = 5000
@@ -95,3 +96,19 @@ def test_rows_backwards_and_rows_apart_are_not_measured():
     area.xinuse(areas[::2], INTEL)
     area.xinuse(areas[:, :2752], INTEL)
     assert set(_core.whole_rows().values()) == {-1}
+
+
+def test_the_clock_times_what_calls_do():
+    """It had a dispatch of its own, which knew nothing of new ways."""
+    areas, out, called = areas_of("full"), area.empty(ROWS, 4096), area.empty(ROWS, 4096)
+    how = area.converter(INTEL, INTEL, mask=0xE7)
+    assert clock.convert(how, areas, out) > 0
+    assert _core.whole_rows()["convert"] >= 0
+    how.convert(areas, called)
+    assert (out == called).all()
+    images, merged = area.empty(ROWS, 4096), area.empty(ROWS, 4096)
+    how = area.merger(INTEL, INTEL, user_xfeatures=0x2E7, mxcsr_mask=0xFFFF)
+    assert clock.merge(how, areas, images) > 0
+    assert _core.whole_rows()["merge"] >= 0
+    how.merge(areas, merged)
+    assert (images == merged).all()

@@ -133,7 +133,7 @@ def test_killed_at_any_moment_it_finishes_the_rest(fleet, tmp_path, hosts, delay
     assert subprocess.run(command, check=False).returncode == 1
     run.scan([os.fspath(fleet)], hosts, tmp_path / "whole", jobs=1, chunk=2)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert not list((tmp_path / "out").rglob(".*.new"))
+    assert not list((tmp_path / "out").rglob(".*new"))
 
 
 def test_a_worker_that_dies_costs_one_row(fleet, tmp_path):

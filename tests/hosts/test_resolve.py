@@ -113,15 +113,15 @@ GOOD = {"name": "x", "xcr0": "0x7"}
         ({"xcr": "0x7"}, "got 'xcr', needed some of: name, vendor"),
         ({"name": "a\x1b[2Jb"}, "needed printable text"),
         ({"name": 7}, "name"),
-        ({"layout": "amd-zen9"}, "needed one of: intel"),
+        ({"layout": "amd-zen9"}, "one of:? intel"),
         ({"layout": {}}, "needed a list"),
         ({"layout": [{"nr": 2, "size": 256, "offset": 100}]}, "offset 100"),
         ({"layout": [{"nr": 2, "name": "pkru", "size": 8, "offset": 576}]}, "needed avx for nr 2"),
         ({"layout": [{"nr": 2, "size": 8, "offset": 576, "xfd": 1}]}, "true or false"),
         ({"layout": [{"nr": 2, "size": 8, "offset": 576, "at": 1}]}, "got 'at'"),
         ({"layout": [{"size": 8, "offset": 576}]}, "layout: got None"),
-        ({"kernel": "six"}, "kernel release: got 'six'"),
-        ({"kernel": {"behaviours": ["nope"]}}, "behaviour: got nope"),
+        ({"kernel": "six"}, "kernel release: expected .*got 'six'"),
+        ({"kernel": {"behaviours": ["nope"]}}, "behaviour: expected some of .*got nope"),
         ({"kernel": {}}, "needed a list"),
         ({"features": "avx"}, "features: got 'avx', needed a list"),
         ({"cpuid": [{"function": 1, "eax": 1 << 32}]}, "cpuid"),
@@ -285,7 +285,7 @@ def test_kernel_is_a_release_behaviours_or_both():
 
 @pytest.mark.parametrize("kernel", ["", "nope", "6", "6.6,nope", "get-trims,"])
 def test_bad_kernel_says_what_is_needed(kernel):
-    with pytest.raises(XfastError, match="needed some"):
+    with pytest.raises(XfastError, match=r"expected (some|one)"):
         resolve(f"amd-rome@{kernel}")
 
 

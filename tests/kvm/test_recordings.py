@@ -3,8 +3,8 @@
 `kvm.jsonl.xz` was recorded on Linux 6.18.44 on an AMD Zen 4, `kvm-zen3.jsonl.xz` on one with a
 Zen 3 and PKRU; both have a vendor module that rewrites the CPUID lists it is given.
 `kvm-pkru.jsonl.xz` is of twelve kernels from 5.10 to 7.3, on two emulated CPUs with PKRU. The
-instructions are of a Zen 4 (`hw`), a Zen 3 (`hw-zen3`), a Sapphire Rapids (`hw-intel`) and of
-emulated Intel CPUs (`emu`).
+instructions are of a Zen 4 (`hw`), a Zen 3 (`hw-zen3`), a Sapphire Rapids (`hw-intel`), an Emerald
+Rapids with PKRU and both operand sizes (`hw-emerald`), and of emulated Intel CPUs (`emu`).
 """
 
 import base64
@@ -30,7 +30,8 @@ def replayed(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("hw", 286), ("hw-zen3", 428), ("hw-intel", 800), ("emu", 1557)]
+    ("name", "count"),
+    [("hw", 286), ("hw-zen3", 428), ("hw-intel", 800), ("hw-emerald", 400), ("emu", 1557)],
 )
 def test_every_instruction_is_reproduced(data, name, count):
     played, _, taken = replayed(data / "vectors" / f"{name}.jsonl.xz")

@@ -1,9 +1,7 @@
 """Streams with something behind them: volumes, sparse files, old data; and where they end."""
 
 import lzma
-import os
 import shutil
-import struct
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -195,5 +193,42 @@ def test_the_last_bytes_of_a_device_may_be_an_older_stream(tmp_path, stream, lea
     image.write_bytes(stream + bytes(size - len(stream) - len(leak)) + leak)
     with loop_device(image) as device:
         assert_same(device, plain)
-    assert os.path.getsize(image) == size
-    assert struct.unpack(">I", stream[4:8]) == (3,)
+
+
+def test_a_device_is_repaired_into_a_file_and_not_in_place(tmp_path, leak):
+    """The file is as long as the device, and its padding is a hole."""
+    image = volume(tmp_path / "image", leak, size=64 << 20)
+    out = tmp_path / "out"
+    with loop_device(image) as device:
+        fix = [sys.executable, "-m", "xfast", "fix", device, "--host", "amd-rome"]
+        done = subprocess.run([*fix, "--in-place"], capture_output=True, text=True, check=False)
+        assert done.returncode == 3
+        assert "is no regular file" in done.stderr
+        assert image.read_bytes()[: len(leak)] == leak
+        subprocess.run([*fix, "-o", out], check=True, capture_output=True)
+    fixed = out.read_bytes()
+    assert len(fixed) == 64 << 20
+    assert sum(a != b for a, b in zip(fixed[: len(leak)], leak, strict=True)) == 1
+    assert not any(fixed[len(leak) :])
+    assert out.stat().st_blocks * 512 < 4 << 20
+
+
+def test_a_stream_through_a_pipe_is_judged_whatever_its_size(stream, tmp_path):
+    """Through standard input, with a limit for what is expanded that is far below its size."""
+    first = places_of(stream)[0]
+    data = with_memory(stream, PAGES["page"] * 4096)
+    more = data[first : first + len(data) - len(stream)]
+    check = [sys.executable, "-m", "xfast", "check", "-", "--host", "qemu-tcg-max@6.1", "--json"]
+    process = subprocess.Popen([*check, "--expand-limit", "1M"], stdin=-1, stdout=-1)
+    process.stdin.write(stream[:first])
+    for _ in range(8):
+        process.stdin.write(more)
+    out, _ = process.communicate(stream[first:])
+    assert process.returncode == 0
+    assert b'"identical"' in out
+    for cut in (first - 5, first + 50):
+        done = subprocess.run(check, input=stream[:cut], capture_output=True, check=False)
+        assert done.returncode == 3
+        assert b": offset " in done.stderr or b"found 0 vCPUs" in done.stderr
+    bare = subprocess.run(check, input=undescribed(stream), capture_output=True, check=False)
+    assert bare.returncode == 0

@@ -472,17 +472,25 @@ def cpu_class() -> CpuClass | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``xfast bench engine``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--only", default="", metavar="TEXT", help="operations that contain TEXT")
-    parser.add_argument("--samples", type=int, default=32, help="of each result (default: 32)")
     parser.add_argument(
-        "--memory", type=int, default=1024, metavar="MIB", help="of each buffer (default: 1024)"
+        "--only", default="", metavar="TEXT", help="only operations whose names contain TEXT"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, metavar="N", help="samples of each result (default: 32)"
+    )
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=1024,
+        metavar="MIB",
+        help="size of each buffer (default: 1024)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the results as they come; return 1 if a target is missed."""
     if args.memory < 16:
-        print(f"--memory: got {args.memory}, needed 16 or more", file=sys.stderr)
+        print(f"xfast: --memory: expected 16 or more, got {args.memory}", file=sys.stderr)
         return 2
     results = []
     of = cpu_class()

@@ -23,6 +23,12 @@ exit codes: 0 all can be restored, or nothing to do; 1 something blocks; 2 usage
 3 nothing blocks, but something could not be judged; 130 interrupted"""
 """The exit codes of every verb; what blocks counts for more than what could not be judged."""
 
+
+def epilog(*examples: str, codes: str = EXIT_CODES) -> str:
+    """Return what ends a help: examples, a line each, and the exit codes."""
+    return "\n  ".join(("examples:", *examples)) + f"\n\n{codes}"
+
+
 NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
 
 OURS = (".orig", ".xfast.json", ".xfast-journal")
@@ -45,7 +51,12 @@ def size_of(text: str) -> int:
 
 def reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments by which a verb reads any number of snapshots."""
-    parser.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="file, directory or -")
+    parser.add_argument(
+        "snapshots",
+        nargs="+",
+        metavar="SNAPSHOT",
+        help="file, directory (every snapshot in it) or - (standard input)",
+    )
     reading_options(parser)
 
 
@@ -59,16 +70,31 @@ class _Plugins(argparse.Action):
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
     """Add the options by which every verb reads snapshots."""
-    parser.add_argument("--layout", help="layout of bare areas: a preset, or a host's name")
-    parser.add_argument("--size", type=size_of, help="bytes of a raw area (default 4096)")
+    parser.add_argument(
+        "--layout",
+        help="where components lie in areas that do not tell: a layout's name such as intel or "
+        "amd-zen4, or a host's",
+    )
+    parser.add_argument(
+        "--size", type=size_of, metavar="BYTES", help="size of each raw area (default: 4096)"
+    )
+    expand_limit_option(parser)
+    parser.add_argument(
+        "--plugins",
+        action=_Plugins,
+        nargs=0,
+        help="load formats from other packages even when running as root",
+    )
+
+
+def expand_limit_option(parser: argparse.ArgumentParser) -> None:
+    """Add --expand-limit."""
     parser.add_argument(
         "--expand-limit",
         type=size_of,
         metavar="BYTES",
-        help="what compressed data may expand to (default: 256 times its size, 4G at most)",
-    )
-    parser.add_argument(
-        "--plugins", action=_Plugins, nargs=0, help="load other packages' formats as root too"
+        help="refuse compressed data that expand to more (default: 256 times their size, at most "
+        "4G)",
     )
 
 

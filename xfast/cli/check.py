@@ -52,36 +52,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="HOST[@KERNEL]",
-        help="catalogue name, description file or directory, or 'this'",
+        help="hosts to judge for: a name, a description file, a directory of them, or 'this' "
+        "machine; @KERNEL adds the kernel's release (see xfast host show)",
     )
     parser.add_argument(
-        "--live", action="store_true", help="ask this machine's KVM as well (host 'this')"
+        "--live",
+        action="store_true",
+        help="restore into this machine's KVM as well, and compare (host 'this')",
     )
     parser.add_argument(
-        "--level", default="xstate", help="what to ask: xstate (default), fpu, isa or strict"
+        "--level",
+        default="xstate",
+        help="how much to ask of a host: xstate (default), fpu, isa or strict",
     )
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="CODE", help="make a rule's findings notes"
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="count the findings of this rule as notes; may be repeated",
     )
-    parser.add_argument("--format", default="table", choices=report.FORMATS)
-    parser.add_argument("--json", dest="format", action="store_const", const="json")
-    parser.add_argument("--only", choices=ONLY, help="show the snapshots with such an answer only")
+    parser.add_argument(
+        "--format",
+        default="table",
+        choices=report.FORMATS,
+        help="table for people (default), or one of the others for programs",
+    )
+    parser.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="same as --format json"
+    )
+    parser.add_argument("--only", choices=ONLY, help="show only snapshots with such an answer")
     parser.add_argument(
         "--by",
         default="snapshot",
         choices=("snapshot", "host", "rule"),
-        help="how the table is arranged",
+        help="arrange the table by snapshot (default), by host or by rule",
     )
     parser.add_argument(
         "--fail-on",
         action="append",
         default=[],
         choices=("risky", "unknown"),
-        help="end with exit code 1 for such answers too",
+        help="end with exit code 1 for such answers too; may be repeated",
     )
     parser.add_argument("--all", action="store_true", help="name every snapshot of a group")
     parser.add_argument("-v", "--verbose", action="store_true", help="print notes as well")
-    parser.add_argument("-q", "--quiet", action="store_true", help="only end with the exit code")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print nothing; only end with the exit code"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from xfast.cli.arguments import complain, layout_named, reading_options
+from xfast.cli.arguments import EXIT_CODES, complain, layout_named, reading_options
 from xfast.errors import XfastError
 from xfast.repair.convert import convert
 from xfast.snapshots import read
@@ -13,24 +13,38 @@ from xfast.snapshots.model import Snapshot
 from xfast.snapshots.raw import is_npy
 
 WRAPPINGS = ("same", "raw", "npy", "qemu", "elfcore")
+EXAMPLES = f"""\
+examples:
+  xfast convert vm.xsave --layout intel --to amd-zen4 -o moved.xsave
+  xfast convert vm.save --as npy -o areas.npy
+
+{EXIT_CODES}"""
+
 SUFFIXES = {".npy": "npy", ".xsave": "raw", ".raw": "raw"}
 """What the output's name says of its wrapping, where --as does not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    parser.epilog = EXAMPLES
     parser.add_argument("snapshot", metavar="SNAPSHOT", help="file or directory")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file")
-    parser.add_argument("--to", metavar="LAYOUT", help="a preset, or a host's name")
+    parser.add_argument(
+        "--to", metavar="LAYOUT", help="the new layout: its name, or a host's (default: as it is)"
+    )
     parser.add_argument(
         "--as",
         dest="wrapping",
         choices=WRAPPINGS,
-        help="same: the file with other areas; raw, npy: the areas; qemu: the fields of QEMU's "
-        "cpu sections as JSON; elfcore: a core with a thread a vCPU; default: npy for OUT.npy, "
-        "raw for OUT.xsave and OUT.raw, else same",
+        help="what to write: the same kind of file with other areas (same), the areas alone (raw, "
+        "npy), the fields of QEMU's cpu sections as JSON (qemu), or a core file with a thread for "
+        "each vCPU (elfcore); default: npy for OUT.npy, raw for OUT.xsave and OUT.raw, else same",
     )
-    parser.add_argument("--compacted", action="store_true", help="compacted format (raw, npy)")
+    parser.add_argument(
+        "--compacted",
+        action="store_true",
+        help="write areas in the compacted format (raw and npy only)",
+    )
     reading_options(parser)
 
 

@@ -8,11 +8,20 @@ import sys
 import textwrap
 from collections.abc import Iterator
 
-from xfast.cli.arguments import OK, complain
+from xfast.cli.arguments import EXIT_CODES, OK, complain
 from xfast.errors import XfastError, printable
 from xfast.judge.rules import RULES, Rule
 from xfast.kernels.behaviour import BEHAVIOURS, Behaviour
 from xfast.messages.answer import Answer, answers, lines_of
+
+EXAMPLES = f"""\
+examples:
+  xfast explain LEAK
+  xfast explain "KVM_SET_XSAVE failed: Invalid argument"
+  xfast explain ad856280ddea
+  journalctl -u libvirtd | xfast explain -
+
+{EXIT_CODES}"""
 
 LEAK_STORY = ("bf5d00470787", "ad856280ddea", "a1020a25e697", "8647c52e9504")
 """The commits whose one story is replayed on the model."""
@@ -23,11 +32,13 @@ INPUT_LIMIT = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "subject",
         nargs="*",
-        help="a rule code, an error message, a commit, or - for a log on standard input; "
-        "none: all codes",
+        metavar="SUBJECT",
+        help="a rule's code, an error message, a kernel commit, or - for a log on standard input; "
+        "without any, all rules are listed",
     )
 
 

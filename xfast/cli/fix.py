@@ -9,10 +9,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from xfast.cli.arguments import (
     BLOCKED,
+    EXIT_CODES,
     OK,
     UNJUDGED,
     candidates,
@@ -21,15 +22,22 @@ from xfast.cli.arguments import (
     reading_arguments,
     snapshots_of,
 )
+from xfast.cli.plans import print_plan, repair_arguments
 from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
 from xfast.report.tally import Tally
-from xfast.xsave.features import parse_component
 
-EPILOG = """\
+EXAMPLES = f"""\
+examples:
+  xfast fix vm.save --host intel-broadwell@6.12 --dry-run
+  xfast fix snapshots/ --host amd-milan@6.12 -o fixed/
+  xfast fix vm.save --host amd-milan@6.12 --in-place --backup
+
 Only what loses nothing goes by itself: components that are absent, or hold their init value or
 Linux's default (PKRU 0x55555554). A KVM_SET_XSAVE without the PKRU bit leaves the vCPU's PKRU as
-it was; it does not reset it."""
+it was; it does not reset it.
+
+{EXIT_CODES}"""
 
 
 class Written(NamedTuple):
@@ -42,44 +50,39 @@ class Written(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.epilog = EPILOG
+    parser.epilog = EXAMPLES
     reading_arguments(parser)
     parser.add_argument(
-        "--host", required=True, metavar="HOST[@KERNEL]", help="the host that is to restore it"
+        "--host",
+        required=True,
+        metavar="HOST[@KERNEL]",
+        help="the host that is to restore the snapshot",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "-o", "--output", metavar="OUT", help="new file, or a directory for them (DIR/ is made)"
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="write to this new file, or into this directory (DIR/ is made)",
     )
     where.add_argument("--in-place", action="store_true", help="replace the snapshot itself")
-    where.add_argument("--dry-run", action="store_true", help="show the plan, write nothing")
-    parser.add_argument("--backup", action="store_true", help="keep the old one as SNAPSHOT.orig")
+    where.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        type=_component,
-        metavar="COMPONENT",
-        help="drop this one as well",
+        "--backup", action="store_true", help="keep the old snapshot as SNAPSHOT.orig"
     )
+    repair_arguments(parser)
     parser.add_argument(
-        "--even-if-live", action="store_true", help="give up the data of --drop where live"
+        "--record", metavar="FILE", help="name of the change record (default: OUT.xfast.json)"
     )
-    parser.add_argument("--record", metavar="FILE", help="change record (default OUT.xfast.json)")
-    parser.add_argument("--level", default="xstate", help="what the host is asked for; see check")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
-
-
-def _component(word: str) -> str:
-    try:
-        parse_component(word)
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from None
-    return word
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
+    if args.snapshots == ["-"] and args.output == "-":
+        from xfast.cli.filter import pass_through
+
+        return pass_through(args)
     _require_consistent(args)
     paths = candidates(args.snapshots)
     _require_places(args, paths)
@@ -125,7 +128,7 @@ def _require_consistent(args: argparse.Namespace) -> None:
     if args.backup and not args.in_place:
         raise XfastError("fix: expected --in-place with --backup")
     if "-" in args.snapshots:
-        raise XfastError("fix: expected a file, got standard input")
+        raise XfastError("fix: expected a file, or -o - with it (a filter), got standard input")
     if args.output == "-":
         raise XfastError(
             "fix: expected a file, got -o -: the result is read back before it is named"
@@ -177,7 +180,7 @@ def _fix(
     ]
     if not args.json:
         for plan in plans:
-            _print(plan, sys.stdout)
+            print_plan(plan, sys.stdout)
     written = Written()
     blocked = any(plan.left for plan in plans)
     if not blocked and not args.dry_run:
@@ -245,31 +248,3 @@ def _summary(done: Counter[str], failed: int, *, dry_run: bool) -> str:
     ]
     words += [f"{broken} failed"] * bool(broken)
     return f"{done.total() + broken} snapshots: {', '.join(words)}"
-
-
-def _print(plan: Any, out: TextIO) -> None:
-    """Print a plan for people."""
-    who = printable(f"{plan.snapshot.name} on {plan.host.name}")
-    print(f"{who}: {plan.before.verdict}, then {plan.after.verdict}", file=out)
-    for change in plan.changes:
-        what = f"{change.component} " if change.component else ""
-        held = f" ({change.state})" if change.state else ""
-        print(
-            f"  vCPU {change.vcpu}: {what}{change.field} {change.before} -> {change.after}{held}"
-            f"\n    {change.rule or '--drop'}: {change.why}",
-            file=out,
-        )
-    if not plan.changes:
-        print("  nothing to change", file=out)
-    for note in plan.notes:
-        print(printable(f"  note: {note}"), file=out)
-    for finding in plan.after.findings:
-        if finding.open:
-            where = f"vCPU {finding.vcpu}: {finding.code}"
-            print(printable(f"  stays unknown: {where}: {finding.why}"), file=out)
-    for finding in plan.left:
-        where = f"vCPU {finding.vcpu}: {finding.code}"
-        print(printable(f"  still blocks: {where}: {finding.why}"), file=out)
-    if plan.ransom:
-        words = " ".join(f"--drop {name}" for name in plan.ransom)
-        print(f"  {words} --even-if-live gives the data up; the host takes the rest", file=out)

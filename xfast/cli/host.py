@@ -7,10 +7,9 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from xfast.cli.arguments import OK, UNJUDGED, hosts_of
+from xfast.cli.arguments import OK, UNJUDGED, epilog, hosts_of
 from xfast.errors import XfastError
 from xfast.hosts import resolve
 from xfast.hosts.baseline import common, firecracker_template, qemu_cpu
@@ -20,6 +19,7 @@ from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
 from xfast.hosts.models import largest, models
 from xfast.report.tally import Tally
+from xfast.store.staged import write_text
 from xfast.xsave.cpuid import psabi_level
 from xfast.xsave.features import (
     AVX,
@@ -34,31 +34,56 @@ from xfast.xsave.layout import PRESETS, Layout, recognise
 
 SPEC_HELP = "HOST[+TEMPLATE][@KERNEL]: a name, a file, a directory of files, or 'this'"
 
+EXAMPLES = {
+    "show": ("xfast host show amd-milan@6.12", "xfast host show"),
+    "dump": ("xfast host dump -o node7.json", "ssh node7 xfast host dump > node7.json"),
+    "layout": ("xfast host layout 0x2e7", "xfast host layout avx+pkru --host amd-milan"),
+    "baseline": (
+        "xfast host baseline amd-milan amd-genoa",
+        "xfast host baseline fleet.toml --format qemu",
+    ),
+}
+"""Commands that work, for each action's help."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``xfast host``."""
-    actions = parser.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="print hosts; without any, the catalogue")
-    show.add_argument("spec", nargs="*", help=SPEC_HELP)
+    parser.epilog = epilog(*EXAMPLES["show"][:1], *EXAMPLES["dump"][:1], *EXAMPLES["baseline"][:1])
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help_text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=epilog(*EXAMPLES[name]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    show = action("show", "print what is known of hosts; without any, list the catalogue")
+    show.add_argument("spec", nargs="*", metavar="HOST", help=SPEC_HELP)
     show.add_argument("--json", action="store_true", help="print the descriptions as JSON")
-    dump = actions.add_parser("dump", help="describe the running machine as JSON")
-    dump.add_argument("-o", "--output", type=Path, help="write to this file, not to stdout")
-    layout = actions.add_parser(
-        "layout", help="print where components lie, and which of them makes the size"
+    dump = action("dump", "describe the running machine as JSON")
+    dump.add_argument("-o", "--output", metavar="FILE", help="new file (default: standard output)")
+    layout = action("layout", "print where components lie, and which of them makes the size")
+    layout.add_argument(
+        "xcr0", metavar="MASK", help="XCR0, XCR0|XSS, or names: 0x2e7, '0x600e7|0x1800', avx+pkru"
     )
-    layout.add_argument("xcr0", help="XCR0, XCR0|XSS, or names: 0x2e7, '0x600e7|0x1800', avx+pkru")
-    layout.add_argument("--host", metavar="HOST", help="of this host; default: every known layout")
-    baseline = actions.add_parser("baseline", help="print what all hosts of a pool have")
-    baseline.add_argument("spec", nargs="+", help=SPEC_HELP)
+    layout.add_argument(
+        "--host", metavar="HOST", help="on this host (default: in every known layout)"
+    )
+    baseline = action("baseline", "print what all hosts of a pool have in common")
+    baseline.add_argument("spec", nargs="+", metavar="HOST", help=SPEC_HELP)
     formats = baseline.add_mutually_exclusive_group()
     formats.add_argument(
         "--format",
         choices=["table", "json", "qemu", "firecracker"],
         default="table",
-        help="qemu: the -cpu argument alone; firecracker: a custom CPU template",
+        help="table for people (default), json, the -cpu argument alone (qemu), or a custom CPU "
+        "template (firecracker)",
     )
     formats.add_argument(
-        "--json", dest="format", action="store_const", const="json", help="--format json"
+        "--json", dest="format", action="store_const", const="json", help="same as --format json"
     )
 
 
@@ -68,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     actions = {"show": _show, "dump": _dump, "baseline": _baseline, "layout": _layout_of_mask}
     answer = actions[args.action](args, tally)
     if args.action == "dump" and args.output:
-        args.output.write_text(answer, encoding="utf-8")
+        write_text(args.output, answer)
     else:
         sys.stdout.write(answer)
     return UNJUDGED if tally.problems else OK

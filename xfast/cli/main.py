@@ -12,11 +12,12 @@ import io
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain
+from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain, epilog
 from xfast.errors import XfastError
 
 VERBS = {
@@ -27,12 +28,21 @@ VERBS = {
     "explain": "explain a rule, an error message, a log or a commit",
     "host": "show, dump and combine host descriptions",
     "fix": "write a snapshot that a host can restore",
+    "filter": "make a QEMU migration safe for its host while it passes through a pipe",
     "undo": "put back what a change record says was changed",
     "convert": "write areas in another layout or format",
     "diff": "tell in which registers two snapshots differ",
     "bench": "measure on this machine",
 }
 """Each verb is `xfast.cli.VERB`, with ``add_arguments(parser)`` and ``run(args)``."""
+
+
+class _Version(argparse.Action):
+    """Print the version and end."""
+
+    def __call__(self, *_: object) -> None:
+        print(_version())
+        raise SystemExit(0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,30 +57,35 @@ class Parser(argparse.ArgumentParser):
 
 
 def _version() -> str:
-    """Return the version, and what it runs on: the instruction set is found without numpy."""
+    """Return the version, and what it runs on; numpy is not needed for this."""
     from importlib.metadata import version
 
-    isa = os.environ.get("XFAST_ISA", "chosen at run time")
+    from xfast.engine.isa import chosen
+
     return (
-        f"xfast {version('xfast')} (Python {platform.python_version()}, {platform.machine()}, "
-        f"instruction set {isa})"
+        f"xfast {version('xfast')} (instruction set {chosen()}, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, "
+        f"{sysconfig.get_config_var('SOABI') or platform.python_implementation()})"
     )
 
 
-def parser_for(verb: str) -> Parser:
-    """Return the parser, complete for one verb; the others are only named."""
+def parser_for(*complete: str) -> Parser:
+    """Return the parser, complete for some verbs; the others are only named."""
     parser = Parser(
         prog="xfast",
         description="XSAVE state in VM snapshots: which restore on which hosts, and why not.",
-        epilog=EXIT_CODES,
+        epilog=epilog(
+            "xfast check snapshots/ --host amd-milan@6.12 intel-broadwell@6.12",
+            'xfast explain "KVM_SET_XSAVE failed: Invalid argument"',
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="colour on a terminal only (auto), always or never; NO_COLOR is kept",
+        help="colour on a terminal only (auto), always or never; NO_COLOR works too",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, help_text in VERBS.items():
@@ -80,7 +95,7 @@ def parser_for(verb: str) -> Parser:
             description=help_text.capitalize() + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == verb:
+        if name in complete:
             import_module(f"xfast.cli.{name}").add_arguments(sub)
             sub.epilog = sub.epilog or EXIT_CODES
     return parser

@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 from xfast.cli.arguments import EXIT_CODES, OK
-from xfast.errors import XfastError
 from xfast.fleet.html import page
 from xfast.fleet.summary import WORDS, Summary, summarise
+from xfast.store.staged import write_text
 
 FORMATS = ("html", "md", "csv", "json")
 EXAMPLES = f"""\
@@ -28,9 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.epilog = EXAMPLES
     parser.add_argument("results", metavar="RESULTS", help="the folder that xfast scan wrote")
-    parser.add_argument("-o", "--output", metavar="FILE", help="new file; default: standard output")
     parser.add_argument(
-        "--format", choices=FORMATS, help="default: what FILE's name says, else html"
+        "-o", "--output", metavar="FILE", help="new file (default: standard output)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="what to write (default: what FILE's name says, else html)",
     )
 
 
@@ -43,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(text)
         return OK
-    try:
-        with open(args.output, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise XfastError(f"{args.output}: exists; expected a new name") from None
+    write_text(args.output, text)
     return OK
 
 

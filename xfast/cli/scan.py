@@ -39,23 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host", nargs="+", action="extend", required=True, metavar="HOST[@KERNEL]",
-        help="catalogue name, description file or directory, or 'this'",
+        help="hosts to judge for, as in xfast check",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", required=True, metavar="RESULTS", help="dataset folder")
+    parser.add_argument("-o", "--output", required=True, metavar="RESULTS", help="dataset's folder")
     parser.add_argument(
-        "-j", "--jobs", type=int, metavar="N", help="processes (default: the CPUs that may be used)"
+        "-j", "--jobs", type=int, metavar="N", help="worker processes (default: one per usable CPU)"
     )
     parser.add_argument(
-        "--executor", metavar="URL", help="dask://HOST:PORT: workers of a dask cluster"
+        "--executor", metavar="URL", help="run on the workers of a dask cluster: dask://HOST:PORT"
     )
     parser.add_argument(
-        "--chunk", type=int, default=CHUNK, metavar="N", help=f"inputs at a time (default {CHUNK})"
+        "--chunk",
+        type=int,
+        default=CHUNK,
+        metavar="N",
+        help=f"inputs in each piece of work (default: {CHUNK})",
     )
     parser.add_argument(
-        "--level", default="xstate", help="what to ask: xstate (default), fpu, isa or strict"
+        "--level", default="xstate", help="how much to ask of a host, as in xfast check"
     )
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="CODE", help="make a rule's findings notes"
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="count a rule's findings as notes",
     )
     reading_options(parser)
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")

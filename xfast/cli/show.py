@@ -6,16 +6,25 @@ import argparse
 import json
 import sys
 
-from xfast.cli.arguments import OK, UNJUDGED, reading_arguments, snapshots_of
+from xfast.cli.arguments import EXIT_CODES, OK, UNJUDGED, reading_arguments, snapshots_of
 from xfast.report import rows as report
 from xfast.report.tally import Tally
+
+EXAMPLES = f"""\
+examples:
+  xfast show vm.save
+  xfast show snapshots/ --registers
+  xfast show vm.save --json | jq '.snapshots[].vcpus[].xstate_bv'
+
+{EXIT_CODES}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    parser.epilog = EXAMPLES
     reading_arguments(parser)
-    parser.add_argument("--registers", action="store_true", help="print the registers too")
-    parser.add_argument("--json", action="store_true", help="print JSON, registers included")
+    parser.add_argument("--registers", action="store_true", help="print every register as well")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the registers")
 
 
 def run(args: argparse.Namespace) -> int:

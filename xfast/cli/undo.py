@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 
-from xfast.cli.arguments import size_of
+from xfast.cli.arguments import EXIT_CODES, expand_limit_option
 from xfast.errors import printable
+
+EXAMPLES = f"""\
+examples:
+  xfast undo fixed/vm.save.xfast.json --dry-run
+  xfast undo vm.save.xfast.json
+
+{EXIT_CODES}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("record", metavar="RECORD", help="change record (OUT.xfast.json)")
+    parser.epilog = EXAMPLES
     parser.add_argument(
-        "--file", metavar="FILE", help="the file it tells of, where it is not beside the record"
+        "record", metavar="RECORD", help="the change record that xfast fix wrote (OUT.xfast.json)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="verify the record and the file, write nothing"
+        "--file", metavar="FILE", help="the changed file, where it is not beside the record"
     )
     parser.add_argument(
-        "--expand-limit", type=size_of, metavar="BYTES", help="what compressed data may expand to"
+        "--dry-run", action="store_true", help="verify the record and the file, and write nothing"
     )
+    expand_limit_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

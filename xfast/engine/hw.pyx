@@ -61,7 +61,7 @@ def xgetbv(uint32_t index):
     """Return XCR0 (`index` 0) or, where CPUID leaf 0xD.1 announces it, XINUSE (`index` 1)."""
     _need()
     if index > (cpuid(0xD, 1)[0] >> 2 & 1):
-        raise ValueError(f"index: got {index}, needed 0, or 1 where the CPU has XGETBV(1)")
+        raise ValueError(f"index: expected 0, or 1 where the CPU has XGETBV(1), got {index}")
     return xfast_hw_xgetbv(index)
 
 
@@ -118,12 +118,12 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
     cdef uint8_t *block
     _need()
     if n > LIMIT:
-        raise ValueError(f"steps: got {n}, needed at most {LIMIT}")
+        raise ValueError(f"steps: expected at most {LIMIT}, got {n}")
     own_mask = xfast_hw_xgetbv(0)
     for i in range(n):
         op, memory, mask = steps[i]
         if op not in _CODES:
-            raise ValueError(f"steps[{i}]: got {op!r}, needed one of: {', '.join(OPS)}")
+            raise ValueError(f"steps[{i}]: expected one of {', '.join(OPS)}, got {op!r}")
         if _NEEDS.get(op, 0) & ~xfast_hw_xgetbv(0):
             raise ValueError(f"steps[{i}]: {op} needs components {_NEEDS[op]:#x} in XCR0")
         if op == "set_pkru" and not cpuid(7)[2] >> 4 & 1:
@@ -142,11 +142,11 @@ cdef uint64_t _run(list steps, uint64_t rounds, int observe, xfast_step *program
                 cnp.PyArray_TYPE(area) != cnp.NPY_UINT8 or cnp.PyArray_NDIM(area) != 1
                 or not cnp.PyArray_IS_C_CONTIGUOUS(area) or not cnp.PyArray_ISWRITEABLE(area)
             ):
-                raise ValueError(f"steps[{i}]: needed a contiguous, writable 1-D uint8 array")
+                raise ValueError(f"steps[{i}]: expected a contiguous, writable 1-D uint8 array")
             need = {"fill": 0, "fldcw": 2}.get(op, cpuid(0xD, 0)[1])
             if cnp.PyArray_DIM(area, 0) < need:
                 raise ValueError(
-                    f"steps[{i}]: got an area of {cnp.PyArray_DIM(area, 0)} bytes, needed {need}"
+                    f"steps[{i}]: expected an area of {need} bytes, got {cnp.PyArray_DIM(area, 0)}"
                 )
             program[i].area = <uint8_t *>cnp.PyArray_DATA(area)
             program[i].length = <uint32_t>cnp.PyArray_DIM(area, 0)

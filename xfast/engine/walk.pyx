@@ -9,7 +9,17 @@ before the devices, and stops at what it does not know: a length can't be guesse
 parse_ramblock_mapped_ram(); migration/block-dirty-bitmap.c dirty_bitmap_load_header().
 """
 
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport strerror
+from posix.unistd cimport read
+
+cdef extern from "fcntl.h" nogil:
+    int fcntl(int fd, int command, ...)
+
+cdef enum:
+    F_SETPIPE_SZ = 1031
 
 cdef extern from *:
     """
@@ -453,3 +463,37 @@ cdef class Walker:
         if flags & BITMAP_EOS:
             self.state = TOP
         return at
+
+
+def read_and_narrow(int fd, uint8_t[::1] into not None, int capacity):
+    """Read what a pipe holds and, before its writer can go on, let it hold less.
+
+    Parameters
+    ----------
+    fd : int
+    into : writable buffer
+        Larger than what the pipe holds, so that it is left empty.
+    capacity : int
+        Bytes that it may hold from then on.
+
+    Returns
+    -------
+    tuple of int, bool
+        How many bytes were read, and whether the pipe holds no more than `capacity` now: it does
+        not where the writer was faster, or `fd` is no pipe.
+
+    *Source*: fcntl(2), F_SETPIPE_SZ: EBUSY if the pipe holds more than it is to.
+    """
+    cdef Py_ssize_t count
+    cdef int narrow, problem = 0
+    while True:
+        with nogil:
+            count = read(fd, &into[0], into.shape[0])
+            if count < 0:
+                problem = errno
+            narrow = fcntl(fd, F_SETPIPE_SZ, capacity)
+        if count >= 0:
+            return count, narrow > 0
+        if problem != EINTR:
+            raise OSError(problem, strerror(problem).decode())
+        PyErr_CheckSignals()

@@ -71,7 +71,7 @@ def this_host(name: str = "this") -> Host:
         If this is not an x86-64 machine.
     """
     if platform.machine() != "x86_64":
-        raise XfastError(f"host this: found {platform.machine()}, needed an x86_64 machine")
+        raise XfastError(f"host this: expected an x86_64 machine, got {platform.machine()}")
     release = os.uname().release
     host = from_cpuid(read_cpuid(), name, "this machine").with_kernel(of_release(release))
     read_here = {fact: "probed" for fact, how in host.provenance.items() if how == "dump"}

@@ -316,7 +316,7 @@ class Behaviours:
         unknown = self.names - BEHAVIOURS.keys()
         if unknown:
             got, known = ", ".join(sorted(unknown)), ", ".join(BEHAVIOURS)
-            raise ValueError(f"behaviour: got {got}, needed some of: {known}")
+            raise ValueError(f"behaviour: expected some of {known}, got {got}")
 
     def __contains__(self, name: str) -> bool:
         return BEHAVIOURS[name].name in self.names
@@ -332,7 +332,7 @@ def parse_version(text: str) -> Version:
     """
     match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:-rc(\d+))?", text)
     if not match:
-        raise ValueError(f"kernel release: got {text!r}, needed something like 6.1.60 or 5.17-rc5")
+        raise ValueError(f"kernel release: expected one such as 6.1.60 or 5.17-rc5, got {text!r}")
     major, minor, patch, rc = match.groups()
     if rc:
         return int(major), int(minor), -1, int(rc)

@@ -20,7 +20,7 @@ def unsigned(value: int, width: int, name: str) -> int:
         If it is not: the kernel never sees such a number.
     """
     if not 0 <= value < 1 << width:
-        raise ValueError(f"{name}: got {value:#x}, needed {width} bits, unsigned")
+        raise ValueError(f"{name}: expected {width} bits, unsigned, got {value:#x}")
     return value
 
 
@@ -35,14 +35,14 @@ def check_host(host: Host) -> None:
         if value is not None:
             unsigned(value, width, f"host {host.name}: {name}")
     if host.xcr0 is not None and ~host.xcr0 & XFEATURE_MASK_FPSSE:
-        raise ValueError(f"host {host.name}: xcr0: got {host.xcr0:#x}, needed x87 and SSE")
+        raise ValueError(f"host {host.name}: xcr0: expected x87 and SSE in it, got {host.xcr0:#x}")
 
 
 def one_area(buffer: Any) -> Areas:
     """Return the (size,) uint8 of a buffer; ValueError if it holds several areas, or no bytes."""
     rows, _ = rows_of(buffer, "buffer")
     if len(rows) != 1:
-        raise ValueError(f"buffer: got {len(rows)} areas, needed one")
+        raise ValueError(f"buffer: expected one area, got {len(rows)}")
     row: Areas = rows[0]
     return row
 
@@ -52,7 +52,7 @@ def bytes_of(buffer: Any) -> memoryview:
     try:
         return memoryview(buffer).cast("B")
     except TypeError as error:
-        raise ValueError(f"buffer: {error}, needed bytes that lie together") from None
+        raise ValueError(f"buffer: expected bytes that lie together, got: {error}") from None
 
 
 def cpuid_of(entries: Cpuid | Iterable[Iterable[int]]) -> Cpuid:
@@ -68,7 +68,7 @@ def cpuid_of(entries: Cpuid | Iterable[Iterable[int]]) -> Cpuid:
     rows = [tuple(unsigned(field, 32, "CPUID entry") for field in entry) for entry in entries]
     for row in rows:
         if len(row) != 7:
-            raise ValueError(f"CPUID entry: got {len(row)} numbers, needed 7")
+            raise ValueError(f"CPUID entry: expected 7 numbers, got {len(row)}")
     return Cpuid(tuple(Entry(*row) for row in rows))
 
 

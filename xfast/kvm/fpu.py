@@ -137,7 +137,7 @@ class FpuGuest:
 def cpu_of(host: Host) -> Cpu:
     """Return the CPU that a host describes, with what is known of its like."""
     if host.layout is None or host.mxcsr_mask is None:
-        raise ValueError(f"host {host.name}: expected layout and mxcsr_mask for a CPU")
+        raise ValueError(f"host {host.name}: expected layout and mxcsr_mask, got less")
     signature = host.cpuid.signature if host.cpuid else None
     model = (None, None) if signature is None else family_and_model(signature)
     cpu = replace(
@@ -192,7 +192,7 @@ class Fpu:
 
     def __init__(self, host: Host, behaviours: Behaviours, processor: Processor | None) -> None:
         if host.layout is None or host.xcr0 is None or host.mxcsr_mask is None:
-            raise ValueError(f"host {host.name}: needed layout, xcr0 and mxcsr_mask for a kernel")
+            raise ValueError(f"host {host.name}: expected layout, xcr0 and mxcsr_mask, got less")
         check_host(host)
         self.behaviours = behaviours
         self.panic: KernelPanic | None = None

@@ -8,7 +8,7 @@ After a fault nothing has changed. Of faults over the *content* of a component (
 UINTR) a CPU promises less: other components may already be loaded.
 
 *Source*: Intel SDM vol. 1 sections 13.7 to 13.14; AMD APM vol. 4 (the same instructions).
-Checked against recordings of a Zen 4 CPU and of emulated Intel CPUs, and on a CPU itself.
+Checked against recordings of Zen 3, Zen 4, Emerald Rapids and emulated Intel CPUs, and live.
 """
 
 from __future__ import annotations
@@ -398,7 +398,7 @@ def _check_ssp(ssp: int, width: int) -> None:
 
 def _check_size(area: Area, size: int) -> None:
     if len(area) < size:
-        raise ValueError(f"area: got {len(area)} bytes, needed {size}")
+        raise ValueError(f"area: expected {size} bytes, got {len(area)}")
 
 
 def _store_mxcsr(cpu: Processor, area: Area) -> None:

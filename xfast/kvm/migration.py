@@ -141,7 +141,7 @@ def migrate(
     *Source*: the functions that VMMS names.
     """
     if vmm not in VMMS:
-        raise ValueError(f"vmm: got {vmm!r}, needed one of: {', '.join(VMMS)}")
+        raise ValueError(f"vmm: expected one of {', '.join(VMMS)}, got {vmm!r}")
     how = VMMS[vmm]
     here, there = vcpu.kernel, Kernel(other_host, kernel)
     saved = np.frombuffer(vcpu.get_xsave2() if here.xsave2_size else vcpu.get_xsave(), np.uint8)

@@ -54,7 +54,9 @@ class Module:
             behaviours = of_release(behaviours)
         behaviours = behaviours or host.kernel
         if behaviours is None:
-            raise ValueError(f"host {host.name}: its kernel is not known, needed behaviours")
+            raise ValueError(
+                f"host {host.name}: expected behaviours, given or of the host, got none"
+            )
         self.host = host
         self.linear_bits = linear_bits(host)
         self.behaviours = behaviours

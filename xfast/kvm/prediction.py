@@ -81,7 +81,7 @@ def outcome(
     """
     kernel = kernel or host.kernel
     if kernel is None or host.xcr0 is None or host.mxcsr_mask is None:
-        raise ValueError(f"host {host.name}: needed its kernel, xcr0 and mxcsr_mask")
+        raise ValueError(f"host {host.name}: expected its kernel, xcr0 and mxcsr_mask, got less")
     check_host(host)
     unsigned(guest_xcr0 or 0, 64, "guest_xcr0")
     unsigned(xfd, 64, "xfd")

@@ -216,7 +216,7 @@ class Processor:
         ):
             if mask & ~room:
                 raise ValueError(
-                    f"{name}: got {mask:#x}, needed components of {cpu.name}: {room:#x}"
+                    f"{name}: expected components of {cpu.name}, {room:#x}, got {mask:#x}"
                 )
         self.offsets = {0: 0, 1: 160, **layout.compacted_offsets(layout.mask)}
         self.sizes = {**LEGACY_SIZES, **{slot.nr: slot.size for slot in layout.slots}}

@@ -226,7 +226,7 @@ class Vcpu:
         if out is not None:
             view = bytes_of(out)
             if view.readonly or len(view) < size:
-                raise refuse(errno.EFAULT, f"needed {size} writable bytes")
+                raise refuse(errno.EFAULT, f"expected {size} writable bytes")
             view[:size] = area.data
         return area.tobytes()
 
@@ -249,7 +249,7 @@ class Vcpu:
         size, kernel, fpstate = self.guest_fpu.uabi_size, self.kernel, self.guest_fpu.fpstate
         row = one_area(buffer)
         if len(row) < size:
-            raise refuse(errno.EFAULT, f"{len(row)} readable bytes, needed {size}")
+            raise refuse(errno.EFAULT, f"expected {size} readable bytes, got {len(row)}")
         if self._out_of_reach():
             return
         row = self._parse(row[:size])
@@ -361,7 +361,7 @@ class Vcpu:
         """
         data = bytes_of(buffer)
         if len(data) < KVM_FPU.size:
-            raise refuse(errno.EFAULT, f"{len(data)} readable bytes, needed {KVM_FPU.size}")
+            raise refuse(errno.EFAULT, f"expected {KVM_FPU.size} readable bytes, got {len(data)}")
         if self._out_of_reach():
             return
         st, fcw, fsw, ftw, fop, fip, fdp, xmm, _ = KVM_FPU.unpack_from(data)

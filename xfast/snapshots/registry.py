@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,11 @@ def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folde
     if not isinstance(path, str | os.PathLike):
         return Source.of(path, expand_limit=expand_limit)
     name = os.fspath(path)
+    if name == "-" and not stat.S_ISREG(os.fstat(0).st_mode):
+        from xfast.snapshots.qemu.forward import from_pipe
+
+        with open(os.dup(0), "rb", buffering=0) as pipe:
+            return from_pipe(name, cast(BinaryIO, pipe), expand_limit)
     if not is_folder(name):
         return Source.open(name, expand_limit=expand_limit)
     folder = Folder.open(name, expand_limit=expand_limit)

@@ -43,10 +43,20 @@ def copy_bytes(source: int, target: int, size: int) -> None:
         except OSError as problem:
             if problem.errno == errno.ENXIO:  # only a hole is left
                 break
+            if problem.errno == errno.EINVAL:  # a block device, which knows of no holes
+                return _copy_device(source, target, size)
             raise
         end = min(size, os.lseek(source, done, os.SEEK_HOLE))
         while done < end:
             done += _copy_part(source, target, done, end - done)
+
+
+def _copy_device(source: int, target: int, size: int) -> None:
+    """Copy a block device; what is zeros becomes holes."""
+    for offset in range(0, size, CHUNK):
+        piece = read_at(source, min(CHUNK, size - offset), offset)
+        if piece.count(0) < len(piece):
+            write_all(target, piece, offset)
 
 
 def _copy_part(source: int, target: int, offset: int, length: int) -> int:

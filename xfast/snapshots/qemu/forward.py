@@ -17,11 +17,12 @@ import re
 import struct
 import tempfile
 from bisect import bisect_right
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from xfast.engine.walk import Walker
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source, View
+from xfast.snapshots.model import Stamp
 from xfast.snapshots.qemu.plans import Sections, follow
 from xfast.snapshots.qemu.search import (
     FOOTER,
@@ -34,6 +35,7 @@ from xfast.snapshots.qemu.search import (
 )
 from xfast.snapshots.qemu.stream import (
     DESCRIPTION,
+    MAGIC,
     checked,
     described_cpu,
     find_cpus,
@@ -98,6 +100,21 @@ class Kept(Source):
         """Write other bytes at `offset` of what is kept."""
         self.file.seek(offset)
         self.file.write(data)
+
+    @property
+    def is_device(self) -> bool:
+        """It is none."""
+        return False
+
+    @property
+    def stamp(self) -> Stamp:
+        """What went by can't be looked at again, nor can it change."""
+        return 0, 0, self.size, 0
+
+    def place_of(self, offset: int) -> int:
+        """Return where what lies at `offset` of the stream, behind memory, is kept."""
+        start, place = self.starts[-1]
+        return start + offset - place
 
     def close(self) -> None:
         """Let go of what is kept."""
@@ -181,8 +198,10 @@ class Hold:
                         return end, found[1]
         return None
 
-    def early(self, missing: int) -> tuple[int, Sections] | None:
+    def early(self, missing: int) -> tuple[int, Sections, int] | None:
         """Return what `whole` will, as far as it can be told with `missing` bytes still to come.
+
+        The third is where the EOF record lies.
 
         A description that is whole but for its end lists the devices that come first, the vCPUs
         among them. None while it can't be told that every vCPU is listed.
@@ -198,7 +217,7 @@ class Hold:
                 continue
             rest = self.stream.read(found[0], eof - found[0])
             if not HEADER.search(rest):
-                return eof + 6 + length, found[1]
+                return eof + 6 + length, found[1], eof
         return None
 
     def _devices(self, eof: int, length: int) -> list[dict[str, Any]]:
@@ -459,3 +478,69 @@ class Flow:
                 kept.path, place, f"found no end of the devices within {HOLD_LIMIT} bytes"
             )
         kept.append(data, place)
+
+
+def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
+    """Return what comes through a pipe: of a QEMU stream all but memory, else the whole of it.
+
+    Parameters
+    ----------
+    path : str
+        What to call it.
+    file : binary file
+        Not buffered; it is read to the stream's end.
+    expand_limit : int
+        What anything else may take, and expand to (bytes). A stream may be of any size.
+
+    Raises
+    ------
+    FormatError
+        If it is a stream that is cut off or has something that is not known here.
+    """
+    view = memoryview(bytearray(CHUNK))
+    have = 0
+    while have < len(MAGIC):
+        count = file.readinto(view[have:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        have += count
+    if view[: len(MAGIC)] != MAGIC:
+        return Source.of(_Again(bytes(view[:have]), file), path, expand_limit=expand_limit)
+    flow = Flow(path)
+    try:
+        while True:
+            if flow.hold is None:
+                done = flow.push(view[:have])
+                have -= done
+                view[:have] = bytes(view[done : done + have])
+            if flow.hold is not None:
+                flow.keep(view[:have])
+                have = 0
+                found = flow.hold.whole()
+                if found:
+                    flow.kept.size = found[0]
+                    return flow.kept
+            count = file.readinto(view[have:])  # type: ignore[attr-defined]
+            if not count:
+                break
+            have += count
+        if flow.hold is None:
+            place = flow.walker.position + have
+            raise FormatError(path, place, "found the end of the stream, expected devices")
+        return flow.kept
+    except BaseException:
+        flow.kept.close()
+        raise
+
+
+class _Again:
+    """A file whose first bytes were read already."""
+
+    def __init__(self, start: bytes, file: BinaryIO) -> None:
+        self.start = start
+        self.file = file
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes."""
+        start, self.start = self.start, b""
+        return start or self.file.read(size)

@@ -17,7 +17,7 @@ from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
-from xfast.snapshots.qemu.cpu import INTEL, Section, Shape, shape_of
+from xfast.snapshots.qemu.cpu import INTEL, Section, shape_of
 from xfast.snapshots.qemu.domain import Domain, domain
 from xfast.snapshots.qemu.forward import located
 from xfast.snapshots.qemu.plans import Sections
@@ -188,7 +188,11 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     if found is None:
         source, found = located(source, stream.start)
     data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
-    kvm, basis = _is_kvm(found, data, guest)
+    sections = [
+        Section(section, shape_of(place.fixed, tuple(place.subsections.items())), True)
+        for place, section in zip(found.cpus, data, strict=True)
+    ]
+    kvm, basis = _is_kvm(found, sections, guest)
     facts: dict[str, Any] = {
         "machine": config.machine,
         "capabilities": config.capabilities,
@@ -201,8 +205,9 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         facts |= {"domain": guest.name, "cpu_model": guest.model}
     mapped_ram = ("mapped-ram",) if "mapped-ram" in config.capabilities else ()
     vcpus = []
-    for place, section in zip(found.cpus, data, strict=True):
-        vcpu = _vcpu(source, place, Section(section, _shape(place), kvm))
+    for place, section in zip(found.cpus, sections, strict=True):
+        section.kvm = kvm
+        vcpu = _vcpu(source, place, section)
         vcpu.guest_mask = guest.components if guest else None
         vcpus.append(vcpu)
     container = (*source.container, *stream.container, *mapped_ram)
@@ -222,7 +227,7 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     )
 
 
-def _is_kvm(found: Sections, data: list[bytes], guest: Domain | None) -> tuple[bool, str]:
+def _is_kvm(found: Sections, sections: list[Section], guest: Domain | None) -> tuple[bool, str]:
     """Tell whether KVM wrote the stream, and what tells so: the stream itself does not say."""
     if guest:
         return guest.kvm, "the domain's type"
@@ -230,16 +235,9 @@ def _is_kvm(found: Sections, data: list[bytes], guest: Domain | None) -> tuple[b
         return True, "a kvmclock device"
     if any("cpu/tsc_khz" in place.subsections for place in found.cpus):
         return True, "a cpu/tsc_khz subsection"
-    if any(
-        Section(section, _shape(place), True).xstate_bv
-        for place, section in zip(found.cpus, data, strict=True)
-    ):
+    if any(section.stream_xstate_bv for section in sections):
         return True, "an XSTATE_BV that is not 0"
     return False, "no trace of KVM"
-
-
-def _shape(place: CpuSection) -> Shape:
-    return shape_of(place.fixed, tuple(place.subsections.items()))
 
 
 def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:

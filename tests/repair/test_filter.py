@@ -1,0 +1,194 @@
+"""The filter without QEMUs: what passes, what does not, and where it ends when something breaks."""
+
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from qemu_files import PAGES, description_at, places_of, undescribed, with_memory
+
+from xfast import snapshots
+from xfast.hosts import resolve
+from xfast.repair.filter import Filter, Wanted
+from xfast.repair.plan import plan_fix
+
+FILTER = [sys.executable, "-m", "xfast", "filter"]
+TCG = "qemu-tcg-max@6.1"
+
+
+@pytest.fixture(scope="session")
+def stream(data):
+    return lzma.decompress((data / "qemu/q72-max-smp2-q35.qemustate.xz").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def leak(data):
+    return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())
+
+
+def filtered(data, *words, host=TCG):
+    """Run the filter on bytes; return its exit code, what it passed, and its complaint."""
+    done = subprocess.run(
+        [*FILTER, "--host", host, *words], input=data, capture_output=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def test_what_is_fine_passes_as_it_is(stream):
+    data = with_memory(stream, PAGES["page"] * 5000 + PAGES["zero"] * 100 + PAGES["xbzrle"])
+    for whole in (data, undescribed(data)):
+        code, passed, words = filtered(whole)
+        assert (code, passed == whole) == (0, True)
+        assert "nothing to change" in words
+
+
+def test_what_leaked_is_healed_as_fix_would(leak, tmp_path):
+    path, fixed = tmp_path / "leak", tmp_path / "fixed"
+    path.write_bytes(leak)
+    (snapshot,) = snapshots.read(path)
+    plan_fix(snapshot, resolve("amd-rome")).apply(str(fixed))
+    code, passed, words = filtered(leak, host="amd-rome")
+    assert (code, passed) == (0, fixed.read_bytes())
+    assert "pkru xstate_bv 0x207 -> 0x7" in words
+    fix = [sys.executable, "-m", "xfast", "fix", "-", "--host", "amd-rome", "-o", "-"]
+    done = subprocess.run(fix, input=leak, capture_output=True, check=True)
+    assert done.stdout == passed
+
+
+def test_live_data_that_the_host_lacks_stop_it_before_the_devices(stream):
+    code, passed, words = filtered(stream, host="amd-rome@6.1")
+    assert code == 1
+    assert passed == stream[: places_of(stream)[0]]
+    assert words.count("\n") == 1
+    assert "bndregs (live)" in words
+
+
+def test_check_only_passes_everything_and_tells(stream, leak):
+    for data, host, expected in (
+        (stream, "amd-rome@6.1", 1),
+        (leak, "amd-rome", 1),
+        (stream, TCG, 0),
+    ):
+        code, passed, _ = filtered(data, "--check-only", host=host)
+        assert (code, passed) == (expected, data)
+        code, passed, _ = filtered(data, "--check-only", "--refuse", host=host)
+        assert (code, len(passed) == len(data)) == (expected, not expected)
+
+
+def test_live_data_go_when_they_are_named(stream):
+    code, _, words = filtered(stream, "--drop", "pkru", host=TCG)
+    assert (code, words.count("\n")) == (1, 1)
+    code, passed, words = filtered(stream, "--drop", "pkru", "--even-if-live")
+    assert code == 0
+    assert len(passed) == len(stream)
+    assert passed != stream
+    assert "pkru xstate_bv" in words
+
+
+def test_cut_off_anywhere_it_never_ends_like_a_whole_stream(stream):
+    first, text = places_of(stream)[0], description_at(stream)
+    for cut in (0, 7, first - 1, first, first + 99, text - 7, text - 6, text + 99, len(stream) - 1):
+        code, passed, words = filtered(stream[:cut])
+        assert code == 3, cut
+        assert re.fullmatch(r"xfast: -: offset \d+: .*found.*, expected .*\n", words), words
+        assert passed == stream[: len(passed)]
+        assert len(passed) < text - 5  # the EOF record, at which a destination starts the VM
+
+
+def test_what_is_not_known_is_named(stream):
+    first, _ = places_of(stream)
+    code, passed, words = filtered(stream[:first] + b"\1\0\0\1\0\4VFIO" + bytes(8) + stream[first:])
+    assert code == 3
+    assert stream[:first].startswith(passed)
+    assert f"offset {first}: can't be judged: found the section 'VFIO'" in words
+    assert filtered(random.Random(1).randbytes(9999))[0] == 3
+
+
+def test_zeros_behind_a_stream_end_it(leak):
+    code, passed, _ = filtered(leak + bytes(1 << 20), host="amd-rome")
+    assert (code, len(passed)) == (0, len(leak))
+
+
+def test_pieces_of_any_size_and_a_return_path(leak):
+    """With a return path nothing is waited for behind the last byte, and the pipe stays open."""
+    first, _ = places_of(leak)
+    answered = leak[:first] + b"\x08\0\1\0\0" + leak[first:]
+    for data, chunk in ((leak, 1000), (leak, 4097), (answered, 60_000)):
+        (source, write), (read, target) = os.pipe(), os.pipe()
+        received = bytearray()
+
+        def feed(data=data, chunk=chunk, write=write):
+            for at in range(0, len(data), chunk):
+                os.write(write, data[at : at + chunk])
+            if data is leak:
+                os.close(write)
+
+        def drain(read=read, received=received):
+            while piece := os.read(read, 1 << 16):
+                received.extend(piece)
+
+        threads = [threading.Thread(target=work) for work in (feed, drain)]
+        for thread in threads:
+            thread.start()
+        plan = Filter(source, target, Wanted(resolve("amd-rome"))).run()
+        os.close(target)
+        for thread in threads:
+            thread.join()
+        assert plan.after.verdict == "identical"
+        assert len(received) == len(data)
+        assert bytes(received) != data
+        for fd in (source, read, *([write] if data is answered else [])):
+            os.close(fd)
+
+
+def test_memory_is_flat(stream):
+    """A stream with 512 MiB of pages; the filter's peak stays below 64 MiB."""
+    first, _ = places_of(stream)
+    data = with_memory(stream, PAGES["page"] * 4096)
+    more = data[first : first + len(data) - len(stream)]
+    code = (
+        "import re, sys; from xfast.cli.main import main; main(sys.argv[1:])\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1],"
+        " file=sys.stderr)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "filter", "--host", TCG],
+        stdin=-1, stdout=subprocess.DEVNULL, stderr=-1,
+    )  # fmt: skip
+    process.stdin.write(stream[:first])
+    for _ in range(32):
+        process.stdin.write(more)
+    _, words = process.communicate(stream[first:])
+    assert int(words.split()[-1]) < 64 << 10
+
+
+def test_endless_devices_end_somewhere(stream, monkeypatch):
+    monkeypatch.setattr("xfast.snapshots.qemu.forward.HOLD_LIMIT", 1 << 20)
+    first, _ = places_of(stream)
+    source, write = os.pipe()
+
+    def feed():
+        try:
+            os.write(write, stream[:first])
+            while True:
+                os.write(write, b"\4" + bytes(range(255)) * 16)
+        except BrokenPipeError:
+            os.close(write)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    with open(os.devnull, "wb") as target, pytest.raises(ValueError, match="found no end of the"):
+        Filter(source, target.fileno(), Wanted(resolve(TCG))).run()
+    os.close(source)
+    thread.join()
+
+
+def test_words_that_make_no_sense(stream):
+    for words in (["--refuse"], ["--drop", "nothing"]):
+        code, passed, complaint = filtered(stream, *words)
+        assert (code, passed) == (2, b"")
+        assert complaint.startswith("xfast: ")

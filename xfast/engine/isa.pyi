@@ -1,0 +1,3 @@
+ISAS: tuple[str, ...]
+
+def chosen() -> str: ...
