@@ -47,6 +47,12 @@ def test_closed_finds_the_end_that_the_regular_expressions_find(text):
             assert files.closed(text, start) == slow_closed(text, start)
 
 
+@given(WIDE)
+def test_tokens_are_counted_as_in_the_text(text):
+    strings = text.count('"') - text.count('\\"')
+    assert files.tokens(text) == text.count("[") + text.count("{") + strings // 2
+
+
 @given(st.dictionaries(st.text(max_size=5), VALUES, max_size=6), st.sampled_from([None, 1]))
 def test_members_are_those_of_json(value, indent):
     text = json.dumps(value, indent=indent)

@@ -125,6 +125,29 @@ cdef Py_ssize_t _closed(const char_t* at, Py_ssize_t i, Py_ssize_t n) noexcept n
     return ~start
 
 
+cdef Py_ssize_t _tokens(const char_t* at, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, opened = 0, quotes = 0, escaped = 0
+    for i in range(n):
+        opened += (at[i] == 91) + (at[i] == 123)
+        quotes += at[i] == 34
+    for i in range(1, n):
+        escaped += (at[i] == 34) & (at[i - 1] == 92)
+    quotes -= escaped
+    return opened + quotes // 2
+
+
+def tokens(str text not None) -> int:
+    """Return how many lists, objects and strings a JSON text has, if it is one."""
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text)
+    cdef void* at = PyUnicode_DATA(text)
+    cdef int kind = PyUnicode_KIND(text)
+    if kind == 1:
+        return _tokens(<const uint8_t*>at, n)
+    if kind == 2:
+        return _tokens(<const uint16_t*>at, n)
+    return _tokens(<const uint32_t*>at, n)
+
+
 def closed(str text not None, Py_ssize_t start) -> int:
     """Return where the list or object at `start` ends, over all that is in it.
 
