@@ -177,6 +177,14 @@ def test_runs_that_lie_outside_are_refused(run):
         files.swap_runs(bytes(64), np.array([run], np.int32), np.zeros(64, np.uint8))
 
 
+def test_big_endian_numbers_at_places():
+    data = bytes(range(1, 17))
+    places = np.array([[0, 8], [15, 1], [14, 4], [-1, 0], [4, 4], [0, 9], [16, 1]], np.int32)
+    assert files.big_endian(data, places) == (
+        int.from_bytes(data[:8], "big"), 16, None, None, 0x05060708, None, None,
+    )  # fmt: skip
+
+
 def test_marks_hold_where_every_byte_does():
     marks = files.Marks(np.array([1, 3]), b"ac", np.array([0]), np.array([5]))
     assert marks.hold(b"xa.c.x", 0)

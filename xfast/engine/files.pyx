@@ -465,6 +465,28 @@ def swap_runs(
             raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
 
 
+def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not None) -> tuple:
+    """Return the numbers at places in `data`: an offset and the bytes, up to 8, of each.
+
+    None for one that has a negative offset, or is not inside.
+    """
+    cdef Py_ssize_t i, k, start, length
+    cdef uint64_t value
+    cdef list found = []
+    if places.shape[1] != 2:
+        raise ValueError(f"places: expected 2 columns, got {places.shape[1]}")
+    for i in range(places.shape[0]):
+        start, length = places[i, 0], places[i, 1]
+        if start < 0 or not 0 < length <= 8 or start > data.shape[0] - length:
+            found.append(None)
+            continue
+        value = 0
+        for k in range(length):
+            value = value << 8 | data[start + k]
+        found.append(value)
+    return tuple(found)
+
+
 # What is known of bytes already
 
 cdef class Marks:
