@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import tomllib
 
 import pytest
+from effort import at_most
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,10 +189,8 @@ def test_random_bytes_are_refused(data):
     "unit", ["\n", " ", "\n0x0", "<!--", "<a>", "x86/fpu: ", "CPUID ", "[", "#\n"]
 )
 def test_long_nonsense_is_refused_in_no_time(unit):
-    began = time.perf_counter()
-    with pytest.raises(FormatError):
+    with at_most(5), pytest.raises(FormatError):
         parse(unit.encode() * (1 << 19))
-    assert time.perf_counter() - began < 5
 
 
 def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
