@@ -2,7 +2,8 @@
 
     RESULTS/
       manifest.json          what was asked, and which parts there are, when all is done
-      snapshots/*.parquet    a row a vCPU: what it carries, and its class; or why it has none
+      snapshots/*.parquet    a row a vCPU: what it carries, and its class; or why it has none;
+                             of a stack of areas a row for all that are alike: `count` of them
       verdicts/*.parquet     a row a class and host: the answer
       findings/*.parquet     a row a class, host and finding: why
       _work/                 one file a finished chunk, so that a scan can be taken up again
@@ -65,6 +66,7 @@ def schemas() -> dict[str, Any]:
         **masks,
         "vcpu": pa.int64(),
         "size": pa.int64(),
+        "count": pa.int64(),
         "mxcsr": pa.uint32(),
     }
     finding = {**dict.fromkeys(FINDING, pa.string()), "vcpu": pa.int64()}
