@@ -47,6 +47,12 @@ def test_closed_finds_the_end_that_the_regular_expressions_find(text):
             assert files.closed(text, start) == slow_closed(text, start)
 
 
+@given(WIDE)
+def test_tokens_are_counted_as_in_the_text(text):
+    strings = text.count('"') - text.count('\\"')
+    assert files.tokens(text) == text.count("[") + text.count("{") + strings // 2
+
+
 @given(st.dictionaries(st.text(max_size=5), VALUES, max_size=6), st.sampled_from([None, 1]))
 def test_members_are_those_of_json(value, indent):
     text = json.dumps(value, indent=indent)
@@ -175,6 +181,14 @@ def test_swapped_words_and_zeros_around_them():
 def test_runs_that_lie_outside_are_refused(run):
     with pytest.raises(ValueError, match="runs: expected"):
         files.swap_runs(bytes(64), np.array([run], np.int32), np.zeros(64, np.uint8))
+
+
+def test_big_endian_numbers_at_places():
+    data = bytes(range(1, 17))
+    places = np.array([[0, 8], [15, 1], [14, 4], [-1, 0], [4, 4], [0, 9], [16, 1]], np.int32)
+    assert files.big_endian(data, places) == (
+        int.from_bytes(data[:8], "big"), 16, None, None, 0x05060708, None, None,
+    )  # fmt: skip
 
 
 def test_marks_hold_where_every_byte_does():

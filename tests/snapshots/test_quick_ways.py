@@ -1,6 +1,7 @@
 """What readers take from the engine's quick loops is what their slow ways give."""
 
 import random
+import struct
 
 import pytest
 import snapshot_files as files
@@ -9,7 +10,7 @@ from mutations import mutated
 from xfast import snapshots
 from xfast.engine import files as engine
 from xfast.errors import XfastError
-from xfast.snapshots import cloud_hypervisor
+from xfast.snapshots import cloud_hypervisor, raw
 
 
 def answer(path, form):
@@ -64,3 +65,34 @@ def test_samples_read_the_same_both_ways(data, monkeypatch, name):
     quick, slow = both(data / "vmm" / name, "cloud-hypervisor", monkeypatch)
     assert quick == slow
     assert not isinstance(quick, str)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_a_few_raw_areas_read_the_same_one_by_one_and_sorted(tmp_path, monkeypatch, seed):
+    rng = random.Random(f"raw {seed}")
+    path = tmp_path / "areas"
+    images = []
+    for number in range(rng.randrange(1, 5)):
+        image = bytearray(files.area(number, 4096, rng.choice((7, 3, 0xE7, 0x207))))
+        for _ in range(rng.choice((0, 0, 1, 3))):
+            place = rng.choice((rng.randrange(4096), rng.randrange(512, 528), 464, 24, 28, 0))
+            image[place] = rng.randrange(256)
+        images.append(bytes(image))
+    path.write_bytes(b"".join(images))
+    quick = answer(path, "raw")
+    monkeypatch.setattr(raw, "FEW", 0)
+    assert quick == answer(path, "raw")
+
+
+def test_one_description_of_a_machine_serves_streams_of_others(tmp_path):
+    """The first record is kept by its bytes: another machine's is read anew."""
+    path = tmp_path / "vm"
+    found = []
+    stream = files.qemu_stream()
+    for machine in (b"pc-q35-7.2", b"pc-q35-7.1", b"pc-q35-7.2", b"pc-q35-11"):
+        start = stream.index(b"\x07", 8)
+        (length,) = struct.unpack_from(">I", stream, start + 1)
+        record = b"\x07" + struct.pack(">I", len(machine)) + machine
+        path.write_bytes(stream[:start] + record + stream[start + 5 + length :])
+        found.append(snapshots.read(path)[0].facts["machine"].encode())
+    assert found == [b"pc-q35-7.2", b"pc-q35-7.1", b"pc-q35-7.2", b"pc-q35-11"]

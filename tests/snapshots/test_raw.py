@@ -78,7 +78,7 @@ class TestFiles:
                 ".cpuid2",
                 struct.pack("<2I7I3I", 2, 0, 0xD, 0, 1, 4, 0, 0, 0, 0, 0, 0)
                 + struct.pack("<7I3I", 0xD, 2, 1, 1 << 30, 576, 0, 0, 0, 0, 0),
-                "its .cpuid2: layout: component 2",
+                "its .cpuid2: layout: expected a size of .* of component 2",
             ),
         ],
     )

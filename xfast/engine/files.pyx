@@ -125,6 +125,29 @@ cdef Py_ssize_t _closed(const char_t* at, Py_ssize_t i, Py_ssize_t n) noexcept n
     return ~start
 
 
+cdef Py_ssize_t _tokens(const char_t* at, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, opened = 0, quotes = 0, escaped = 0
+    for i in range(n):
+        opened += (at[i] == 91) + (at[i] == 123)
+        quotes += at[i] == 34
+    for i in range(1, n):
+        escaped += (at[i] == 34) & (at[i - 1] == 92)
+    quotes -= escaped
+    return opened + quotes // 2
+
+
+def tokens(str text not None) -> int:
+    """Return how many lists, objects and strings a JSON text has, if it is one."""
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text)
+    cdef void* at = PyUnicode_DATA(text)
+    cdef int kind = PyUnicode_KIND(text)
+    if kind == 1:
+        return _tokens(<const uint8_t*>at, n)
+    if kind == 2:
+        return _tokens(<const uint16_t*>at, n)
+    return _tokens(<const uint32_t*>at, n)
+
+
 def closed(str text not None, Py_ssize_t start) -> int:
     """Return where the list or object at `start` ends, over all that is in it.
 
@@ -463,6 +486,28 @@ def swap_runs(
                 memcpy(to + k, &word64, 8)
         else:
             raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
+
+
+def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not None) -> tuple:
+    """Return the numbers at places in `data`: an offset and the bytes, up to 8, of each.
+
+    None for one that has a negative offset, or is not inside.
+    """
+    cdef Py_ssize_t i, k, start, length
+    cdef uint64_t value
+    cdef list found = []
+    if places.shape[1] != 2:
+        raise ValueError(f"places: expected 2 columns, got {places.shape[1]}")
+    for i in range(places.shape[0]):
+        start, length = places[i, 0], places[i, 1]
+        if start < 0 or not 0 < length <= 8 or start > data.shape[0] - length:
+            found.append(None)
+            continue
+        value = 0
+        for k in range(length):
+            value = value << 8 | data[start + k]
+        found.append(value)
+    return tuple(found)
 
 
 # What is known of bytes already

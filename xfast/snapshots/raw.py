@@ -18,6 +18,7 @@ import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -54,6 +55,8 @@ PTRACE_SIZES = {EXTENDED_OFFSET} | {
 PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
+FEW = 8
+"""Areas up to which each is asked for its layout by itself: sorting them would take longer."""
 STACK_FROM = 256
 """Areas from which on a file is a stack, whose vCPUs are made when they are asked for."""
 READ_UP_TO = 64 << 20
@@ -126,8 +129,13 @@ def cpuid_of(data: bytes) -> Cpuid:
             f"found {count} entries in {len(data)} bytes, needed 40 bytes each, "
             f"at most {CPUID_LIMIT}"
         )
-    rows = ENTRY.iter_unpack(data[8 : 8 + ENTRY.size * count])
-    return Cpuid(tuple(Entry(*row) for row in rows))
+    return _cpuid_in(data[8 : 8 + ENTRY.size * count])
+
+
+@lru_cache(maxsize=128)
+def _cpuid_in(entries: bytes) -> Cpuid:
+    """Return the CPUID of a list of entries: what areas of a fleet share, and keep one copy of."""
+    return Cpuid(tuple(Entry(*row) for row in ENTRY.iter_unpack(entries)))
 
 
 COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
@@ -201,22 +209,30 @@ def _vcpus(
             area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0
         )
 
+    if len(areas) <= FEW:
+        step = areas.shape[1]
+        alone = [
+            _place(source, start + i * step, areas[i], layout, beside) for i in range(len(areas))
+        ]
+        kinds = {one: _kind(areas, one, beside) for one in alone}
+        return [make(kinds[one], i, areas[i]) for i, one in enumerate(alone)]
     sort_of = np.zeros(len(areas), np.uint32)  # pages of zeros take no memory
     places, classes = sorts.sort(areas, place, sort_of)
-    kinds = [
-        Vcpu(
-            index=0,
-            area=areas[0],
-            layout=found.layout,
-            layout_source=found.source,
-            layout_note=found.note,
-            xcr0=beside.xcr0,
-            cpuid=beside.cpuid,
-        )
-        for found in places
-    ]
-    stack = Stack(areas, kinds, classes, sort_of, make)
+    stack = Stack(areas, [_kind(areas, one, beside) for one in places], classes, sort_of, make)
     return stack if len(areas) >= STACK_FROM else list(stack)
+
+
+def _kind(areas: sorts.Rows, found: infer.Place, beside: Beside) -> Vcpu:
+    """Return what all vCPUs have in common whose layout was found alike."""
+    return Vcpu(
+        index=0,
+        area=areas[0],
+        layout=found.layout,
+        layout_source=found.source,
+        layout_note=found.note,
+        xcr0=beside.xcr0,
+        cpuid=beside.cpuid,
+    )
 
 
 def _fxsave(source: Source) -> Snapshot:
@@ -345,8 +361,8 @@ def _beside(source: Source) -> Beside:
 
 def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
     for path in companion_paths(source.path, suffix):
-        if source.path == "-" or not os.path.isfile(path):
-            continue
+        if source.path == "-" or not os.access(path, os.F_OK) or not os.path.isfile(path):
+            continue  # access raises no exception, which is most of what isfile costs
         with Source.open(path) as file:
             data = file.read(0, min(file.size, COMPANION_LIMIT))
         try:

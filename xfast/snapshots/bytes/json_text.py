@@ -98,8 +98,7 @@ class Text(NamedTuple):
         FormatError
             If it has more.
         """
-        strings = self.text.count('"') - self.text.count('\\"')
-        tokens = self.text.count("[") + self.text.count("{") + strings // 2
+        tokens = files.tokens(self.text)
         if tokens > TOKEN_LIMIT:
             raise self.error(0, f"found {tokens} lists, objects and strings, over {TOKEN_LIMIT}")
         return self
