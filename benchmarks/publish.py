@@ -144,6 +144,19 @@ def baseline_table(recordings):
                     yield f"| {op}, {n} | {recording['machine']['cpu']} | {' | '.join(times)} |"
 
 
+def fleet_table(fleet):
+    """The lines of `xfast bench fleet`."""
+    yield f"On {label_of(fleet['machine'])}, {fleet['machine']['cpus']} CPUs."
+    yield ""
+    yield "| | measured | target | against |"
+    yield "|---|---|---|---|"
+    for row in fleet["fleet"]:
+        sign, unit = "≥" if row["more"] else "≤", row["unit"] or "x"
+        missed = "" if row["reached"] else ", missed"
+        value = f"{row['ratio']:.3g} {unit} ({row['low']:.3g} to {row['high']:.3g})"
+        yield f"| {row['what']} | {value} | {sign} {row['target']:g}{missed} | {row['against']} |"
+
+
 def main():
     recordings = json.loads((HERE / "results.json").read_text())
     docs = HERE.parent / "docs"
@@ -158,6 +171,11 @@ def main():
         before, _, rest = page.partition(start)
         _, _, after = rest.partition(end)
         page = "\n".join([before + start, *table(recordings), end + after])
+    start, end = "<!-- fleet -->", "<!-- end of fleet -->"
+    before, _, rest = page.partition(start)
+    _, _, after = rest.partition(end)
+    fleet = json.loads((HERE / "fleet.json").read_text())
+    page = "\n".join([before + start, *fleet_table(fleet), end + after])
     (docs / "performance.md").write_text(page)
 
 

@@ -16,6 +16,7 @@ from xfast.cli.main import main
 from xfast.errors import escape, unescape
 from xfast.judge.rules import RULES
 from xfast.judge.verdict import Finding, Judgement, Verdict
+from xfast.report import progress
 from xfast.report.matrix import CELLS, Answer, Fleet, cell
 from xfast.report.rows import console
 
@@ -263,3 +264,14 @@ def test_a_fleet_of_a_million_keeps_no_more_than_its_groups():
     out = io.StringIO()
     Answer(fleet, 80).print(console(out), "snapshot")
     assert "s0 and 19999 more like it" in out.getvalue()
+
+
+def test_a_long_check_says_how_far_it_is(run, monkeypatch):
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "EVERY", -1.0)
+    _, out, err = run("check", LEAK, CLEAN, "--host", NO_PKU)
+    assert "xfast: check: 1 of about 2 inputs" in err
+    assert "1 incompatible, 0 not judged" in err
+    assert "of about" not in out
+    status, out, err = run("check", LEAK, CLEAN, "--host", NO_PKU, "--quiet")
+    assert (status, out, err) == (1, "", "")

@@ -10,6 +10,7 @@ from xfast.cli.arguments import epilog
 BENCHES = {
     "swap": ("compare ways to switch between host and guest FPU state", "xfast.bench.swap"),
     "engine": ("hold the engine against this machine's own limits", "xfast.bench.engine"),
+    "fleet": ("hold reading and judging against what no reader can leave out", "xfast.bench.fleet"),
 }
 
 EXAMPLES = {
@@ -21,11 +22,15 @@ EXAMPLES = {
         "xfast bench engine --only get_uabi",
         "xfast bench engine --memory 256 --samples 8 --json",
     ),
+    "fleet": (
+        "xfast bench fleet examples/snapshots/ch-state.json --streams 0",
+        "xfast bench fleet examples/snapshots/q72-kvm-bv7-xcr7-smp1.qemustate --samples 5 --json",
+    ),
 }
 """Commands that work, for each help."""
 
 EXIT_CODES = """\
-exit codes: 0 all targets are reached; 1 one is missed (engine); 2 usage error; 130 interrupted"""
+exit codes: 0 all targets are reached; 1 one is missed (engine, fleet); 2 usage error; 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,13 @@ from xfast.cli.arguments import (
     snapshots_of,
 )
 from xfast.errors import XfastError
+from xfast.fleet.inputs import count
 from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Policy, Verdict
 from xfast.report import rows as report
 from xfast.report.matrix import UNBROKEN, Answer, Fleet, cell
+from xfast.report.progress import Bar
 from xfast.report.tally import Tally
 
 ONLY = {
@@ -132,16 +134,25 @@ def _answers(
     args: argparse.Namespace, hosts: Sequence[Host], policy: Policy, tally: Tally
 ) -> Iterator[tuple[Verdict, ...]]:
     """Yield the verdicts of all hosts for one snapshot after the other, as far as asked for."""
-    for snapshot in snapshots_of(args, tally):
-        verdicts = list(check(snapshot, hosts, policy=policy))
-        for i, host in enumerate(hosts):
-            if args.live and host.source == "this machine":
-                from xfast.judge.confirm import confirm
+    streaming = args.format in ("json", "ndjson", "csv") and sys.stdout.isatty()
+    total: int | None = None
+    with Bar("check", quiet=args.quiet or streaming) as bar:
+        for done, snapshot in enumerate(snapshots_of(args, tally), 1):
+            verdicts = list(check(snapshot, hosts, policy=policy))
+            for i, host in enumerate(hosts):
+                if args.live and host.source == "this machine":
+                    from xfast.judge.confirm import confirm
 
-                verdicts[i] = confirm(snapshot, host, verdicts[i])
-            tally.count(verdicts[i])
-        if not args.only or any(cell(verdict) in ONLY[args.only] for verdict in verdicts):
-            yield tuple(verdicts)
+                    verdicts[i] = confirm(snapshot, host, verdicts[i])
+                tally.count(verdicts[i])
+            if bar.due:
+                total = total or count(args.snapshots)
+                incompatible = tally.words["incompatible"]
+                failed = len(tally.problems)
+                text = f"{incompatible:,} incompatible, {failed:,} not judged"
+                bar.show(done + failed + tally.skipped, total, text)
+            if not args.only or any(cell(verdict) in ONLY[args.only] for verdict in verdicts):
+                yield tuple(verdicts)
 
 
 def _print_table(args: argparse.Namespace, answers: Iterator[tuple[Verdict, ...]]) -> None:

@@ -46,11 +46,16 @@ class Bar:
         if self.bar is not None:
             self.bar.stop()
 
+    @property
+    def due(self) -> bool:
+        """Whether the run has taken long enough for anything to be shown."""
+        return not self.quiet and time.monotonic() - self.started >= PATIENCE
+
     def show(self, done: int, total: int | None, text: str) -> None:
         """Show that `done` of `total` inputs are judged; `text` says what was found so far."""
-        now = time.monotonic()
-        if self.quiet or now - self.started < PATIENCE:
+        if not self.due:
             return
+        now = time.monotonic()
         if self.terminal:
             if self.bar is None:
                 self._start()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import tells
 from xfast.engine.guard import Window
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots import infer
@@ -26,8 +27,11 @@ from xfast.xsave.area import Groups, xinuse
 from xfast.xsave.features import EXTENDED_OFFSET, MXCSR_MASK_AMD, XFEATURE_MASK_FPSSE
 from xfast.xsave.layout import PRESETS, Layout, Slot
 
-WINDOW = 32 << 20
-"""Bytes of areas that are looked at together, and of a file that are mapped at a time."""
+WINDOW = 64 << 20
+"""Bytes of a file that are mapped at a time."""
+
+BLOCK = 1 << 20
+"""Bytes of areas that are looked at together: what a core's own cache holds."""
 
 
 class FileRows:
@@ -91,13 +95,12 @@ Rows = NDArray[np.uint8] | FileRows
 
 
 def _blocks(areas: Rows) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield the number of a row and the areas from there on, some MiB at a time."""
-    if isinstance(areas, FileRows):
-        yield from areas.windows()
-        return
-    step = max(1, WINDOW // areas.shape[1])
-    for first in range(0, len(areas), step):
-        yield first, areas[first : first + step]
+    """Yield the number of a row and the areas from there on, as many as a cache holds."""
+    windows = areas.windows() if isinstance(areas, FileRows) else iter([(0, areas)])
+    step = max(1, BLOCK // areas.shape[1])
+    for start, window in windows:
+        for first in range(0, len(window), step):
+            yield start + first, window[first : first + step]
 
 
 def sort(
@@ -142,7 +145,7 @@ class Grouping:
         """Tell the layouts of all sorts so far, in their order."""
         self.groups += [_Group(layout) for layout in islice(layouts, len(self.groups), None)]
 
-    def add(self, areas: NDArray[np.uint8], first: int, index: NDArray[np.uint32]) -> None:
+    def add(self, areas: NDArray[np.uint8], first: int, index: NDArray[np.integer]) -> None:
         """Add areas, whose rows are `first` and after; `index` has their sorts."""
         kinds = np.flatnonzero(np.bincount(index, minlength=len(self.groups))).tolist()
         if len(kinds) == 1:
@@ -188,84 +191,71 @@ class _Sorts:
     def __init__(self, place: Callable[[NDArray[np.uint8], int], tuple[infer.Place, bool]]) -> None:
         self.place = place
         self.places: dict[infer.Place, int] = {}
-        self._known: dict[bytes, int] = {}
-        """By what areas tell; -1: their bytes are to be asked as well."""
+        self._words = _Known(4)
+        self._stretches = _Known(5)
 
-    def find(self, areas: NDArray[np.uint8], first: int) -> NDArray[np.uint32]:
+    def find(self, areas: NDArray[np.uint8], first: int) -> NDArray[np.int64]:
         """Return each area's index into `places`; the areas are `first` and after."""
-        tells = _tells(areas)
-        rows, which = _distinct(tells)
-        found = np.empty(len(rows), np.int64)
-        for i in sorted(range(len(rows)), key=rows.__getitem__):
-            row = int(rows[i])
-            key = tells[row].tobytes()
-            if key not in self._known:
-                place, asks = self.place(areas[row], first + row)
-                self._known[key] = -1 if asks else self._index(place)
-            found[i] = self._known[key]
-        index = found[which]
-        if (found < 0).any():
-            left = np.flatnonzero(index < 0)
-            index[left] = self._by_bytes(areas, left, tells, first)
-        return index.astype(np.uint32)
+        words = np.empty((len(areas), 4), np.uint64)
+        tells.words(areas, words, MXCSR_MASK_AMD)
 
-    def _by_bytes(
-        self,
-        areas: NDArray[np.uint8],
-        left: NDArray[np.intp],
-        tells: NDArray[np.uint64],
-        first: int,
-    ) -> NDArray[np.int64]:
-        """Return the indices of the areas numbered `left`, whose bytes are to be asked."""
-        mine = areas if len(left) == len(areas) else areas[left]
-        filled = xinuse(mine, _stretches(areas.shape[1])) & ~np.uint64(XFEATURE_MASK_FPSSE)
-        tells = np.column_stack([tells[left], filled])
-        rows, which = _distinct(tells)
-        found = np.empty(len(rows), np.int64)
-        for i in sorted(range(len(rows)), key=rows.__getitem__):
-            row = int(rows[i])
-            key = tells[row].tobytes()
-            if key not in self._known:
-                number = int(left[row])
-                self._known[key] = self._index(self.place(areas[number], first + number)[0])
-            found[i] = self._known[key]
-        return found[which]
+        def place(row: int) -> int:
+            found, asks = self.place(areas[row], first + row)
+            return -1 if asks else self._index(found)
+
+        index = self._words.look_up(words, place)
+        if index.min() < 0:
+            left = np.flatnonzero(index < 0)
+            mine = areas if len(left) == len(areas) else areas[left]
+            filled = xinuse(mine, _stretches(areas.shape[1])) & ~np.uint64(XFEATURE_MASK_FPSSE)
+            more = np.column_stack([words[left], filled])
+            index[left] = self._stretches.look_up(
+                more, lambda i: self._index(self.place(mine[i], first + int(left[i]))[0])
+            )
+        return index
 
     def _index(self, place: infer.Place) -> int:
         return self.places.setdefault(place, len(self.places))
 
 
-def _tells(areas: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return what areas tell of their layouts, a row of words each.
+class _Known:
+    """A table from rows of words to numbers, which is looked up for many rows at a time.
 
-    That is the header, the kernel's word of components, MXCSR_MASK, and whether the control words
-    can be a CPU's.
+    Rows are sought by a sum with secret factors, and then compared.
     """
-    out = np.empty((len(areas), 4), np.uint64)
-    out[:, :2] = areas[:, 512:528].copy().view("<u8")
-    out[:, 2] = areas[:, infer.SOFTWARE_OFFSET :][:, :8].copy().view("<u8")[:, 0]
-    control = areas[:, 24:32].copy().view("<u4")
-    fcw = areas[:, :2].copy().view("<u2")[:, 0]
-    sound = (fcw & 0xE0C0 == 0x40) & (control[:, 0] & ~np.uint32(MXCSR_MASK_AMD) == 0)
-    empty = (fcw == 0) & (control[:, 0] == 0)
-    out[:, 3] = control[:, 1].astype(np.uint64) << np.uint64(2)
-    out[:, 3] |= sound.astype(np.uint64) | empty.astype(np.uint64) << np.uint64(1)
-    return out
 
+    def __init__(self, words: int) -> None:
+        self.factors = np.frombuffer(os.urandom(8 * words), np.uint64) | np.uint64(1)
+        self.sums = np.empty(0, np.uint64)  # ascending
+        self.rows = np.empty((0, words), np.uint64)
+        self.values = np.empty(0, np.int64)
 
-def _distinct(words: NDArray[np.uint64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return the first row of each sort of rows, and each row's index into these.
+    def look_up(self, rows: NDArray[np.uint64], new: Callable[[int], int]) -> NDArray[np.int64]:
+        """Return each row's number; `new` gives it for a row (by its place) not met before."""
+        sums = (rows * self.factors).sum(axis=1)
+        while True:
+            if len(self.sums):
+                at = np.searchsorted(self.sums, sums).clip(max=len(self.sums) - 1)
+                missing = np.flatnonzero((self.rows[at] != rows).any(axis=1))
+                if not len(missing):
+                    return self.values[at]
+            else:
+                missing = np.arange(len(rows))
+            _, where = np.unique(sums[missing], return_index=True)
+            fresh = np.sort(missing[where])
+            values = [new(int(row)) for row in fresh]
+            self._learn(rows[fresh], sums[fresh], values)
 
-    Rows are told apart by a sum with secret factors; should two sums ever meet, by others.
-    """
-    while True:
-        factors = np.frombuffer(os.urandom(8 * words.shape[1]), np.uint64) | np.uint64(1)
-        sums = words @ factors
-        if (sums == sums[0]).all() and (words == words[0]).all():
-            return np.zeros(1, np.intp), np.zeros(len(words), np.intp)
-        _, first, which = np.unique(sums, return_index=True, return_inverse=True)
-        if (words[first[which]] == words).all():
-            return first, which
+    def _learn(
+        self, rows: NDArray[np.uint64], sums: NDArray[np.uint64], values: Sequence[int]
+    ) -> None:
+        sums = np.concatenate([self.sums, sums])
+        order = np.argsort(sums, kind="stable")
+        self.sums = sums[order]
+        if (self.sums[1:] == self.sums[:-1]).any():
+            raise XfastError("areas: two sorts have one sum; try again")
+        self.rows = np.concatenate([self.rows, rows])[order]
+        self.values = np.concatenate([self.values, np.array(values, np.int64)])[order]
 
 
 @lru_cache(maxsize=64)
