@@ -185,8 +185,9 @@ def from_sections(stream: Source, found: Sections) -> Snapshot:
 def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     source, guest = stream.source, stream.domain
     config = configuration(source, stream.start)
+    size = end = source.size
     if found is None:
-        source, found = located(source, stream.start)
+        source, found, end = located(source, stream.start)
     data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
     sections = [
         Section(section, shape_of(place.fixed, tuple(place.subsections.items())), True)
@@ -199,6 +200,8 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         "producer_basis": basis,
         "description": found.description,
     }
+    if end < size:
+        facts["stream_end"] = end
     if stream.internal:
         facts["internal_snapshot"] = stream.internal
     if guest:
