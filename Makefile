@@ -1,6 +1,7 @@
 # make demo: build xfast in a virtual environment and judge the snapshots in examples/.
 # make test: build it with everything that the tests need, and run them.
 # make san: build the engine with the address and undefined-behaviour sanitizers and test that.
+# make docs: the reference as a site in build/site.
 # make lint: what reads the sources. make bench: the benchmarks beside numpy, some minutes.
 # make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
 # All need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
@@ -13,7 +14,7 @@ SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd
 STUBBED := xfast._core $(patsubst xfast/engine/%.pyi,xfast.engine.%,$(wildcard xfast/engine/*.pyi))
 SAN := build/san
 
-.PHONY: demo test lint san bench fuzz clean
+.PHONY: demo test docs lint san bench fuzz clean
 
 demo: $(VENV)/.demo
 	@echo
@@ -26,6 +27,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --benchmark-disable
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -69,4 +73,8 @@ $(VENV)/.test: $(BIN)/pip $(SOURCES)
 
 $(VENV)/.fuzz: $(VENV)/.test
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev,fuzz]'
+	@touch $@
+
+$(VENV)/.docs: $(BIN)/pip pyproject.toml
+	$(BIN)/pip install --quiet mkdocs-material 'mkdocstrings-python>=1.10'
 	@touch $@

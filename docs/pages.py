@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<why>.+) -->\n+)?```(?P<kind>console|python)\n(?P<text>.*?)^```\n"
+    r"^(?:<!-- not run: (?P<why>[^\n]+) -->\n+)?```(?P<kind>console|python)\n(?P<text>.*?)^```\n"
     r"(?:\n```text\n(?P<told>.*?)^```\n)?",
     re.S | re.M,
 )
@@ -36,11 +36,12 @@ END = "\x01"
 
 
 class Ran(NamedTuple):
-    """A block that ran: what the page says, and what it should say."""
+    """A block that ran: what the page says from `start` on, and what it should say."""
 
     page: str
     told: str
     found: str
+    start: int = 0
 
     @property
     def same(self) -> bool:
@@ -67,10 +68,12 @@ def run_page(path: Path, folder: Path) -> Iterator[Ran]:
         if block["why"]:
             continue
         if block["kind"] == "console":
-            yield Ran(path.name, block["text"], _console(block["text"], folder))
+            found = _console(block["text"], folder)
+            yield Ran(path.name, block["text"], found, block.start("text"))
         else:
             found = _python(path.name, block["text"], folder, names)
-            yield Ran(path.name, block["told"] or "", found if block["told"] else "")
+            if block["told"] is not None:
+                yield Ran(path.name, block["told"], found, block.start("told"))
 
 
 def _console(text: str, folder: Path) -> str:
@@ -106,7 +109,7 @@ def update(path: Path) -> list[str]:
     text = path.read_text()
     problems = []
     with tempfile.TemporaryDirectory() as folder:
-        for ran in run_page(path, Path(folder)):
+        for ran in reversed(list(run_page(path, Path(folder)))):
             if ran.same:
                 continue
             if re.search(r"^ *\.\.\.$", ran.told, re.M):
@@ -115,7 +118,7 @@ def update(path: Path) -> list[str]:
                 )
                 problems.append(f"{path.name}:\n" + "\n".join(lines))
             else:
-                text = text.replace(ran.told, ran.found)
+                text = text[: ran.start] + ran.found + text[ran.start + len(ran.told) :]
     path.write_text(text)
     return problems
 

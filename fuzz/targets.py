@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import deeper
 import numpy as np
 from snapshot_files import BUILDERS, READ_ONLY
 
@@ -155,4 +156,7 @@ TARGETS: dict[str, Target] = {
     **{name: Target(reader(name), built(name), ("xfast.snapshots",)) for name in BUILDERS},
     "anything": Target(anything, packed, ("xfast.snapshots",)),
     "host": Target(host, descriptions, ("xfast.hosts", "xfast.xsave")),
+    "plan": Target(deeper.plan, deeper.fixable, ("xfast.repair", "xfast.judge")),
+    "fix": Target(deeper.fix, deeper.fixable, ("xfast.repair", "xfast.store")),
+    "core": Target(deeper.core, deeper.areas, ("xfast.xsave",)),
 }

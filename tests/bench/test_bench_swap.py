@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from xml.etree import ElementTree
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(tmp_path):
 def test_samples_are_a_count(text, capsys):
     with pytest.raises(SystemExit):
         arguments("--samples", text)
-    assert "needed a number from 1" in capsys.readouterr().err
+    assert "expected a number from 1" in capsys.readouterr().err
 
 
 def test_a_swap_that_loses_state_is_not_timed(monkeypatch):
@@ -199,6 +200,38 @@ def test_marks_lie_in_the_frame_and_every_label_is_there_once(rows):
         assert 0 <= y <= plot.HEIGHT
     for point in points:
         assert svg.count(f">{point.label}<") == 1
+
+
+@given(st.lists(st.tuples(st.floats(100, 900), st.floats(120, 540)), min_size=1, max_size=17))
+def test_no_mark_covers_another_and_none_goes_far(marks):
+    apart = plot.set_apart(marks)
+    for i, one in enumerate(apart):
+        assert math.dist(one, marks[i]) < 80
+        for two in apart[:i]:
+            assert math.dist(one, two) > 2 * plot.MARK
+
+
+def test_the_plot_says_which_guests_it_averages(tmp_path):
+    rows = list(swap.results([GUESTS[0], GUESTS[2]], 1))
+    averaged = ", ".join(guest.name for guest in swap.averaged(rows))
+    assert f"mean over guests {averaged};" in swap.as_plot(rows)
+
+
+def test_no_strategy_is_cut_at_80_columns(monkeypatch, capsys):
+    real = swap.console
+
+    def narrow(file):
+        out = real(file)
+        out.width = 80
+        out.soft_wrap = False
+        return out
+
+    monkeypatch.setattr(swap, "console", narrow)
+    swap.print_table(list(swap.results([GUESTS[3]], 1)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for strategy in swap.STRATEGIES:
+        assert any(line.startswith(f"{strategy.name}  ") for line in lines), strategy.name
 
 
 def test_labels_of_the_real_plot_do_not_cover_each_other():

@@ -23,7 +23,9 @@ NO_PKU = "intel-broadwell@6.12"
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+
     def call(*words):
         try:
             status = main([str(word) for word in words])

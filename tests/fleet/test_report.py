@@ -133,7 +133,7 @@ def test_a_million_snapshots_are_a_small_page(tmp_path):
             result.words["incompatible"] = 50_000
             for i in range(50_000):
                 row = [f"s3://b/{part}/{i}", "", "raw", "vm", "kvm", "", 0, "intel", "given", 4096]
-                row += [7, i % 5, 0, 7, 0, 0x1F80, f"{i % 100:016x}", None]
+                row += [7, i % 5, 0, 7, 0, 0x1F80, 1, f"{i % 100:016x}", None]
                 result.rows.append(tuple(row))
             dataset.add(f"part{part}", result)
         dataset.finish()

@@ -17,6 +17,7 @@ from xfast.errors import XfastError
 from xfast.fleet import judging, run
 from xfast.fleet.dataset import Dataset, tables
 from xfast.fleet.judging import Question
+from xfast.fleet.summary import summarise
 from xfast.hosts import resolve
 from xfast.judge.verdict import Policy
 
@@ -132,7 +133,7 @@ def test_killed_at_any_moment_it_finishes_the_rest(fleet, tmp_path, hosts, delay
     assert subprocess.run(command, check=False).returncode == 1
     run.scan([os.fspath(fleet)], hosts, tmp_path / "whole", jobs=1, chunk=2)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert not list((tmp_path / "out").rglob(".*.new"))
+    assert not list((tmp_path / "out").rglob(".*new"))
 
 
 def test_a_worker_that_dies_costs_one_row(fleet, tmp_path):
@@ -258,3 +259,62 @@ def test_a_folder_that_can_not_be_made_is_one_line(fleet, capsys):
     words = ["scan", os.fspath(fleet), "--host", NAMES[0], "-o", "/dev/null/nowhere"]
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stack_is_a_row_for_all_areas_that_are_alike(tmp_path, hosts, capsys):
+    one = (Path(__file__).parents[1] / "data/raw/kvm618-guestxcr0_e7-bve7.xsave").read_bytes()
+    other = (Path(__file__).parents[1] / "data/raw/kvm618-guestxcr0_e7-bv07.xsave").read_bytes()
+    (tmp_path / "stack").write_bytes(other + one * 400 + other * 200)
+    run.scan([os.fspath(tmp_path / "stack")], hosts, tmp_path / "out", jobs=1)
+    found = rows(tmp_path / "out")
+    assert [(row["vcpu"], row["xstate_bv"], row["count"]) for row in found] == [
+        (0, 0x7, 201), (1, 0xE7, 400),
+    ]  # fmt: skip
+    assert len({row["class"] for row in found}) == 1
+    assert summarise(os.fspath(tmp_path / "out")).xstate_bv == {0x7: 201, 0xE7: 400}
+    assert main(["show", os.fspath(tmp_path / "stack")]) == 0
+    shown = capsys.readouterr().out
+    assert "and 399 alike" in shown
+    assert "and 200 alike" in shown
+    assert shown.count("vCPU") == 2
+
+
+def test_what_vanishes_or_may_not_be_read_is_a_row(fleet, tmp_path, hosts, monkeypatch):
+    (fleet / "circle").symlink_to(fleet)
+    (fleet / "closed").mkdir(mode=0)
+    read = judging.read
+
+    def vanishing(name, **options):
+        if name.endswith("leak-03"):
+            os.unlink(name)
+        if name.endswith("leak-04"):
+            raise PermissionError(13, "Permission denied", name)
+        return read(name, **options)
+
+    monkeypatch.setattr(judging, "read", vanishing)
+    manifest = run.scan([os.fspath(fleet)], hosts, tmp_path / "out", jobs=1)
+    bad = {row["snapshot"].rpartition("/")[2]: row["error"] for row in rows(tmp_path / "out")}
+    assert "No such file" in bad["leak-03"]
+    assert "Permission denied" in bad["leak-04"]
+    assert manifest["failed"] == sum(1 for error in bad.values() if error)
+    assert not any("circle" in name for name in bad)
+
+
+def test_a_stream_that_is_cut_while_it_is_read_is_a_row(tmp_path, hosts, monkeypatch):
+    from xfast.snapshots.bytes import source
+
+    path = tmp_path / "in" / "growing"
+    path.parent.mkdir()
+    path.write_bytes(LEAK.read_bytes())
+    read_at = source.read_at
+
+    def cutting(fd, length, offset):
+        os.truncate(path, 5000)
+        return read_at(fd, length, offset)
+
+    monkeypatch.setattr(source, "read_at", cutting)
+    manifest = run.scan([os.fspath(path.parent)], hosts, tmp_path / "out", jobs=1)
+    assert (manifest["snapshots"], manifest["failed"]) == (0, 1)
+    (row,) = rows(tmp_path / "out")
+    assert "found" in row["error"]
+    assert row["count"] is None

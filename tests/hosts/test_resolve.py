@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 import tomllib
 
 import pytest
+from effort import at_most
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,29 +104,32 @@ GOOD = {"name": "x", "xcr0": "0x7"}
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"xcr0": "seven"}, r"hosts\[0\].xcr0: got 'seven'"),
+        ({"xcr0": "seven"}, r"hosts\[0\].xcr0: expected .*, got 'seven'"),
         ({"xcr0": -1}, "xcr0"),
         ({"xcr0": 1 << 64}, "xcr0"),
         ({"xcr0": True}, "xcr0"),
         ({"xcr0": 7.0}, "xcr0"),
         ({"xcr0": "-0x7"}, "xcr0"),
-        ({"xcr": "0x7"}, "got 'xcr', needed some of: name, vendor"),
-        ({"name": "a\x1b[2Jb"}, "needed printable text"),
+        ({"xcr": "0x7"}, "expected only name, vendor"),
+        ({"name": "a\x1b[2Jb"}, "expected printable text"),
         ({"name": 7}, "name"),
         ({"layout": "amd-zen9"}, "one of:? intel"),
-        ({"layout": {}}, "needed a list"),
+        ({"layout": {}}, "expected a list"),
         ({"layout": [{"nr": 2, "size": 256, "offset": 100}]}, "offset 100"),
-        ({"layout": [{"nr": 2, "name": "pkru", "size": 8, "offset": 576}]}, "needed avx for nr 2"),
+        (
+            {"layout": [{"nr": 2, "name": "pkru", "size": 8, "offset": 576}]},
+            "expected the name avx for nr 2",
+        ),
         ({"layout": [{"nr": 2, "size": 8, "offset": 576, "xfd": 1}]}, "true or false"),
         ({"layout": [{"nr": 2, "size": 8, "offset": 576, "at": 1}]}, "got 'at'"),
-        ({"layout": [{"size": 8, "offset": 576}]}, "layout: got None"),
+        ({"layout": [{"size": 8, "offset": 576}]}, "layout: expected .*, got None"),
         ({"kernel": "six"}, "kernel release: expected .*got 'six'"),
         ({"kernel": {"behaviours": ["nope"]}}, "behaviour: expected some of .*got nope"),
-        ({"kernel": {}}, "needed a list"),
-        ({"features": "avx"}, "features: got 'avx', needed a list"),
+        ({"kernel": {}}, "expected a list"),
+        ({"features": "avx"}, "features: expected a list, got 'avx'"),
         ({"cpuid": [{"function": 1, "eax": 1 << 32}]}, "cpuid"),
-        ({"provenance": {"nope": "x"}}, "provenance: got 'nope'"),
-        ({"provenance": []}, "needed a table"),
+        ({"provenance": {"nope": "x"}}, "provenance: expected .*, got 'nope'"),
+        ({"provenance": []}, "expected a table"),
     ],
 )
 def test_bad_field_is_named(change, complaint):
@@ -142,12 +145,12 @@ def test_bad_field_is_named(change, complaint):
     ("text", "complaint"),
     [
         ("{", "not JSON"),
-        ("{}", "found schema None"),
-        ('{"schema": "xfast/2", "hosts": []}', "needed 'xfast/1'"),
-        ('{"schema": "xfast/1", "hosts": []}', "no list of hosts"),
-        ('{"schema": "xfast/1", "hosts": {}}', "no list of hosts"),
-        ('{"schema": "xfast/1", "hosts": [7]}', "needed a table"),
-        ('{"schema": "xfast/1", "hosts": [{}]}', "got no name"),
+        ("{}", "expected schema 'xfast/1', found None"),
+        ('{"schema": "xfast/2", "hosts": []}', "expected schema 'xfast/1'"),
+        ('{"schema": "xfast/1", "hosts": []}', "expected a list with a host in it"),
+        ('{"schema": "xfast/1", "hosts": {}}', "expected a list with a host in it"),
+        ('{"schema": "xfast/1", "hosts": [7]}', "expected a table"),
+        ('{"schema": "xfast/1", "hosts": [{}]}', "expected a name, got none"),
         ('{"a":' * 100_000, "expected at most 32 brackets in each other"),
         ('{"a": ' + "9" * 10_000 + "}", "expected at most 64 digits in a number"),
         ("schema = ", "not TOML"),
@@ -155,15 +158,15 @@ def test_bad_field_is_named(change, complaint):
             "schema = 'xfast/1'\nhosts = " + "[" * 100_000,
             "expected at most 32 brackets in each other",
         ),
-        ("", "needed a host description"),
+        ("", "expected a host description"),
         ("hello", "found 'hello'"),
-        ("<a/>", "needed <cpudata>"),
+        ("<a/>", "expected <cpudata>"),
         ("<a", "XML"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><cpudata arch="x86"/>', "DOCTYPE"),
-        ("<cpudata/>", "needed <cpudata> with <cpuid> rows"),
+        ("<cpudata/>", "expected <cpudata> with <cpuid> rows"),
         (
             "<cpudata><cpuid eax_in='z'/></cpudata>",
-            "XML: got {'eax_in': 'z'}, needed numbers of 32 bits",
+            "XML: expected numbers of 32 bits, got {'eax_in': 'z'}",
         ),
         ("<cpudata><cpuid eax='0x100000000'/></cpudata>", "32 bits"),
         ("x86/fpu: hello", "Enabled xstate features"),
@@ -186,10 +189,8 @@ def test_random_bytes_are_refused(data):
     "unit", ["\n", " ", "\n0x0", "<!--", "<a>", "x86/fpu: ", "CPUID ", "[", "#\n"]
 )
 def test_long_nonsense_is_refused_in_no_time(unit):
-    began = time.perf_counter()
-    with pytest.raises(FormatError):
+    with at_most(5), pytest.raises(FormatError):
         parse(unit.encode() * (1 << 19))
-    assert time.perf_counter() - began < 5
 
 
 def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
@@ -326,7 +327,7 @@ def test_file_of_several_hosts_is_no_single_host(tmp_path):
     path = tmp_path / "pool.toml"
     path.write_text(to_toml([Host("a"), Host("b")]))
     assert [host.name for host in resolve_all(f"{path}@6.6")] == ["a@6.6", "b@6.6"]
-    with pytest.raises(XfastError, match="describes 2 hosts"):
+    with pytest.raises(XfastError, match="expected one, found 2 hosts"):
         resolve(str(path))
 
 

@@ -367,7 +367,7 @@ def test_pkru_of_a_real_image_is_two_numbers(tmp_path):
     """struct pkru_state has 8 bytes, and CRIU stores all of it."""
     number, message = (
         encoded,
-        lambda nr, data: encoded(nr << 3 | 2) + bytes([len(data)]) + data,
+        lambda nr, data: encoded(nr << 3 | 2) + encoded(len(data)) + data,
     )
     xsave = (
         number(1 << 3)
@@ -375,7 +375,9 @@ def test_pkru_of_a_real_image_is_two_numbers(tmp_path):
         + (number(8 << 3) + number(0x54))
         + (number(8 << 3) + number(0))
     )
-    info = message(2, message(3, message(13, xsave)))
+    legacy = [(field, 1) for field in range(1, 9)] + [(9, 32), (10, 64)]
+    words = b"".join(number(field << 3) + number(0) for field, n in legacy for _ in range(n))
+    info = message(2, message(3, words + message(13, xsave)))
     core = number(1 << 3) + number(1) + info
     head = b"".join(
         value.to_bytes(4, "little") for value in (criu.IMG_COMMON_MAGIC, criu.CORE_MAGIC, len(core))

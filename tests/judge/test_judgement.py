@@ -13,6 +13,7 @@ from xfast.judge import findings, judgement
 from xfast.judge.judgement import check
 from xfast.kernels.behaviour import of_release
 from xfast.snapshots.model import Snapshot, Stack, Vcpu
+from xfast.snapshots.sorts import Grouping
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.layout import PRESETS, preset
 
@@ -111,7 +112,11 @@ def test_a_stack_is_judged_as_its_areas_are_one_by_one(rows, order, told, host):
             i, row, **told[int(sort_of[i])]
         )  # fmt: skip
 
-    stack = Stack(areas, kinds, sort_of, make)
+    grouping = Grouping()
+    grouping.know(kind.layout for kind in kinds)
+    for first in range(0, len(areas), 7):
+        grouping.add(areas[first : first + 7], first, sort_of[first : first + 7])
+    stack = Stack(areas, kinds, grouping.classes(), sort_of, make)
     snapshot = Snapshot("s", "raw", "vm", "kvm", stack)
     (verdict,) = check(snapshot, host)
     word, fixable, slow = judge_one_by_one(snapshot, host)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from effort import at_most
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -393,10 +394,8 @@ class TestBadInput:
         data = b""
         for _ in range(2000):
             data = message(2, data)
-        start = time.perf_counter()
-        with pytest.raises(XfastError):
+        with at_most(2), pytest.raises(XfastError):
             read(tmp_path / "core-5.img", image(data))
-        assert time.perf_counter() - start < 2
         assert sys.getrecursionlimit() < 10000
 
 

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from effort import at_most
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -347,10 +348,8 @@ class TestBadInput:
         head[56:58] = struct.pack("<H", count)
         program = struct.pack("<2I6Q", 4, 4, 64 + 56 * count, 0, 0, len(body) * 50, 0, 4)
         (tmp_path / "core").write_bytes(head + program * count + body * 50)
-        start = time.perf_counter()
-        with pytest.raises(FormatError, match="found notes that overlap"):
+        with at_most(2), pytest.raises(FormatError, match="found notes that overlap"):
             snapshots.read(tmp_path / "core")
-        assert time.perf_counter() - start < 2
 
     def test_a_million_empty_notes_are_too_many(self, tmp_path):
         (tmp_path / "core").write_bytes(core(struct.pack("<3I", 0, 0, 7) * ((1 << 20) + 1)))
@@ -382,8 +381,8 @@ class TestBadInput:
     def test_layout_notes_that_lie(self, tmp_path):
         for desc, words in (
             (bytes(15), "multiple of 16"),
-            (struct.pack("<4I", 2, 1 << 30, 576, 0), "has size 1073741824"),
-            (struct.pack("<4I", 2, 256, 100, 0), "at offset 100"),
+            (struct.pack("<4I", 2, 1 << 30, 576, 0), "got size 1073741824"),
+            (struct.pack("<4I", 2, 256, 100, 0), "got offset 100"),
             (struct.pack("<4I", 2, 256, 576, 0) * 2, "each once"),
         ):
             with pytest.raises(FormatError, match=words):

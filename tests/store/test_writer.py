@@ -63,7 +63,7 @@ def test_a_new_file_differs_in_the_one_byte_that_was_planned(leak):
     record = plan(leak).apply(str(leak) + ".new")
     new = Path(str(leak) + ".new").read_bytes()
     (edit,) = record["edits"]
-    assert edit["before"], edit["after"] == ("0000000000000207", "0000000000000007")
+    assert (edit["before"], edit["after"]) == ("0000000000000207", "0000000000000007")
     assert changed(old, new) == [edit["offset"] + 6]
     assert leak.read_bytes() == old
     assert record == json.loads((leak.parent / "leak.new.xfast.json").read_text())

@@ -156,8 +156,8 @@ def test_moved_tells_place_and_size_but_not_absence():
     [
         ([(2, 256, 576), (2, 256, 576)], "each once"),
         ([(9, 8, 2688), (2, 256, 576)], "ascending"),
-        ([(1, 256, 160)], "needed 2 to 62"),
-        ([(63, 8, 576)], "needed 2 to 62"),
+        ([(1, 256, 160)], "expected components 2 to 62"),
+        ([(63, 8, 576)], "expected components 2 to 62"),
         ([(2, 0, 576)], "size 0"),
         ([(2, COMPONENT_LIMIT + 1, 576)], "size 1048577"),
         ([(2, 256, 0)], "offset 0"),

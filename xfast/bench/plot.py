@@ -99,6 +99,28 @@ def clusters(marks: Sequence[tuple[float, float]]) -> list[list[int]]:
     return [sorted(group, key=lambda i: marks[i][1]) for group in groups]
 
 
+def set_apart(marks: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return marks of which none covers another: those that would are moved by a few pixels."""
+    apart = [list(mark) for mark in marks]
+    least = 2 * MARK + 1
+    for _ in range(200):
+        moved = False
+        for i, one in enumerate(apart):
+            for k, two in enumerate(apart[:i]):
+                gap = math.dist(one, two)
+                if gap >= least:
+                    continue
+                moved = True
+                angle = math.atan2(one[1] - two[1], one[0] - two[0]) if gap else 2.4 * (i + 7 * k)
+                push = (least - gap) / 2 + 0.1
+                for mark, sign in ((one, 1), (two, -1)):
+                    mark[0] += sign * push * math.cos(angle)
+                    mark[1] += sign * push * math.sin(angle)
+        if not moved:
+            break
+    return [(x, y) for x, y in apart]
+
+
 def place_lists(
     marks: Sequence[tuple[float, float]], labels: Sequence[str], groups: Sequence[list[int]]
 ) -> list[Box]:
@@ -166,7 +188,7 @@ def scatter(
     ]
     out += frame(horizontal, vertical, axes)
     out += key(legend, {p.kind for p in points}, {p.measured for p in points})
-    marks = [(horizontal.at(p.x), vertical.at(p.y)) for p in points]
+    marks = set_apart([(horizontal.at(p.x), vertical.at(p.y)) for p in points])
     groups = clusters(marks)
     for group, box in zip(
         groups, place_lists(marks, [p.label for p in points], groups), strict=True

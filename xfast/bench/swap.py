@@ -39,8 +39,8 @@ from xfast.bench.strategies import (
     skips,
 )
 from xfast.engine import hw
-from xfast.errors import XfastError
 from xfast.report.rows import SCHEMA, console
+from xfast.store.staged import write_text
 from xfast.xsave import area
 from xfast.xsave.features import PKRU, bits, name_of, names_of
 from xfast.xsave.layout import Layout, from_leaf_d, recognise
@@ -230,9 +230,15 @@ def results(guests: Sequence[Guest], samples: int) -> Iterator[Result]:
             yield Result(strategy, guest, consequence(strategy, guest), cpu, engine, absent)
 
 
-def points(rows: Sequence[Result]) -> Iterator[plot.Point]:
-    """Yield one mark a strategy: means over the guests that this CPU runs, or over all."""
+def averaged(rows: Sequence[Result]) -> list[Guest]:
+    """Return the guests that a mark is the mean of: those that this CPU runs, else all."""
     runs = {row.guest for row in rows if row.cpu and row.cpu.ns} or {row.guest for row in rows}
+    return [guest for guest in dict.fromkeys(row.guest for row in rows) if guest in runs]
+
+
+def points(rows: Sequence[Result]) -> Iterator[plot.Point]:
+    """Yield one mark a strategy: means over the guests that `averaged` names."""
+    runs = averaged(rows)
     for strategy in STRATEGIES:
         own = [row for row in rows if row.strategy is strategy and row.guest in runs]
         measured = all(row.cpu for row in own)
@@ -250,11 +256,11 @@ def points(rows: Sequence[Result]) -> Iterator[plot.Point]:
 
 def as_plot(rows: Sequence[Result]) -> str:
     """Return the SVG: time against bytes."""
-    guests = ", ".join(dict.fromkeys(row.guest.name for row in rows))
+    guests = ", ".join(guest.name for guest in averaged(rows))
     return plot.scatter(
         list(points(rows)),
         "Switching FPU state: host to guest and back",
-        f"{cpu_name()}; guests: {guests} (means)",
+        f"{cpu_name()}; each mark is the mean over guests {guests}; marks never cover each other",
         ("bytes moved in a round trip", "nanoseconds of a round trip"),
         {
             "leaks": "GET reports PKRU that the guest lacks",
@@ -295,34 +301,22 @@ def as_json(rows: Sequence[Result], machine: Machine) -> str:
     )
 
 
-COLUMNS = (
-    "strategy",
-    "CPU ns",
-    "x copy",
-    "engine ns",
-    "x copy",
-    "saved B",
-    "restored B",
-    "GET reports",
-    "guest sees",
-)
+COLUMNS = ("strategy", "CPU ns (x)", "engine ns (x)", "saved B", "loaded B", "lets out")
 
 
 def cells(row: Result) -> tuple[str, ...]:
     """Return one line of the table."""
-    timings: list[str] = []
-    for timing in (row.cpu, row.engine):
-        timings += [f"{timing.ns:.0f}", f"{timing.ratio:.2f}"] if timing else ["-", "-"]
-    does = row.does
-    source = " (kvm model)" if does.source == "kvm" else ""
-    return (
-        row.strategy.name,
-        *timings,
-        f"{does.saved}",
-        f"{does.restored}",
-        (names_of(does.reported) if does.reported else "-") + source,
-        names_of(does.seen) if does.seen else "-",
+    timings = (
+        f"{timing.ns:.0f} ({timing.ratio:.2f})" if timing else "-"
+        for timing in (row.cpu, row.engine)
     )
+    does = row.does
+    out = []
+    if does.reported:
+        out.append(f"GET {names_of(does.reported)}{'*' * (does.source == 'kvm')}")
+    if does.seen:
+        out.append(f"guest {names_of(does.seen)}")
+    return row.strategy.name, *timings, f"{does.saved}", f"{does.restored}", ", ".join(out) or "-"
 
 
 def print_table(rows: Sequence[Result]) -> None:
@@ -330,26 +324,31 @@ def print_table(rows: Sequence[Result]) -> None:
     from rich.table import Table
 
     out = console(sys.stdout)
+    out.print("A round trip: host out, guest in, guest out, host in. (x): to a copy of four areas.")
     out.print(
-        "A round trip: host out, guest in, guest out, host in. `x copy`: to a copy of four areas. "
-        "GET: KVM_GET_XSAVE."
+        "lets out: what KVM_GET_XSAVE reports beyond the guest's CPUID, what the guest sees of the "
+        "host. *: as the kernel's model has it."
     )
     for guest in dict.fromkeys(row.guest for row in rows):
         table = Table(
-            title=f"round trips with guest {guest.name} (in use: {names_of(guest.live)})",
+            title=f"\nround trips with guest {guest.name} (in use: {names_of(guest.live)})",
             title_justify="left",
+            box=None,
+            pad_edge=False,
         )
         for column in COLUMNS:
-            table.add_column(column, justify="left" if column[0] in "sgG" else "right")
+            words = column in (COLUMNS[0], COLUMNS[-1])
+            table.add_column(column, justify="left" if words else "right", no_wrap=not words)
+        table.columns[0].no_wrap = True
         for row in rows:
             if row.guest is guest:
                 table.add_row(*cells(row))
         out.print(table)
     absent = sorted({row.absent for row in rows if row.absent})
     if absent:
-        out.print("Not timed on this CPU:", "; ".join(absent))
+        out.print("\nNot timed on this CPU:", "; ".join(absent))
     leaky = dict.fromkeys(row.strategy.name for row in rows if row.does.reported & PKRU)
-    out.print("GET reports PKRU to a guest without PKU:", "; ".join(leaky) or "none of these")
+    out.print("\nGET reports PKRU to a guest without PKU:", "; ".join(leaky) or "none of these")
 
 
 def _count(text: str) -> int:
@@ -370,7 +369,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=_count, default=21, metavar="N", help="samples of each time (default: 21)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", metavar="FILE.svg", type=Path, help="draw time against bytes")
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw time against bytes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -382,8 +381,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table(rows)
     if args.plot:
-        try:
-            args.plot.write_text(as_plot(rows), encoding="utf-8")
-        except OSError as problem:
-            raise XfastError(f"{args.plot}: {problem.strerror}") from None
+        write_text(args.plot, as_plot(rows), replace=True)
     return 0

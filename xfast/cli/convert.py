@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_named(args.layout)
     found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
     if len(found) != 1:
-        raise XfastError(f"{args.snapshot}: found {len(found)} snapshots, expected one")
+        raise XfastError(f"{args.snapshot}: expected one snapshot, found {len(found)}")
     (snapshot,) = found
     wrapping = args.wrapping or _by_name(snapshot, args.output)
     if args.compacted and wrapping not in ("raw", "npy"):
-        raise XfastError(f"convert: got --compacted, expected --as raw or npy, not {wrapping}")
+        raise XfastError(f"convert: expected --as raw or npy with --compacted, got {wrapping}")
     how = {"wrapping": wrapping, "compacted": args.compacted}
     how |= {"expand_limit": args.expand_limit} if args.expand_limit else {}
     if convert(snapshot, args.output, layout_named(args.to), **how):

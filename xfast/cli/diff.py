@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("one", metavar="A", help="file or directory")
     parser.add_argument("two", metavar="B", help="file or directory")
     reading_options(parser)
+    parser.add_argument(
+        "--values-only",
+        action="store_true",
+        help="take an absent component for one that holds its init value, as a restore does",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -34,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_named(args.layout)
     how = {"layout": layout, "size": args.size, "expand_limit": args.expand_limit}
     sides = [read(path, **how) for path in (args.one, args.two)]
-    found = compare(*sides)
+    found = compare(*sides, values_only=args.values_only)
     if args.json:
         rows = [one.as_json() for one in found]
         answer = {"schema": "xfast/1", "one": args.one, "two": args.two, "differences": rows}

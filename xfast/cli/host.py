@@ -7,7 +7,6 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from xfast.cli.arguments import OK, UNJUDGED, epilog, hosts_of
@@ -20,6 +19,7 @@ from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
 from xfast.hosts.models import largest, models
 from xfast.report.tally import Tally
+from xfast.store.staged import write_text
 from xfast.xsave.cpuid import psabi_level
 from xfast.xsave.features import (
     AVX,
@@ -64,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("spec", nargs="*", metavar="HOST", help=SPEC_HELP)
     show.add_argument("--json", action="store_true", help="print the descriptions as JSON")
     dump = action("dump", "describe the running machine as JSON")
-    dump.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="new file (default: standard output)"
-    )
+    dump.add_argument("-o", "--output", metavar="FILE", help="new file (default: standard output)")
     layout = action("layout", "print where components lie, and which of them makes the size")
     layout.add_argument(
         "xcr0", metavar="MASK", help="XCR0, XCR0|XSS, or names: 0x2e7, '0x600e7|0x1800', avx+pkru"
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     actions = {"show": _show, "dump": _dump, "baseline": _baseline, "layout": _layout_of_mask}
     answer = actions[args.action](args, tally)
     if args.action == "dump" and args.output:
-        args.output.write_text(answer, encoding="utf-8")
+        write_text(args.output, answer)
     else:
         sys.stdout.write(answer)
     return UNJUDGED if tally.problems else OK

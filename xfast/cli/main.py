@@ -92,7 +92,7 @@ def parser_for(*complete: str) -> Parser:
         sub = verbs.add_parser(
             name,
             help=help_text,
-            description=help_text.capitalize() + ".",
+            description=help_text[0].upper() + help_text[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name in complete:

@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 from xfast.cli.arguments import EXIT_CODES, OK
-from xfast.errors import XfastError
 from xfast.fleet.html import page
 from xfast.fleet.summary import WORDS, Summary, summarise
+from xfast.store.staged import write_text
 
 FORMATS = ("html", "md", "csv", "json")
 EXAMPLES = f"""\
@@ -47,11 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write(text)
         return OK
-    try:
-        with open(args.output, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise XfastError(f"{args.output}: exists; expected a new name") from None
+    write_text(args.output, text)
     return OK
 
 

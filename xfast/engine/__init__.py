@@ -33,6 +33,7 @@ Where things are, from below::
     convert.pyx  Converter, Merger, swap: calls that follow plans     _core  calls that read or trim
     group.pyx    equal areas counted     memory.pyx   aligned memory  hw.pyx the real instructions
     clock.pyx    times the engine        peers.pyx    what others do  walk.pyx  QEMU's stream
+    files.pyx    what readers of files repeat: CRC64, numbers in JSON, swapped registers
 
 `loops.pxi` is compiled once for each instruction set (`loops_*.pyx`), and the widest that the CPU
 has is taken. Rejected: one build with -march=native (wheels are built elsewhere), ifunc and

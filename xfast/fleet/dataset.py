@@ -2,7 +2,8 @@
 
     RESULTS/
       manifest.json          what was asked, and which parts there are, when all is done
-      snapshots/*.parquet    a row a vCPU: what it carries, and its class; or why it has none
+      snapshots/*.parquet    a row a vCPU: what it carries, and its class; or why it has none;
+                             of a stack of areas a row for all that are alike: `count` of them
       verdicts/*.parquet     a row a class and host: the answer
       findings/*.parquet     a row a class, host and finding: why
       _work/                 one file a finished chunk, so that a scan can be taken up again
@@ -19,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -32,6 +34,8 @@ from xfast.fleet.judging import (
     finding_rows,
     verdict_rows,
 )
+from xfast.store.names import SAFE_FOLDER_MODE, Directory, make_folders, umask
+from xfast.store.staged import TEMPORARY, Staged
 
 SCHEMA = "xfast/scan/1"
 TABLES = ("snapshots", "verdicts", "findings")
@@ -62,6 +66,7 @@ def schemas() -> dict[str, Any]:
         **masks,
         "vcpu": pa.int64(),
         "size": pa.int64(),
+        "count": pa.int64(),
         "mxcsr": pa.uint32(),
     }
     finding = {**dict.fromkeys(FINDING, pa.string()), "vcpu": pa.int64()}
@@ -106,35 +111,50 @@ class Dataset:
         self.packed = question.packed()
         self.name = question.name()
         self.schemas = schemas()
-        self.lock = -1
+        self.stack = contextlib.ExitStack()
+        self.folders: dict[str, Directory] = {}
         self.used: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Dataset:
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            make_folders(self.folder)
+            self.root = self.stack.enter_context(Directory.open(self.folder))
+            self._require_own()
             known = {*TABLES, "_work", "manifest.json", ".lock"}
-            foreign = sorted(set(os.listdir(self.folder)) - known)
+            left = (TEMPORARY.format("manifest.json"),)
+            foreign = sorted(set(os.listdir(self.root.fd)) - known - set(left))
             if foreign:
                 raise XfastError(
                     f"{self.folder}: expected an empty folder or a scan's results, "
                     f"found {foreign[0]!r}"
                 )
             for name in (*TABLES, "_work"):
-                os.makedirs(os.path.join(self.folder, name), exist_ok=True)
-            self.lock = os.open(
-                os.path.join(self.folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise XfastError(f"{self.folder}: another scan is writing here") from None
-        except OSError as problem:
-            raise XfastError(f"{self.folder}: can't be written: {problem.strerror}") from None
+                with contextlib.suppress(FileExistsError):
+                    self.root.make_folder(name, SAFE_FOLDER_MODE & ~umask())
+                self.folders[name] = self.stack.enter_context(self.root.below(name))
+            lock = self.root.open_file(".lock", os.O_RDWR | os.O_CREAT)
+            self.stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as problem:
+            self.stack.close()
+            if isinstance(problem, BlockingIOError):
+                raise XfastError(f"{self.folder}: another scan is writing here") from None
+            if isinstance(problem, OSError):
+                raise XfastError(f"{self.folder}: can't be written: {problem.strerror}") from None
+            raise
         return self
 
+    def _require_own(self) -> None:
+        """Raise XfastError if somebody else can write the folder: what is kept there is trusted."""
+        status = os.fstat(self.root.fd)
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
+            raise XfastError(
+                f"{self.folder}: others can write it (user {status.st_uid}, mode "
+                f"{stat.S_IMODE(status.st_mode):04o}); expected a folder of your own"
+            )
+
     def __exit__(self, *_: object) -> None:
-        if self.lock >= 0:
-            os.close(self.lock)
+        self.stack.close()
 
     def key(self, names: Sequence[str]) -> str:
         """Return what a chunk is called: it depends on its names and the question."""
@@ -146,9 +166,9 @@ class Dataset:
     def finished(self, key: str) -> dict[str, Any] | None:
         """Return what is kept of a chunk that is finished, and count it as used."""
         try:
-            with open(self._path("_work", f"{key}.json"), "rb") as file:
+            with open(self.folders["_work"].open_file(f"{key}.json"), "rb") as file:
                 kept: dict[str, Any] = json.loads(file.read())
-            if not os.path.exists(self._path("snapshots", f"{key}.parquet")):
+            if self.folders["snapshots"].status(f"{key}.parquet") is None:
                 return None
         except (OSError, ValueError):
             return None
@@ -169,7 +189,7 @@ class Dataset:
                 row for name, own in result.classes.items() for row in finding_rows(name, own)
             ],
         }
-        self._write("_work", f"{key}.json", json.dumps(kept).encode())
+        self._write(self.folders["_work"], f"{key}.json", json.dumps(kept).encode())
         self.used[key] = kept
         return kept
 
@@ -179,10 +199,10 @@ class Dataset:
             rows = {json.dumps(row): row for kept in self.used.values() for row in kept[table]}
             self._write_table(table, "part-0.parquet", [rows[key] for key in sorted(rows)])
         for folder, end in (("snapshots", ".parquet"), ("_work", ".json")):
-            for name in os.listdir(os.path.join(self.folder, folder)):
+            for name in os.listdir(self.folders[folder].fd):
                 if name.removesuffix(end) not in self.used:
                     with contextlib.suppress(OSError):
-                        os.unlink(self._path(folder, name))
+                        self.folders[folder].remove(name)
         manifest = {
             "schema": SCHEMA,
             "tool": version("xfast"),
@@ -192,11 +212,8 @@ class Dataset:
             "parts": sorted(f"snapshots/{key}.parquet" for key in self.used),
             **totals(self.used),
         }
-        self._write("", "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+        self._write(self.root, "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
         return manifest
-
-    def _path(self, *names: str) -> str:
-        return os.path.join(self.folder, *names)
 
     def _write_table(self, table: str, name: str, rows: Sequence[Sequence[Any]]) -> None:
         pa, schema = arrow(), self.schemas[table]
@@ -208,22 +225,18 @@ class Dataset:
         pa.parquet.write_table(
             pa.table(arrays, schema=schema), sink, compression="zstd", store_schema=True
         )
-        self._write(table, name, sink.getvalue())
+        self._write(self.folders[table], name, sink.getvalue())
 
-    def _write(self, folder: str, name: str, data: Any) -> None:
+    def _write(self, folder: Directory, name: str, data: Any) -> None:
         """Write a file beside its place, bring it to the disk, and give it its place."""
-        temporary = self._path(folder, f".{name}.new")
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, self._path(folder, name))
+            with Staged(folder, name) as staged:
+                staged.file.write(data)
+                staged.take_over(None)
+                staged.publish(replace=True)
         except OSError as problem:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
             raise XfastError(
-                f"{self._path(folder, name)}: can't be written: {problem.strerror}; what is "
+                f"{folder.path_of(name)}: can't be written: {problem.strerror}; what is "
                 "finished stays, and the same command goes on from there"
             ) from None
 

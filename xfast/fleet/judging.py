@@ -23,7 +23,7 @@ from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Judgement, Policy, Verdict
 from xfast.report.rows import layout_name
-from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.snapshots.registry import read
 from xfast.xsave.area import classify, headers
 from xfast.xsave.layout import Layout
@@ -47,6 +47,7 @@ class Question(NamedTuple):
         """Return a name that depends on what is asked, and on nothing else."""
         asked = {
             "tool": version("xfast"),
+            "columns": COLUMNS,
             "hosts": to_json(self.hosts),
             "level": self.policy.level,
             "ignore": sorted(self.policy.ignore),
@@ -128,7 +129,7 @@ def fail(name: str, message: str, result: Result) -> None:
 
 
 def _judge_snapshot(snapshot: Snapshot, question: Question, result: Result) -> None:
-    """Judge one snapshot, and add a row for each of its vCPUs."""
+    """Judge one snapshot, and add a row for each of its vCPUs, or each class of a stack's."""
     verdicts = check(snapshot, question.hosts, policy=question.policy)
     name = _class_of(verdicts, result)
     result.snapshots += 1
@@ -142,16 +143,16 @@ def _judge_snapshot(snapshot: Snapshot, question: Question, result: Result) -> N
         snapshot.producer,
         "/".join(snapshot.container),
     )
-    for vcpu in snapshot.vcpus:
-        result.rows.append((*whole, *_carried(vcpu), name, None))
+    for vcpu, count in classes_of(snapshot.vcpus):
+        result.rows.append((*whole, *_carried(vcpu), count, name, None))
 
 
 COLUMNS = (
     "snapshot", "part", "format", "kind", "producer", "container",
     "vcpu", "layout", "layout_source", "size", "xcr0", "xstate_bv", "xcomp_bv", "live", "default",
-    "mxcsr", "class", "error",
+    "mxcsr", "count", "class", "error",
 )  # fmt: skip
-"""The columns of a row of `Result`."""
+"""The columns of a row of `Result`; `count` is how many areas of a stack the row stands for."""
 
 
 def _carried(vcpu: Vcpu) -> tuple[Any, ...]:

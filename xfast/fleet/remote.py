@@ -11,7 +11,7 @@ from typing import IO, Any
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes.source import Source
 
-BLOCK = 32 << 10
+BLOCK = 16 << 10
 """What is fetched at least, and in multiples of which (bytes)."""
 
 WHOLE_BLOCK = 8 << 20

@@ -136,7 +136,7 @@ def _manifest(folder: str) -> dict[str, Any]:
     return manifest
 
 
-COUNTED = ("snapshot", "part", "class", "error", "xstate_bv", "layout", "format")
+COUNTED = ("snapshot", "part", "class", "error", "xstate_bv", "layout", "format", "count")
 
 
 def _count(folder: str, groups: dict[str, Group], summary: Summary) -> None:
@@ -147,7 +147,7 @@ def _count(folder: str, groups: dict[str, Group], summary: Summary) -> None:
     last: tuple[Any, Any] = ("", "")
     for batch in rows.to_batches(columns=list(COUNTED)):
         columns = (batch.column(name).to_pylist() for name in COUNTED)
-        for snapshot, part, group_name, error, xstate_bv, layout, form in zip(
+        for snapshot, part, group_name, error, xstate_bv, layout, form, alike in zip(
             *columns, strict=True
         ):
             if error is not None:
@@ -155,8 +155,8 @@ def _count(folder: str, groups: dict[str, Group], summary: Summary) -> None:
                 if len(summary.failed) < NAMED:
                     summary.failed.append((snapshot, error))
                 continue
-            summary.xstate_bv[xstate_bv] += 1
-            summary.layouts[layout] += 1
+            summary.xstate_bv[xstate_bv] += alike
+            summary.layouts[layout] += alike
             if (snapshot, part) == last or group_name not in groups:
                 continue
             last = snapshot, part

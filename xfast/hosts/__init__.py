@@ -28,7 +28,7 @@ def load(path: str | Path) -> list[Host]:
     """
     name = os.fspath(path)
     if not Path(name).is_file() and not is_snapshot_folder(name):
-        raise XfastError(f"{name}: not a regular file, needed a host description")
+        raise XfastError(f"{name}: expected a host description, found no regular file")
     from xfast.hosts import readers
 
     return readers.load(name)
@@ -138,7 +138,7 @@ def resolve(spec: str) -> Host:
     hosts = resolve_all(spec)
     if len(hosts) != 1:
         names = ", ".join(host.name for host in hosts)
-        raise XfastError(f"host: {spec} describes {len(hosts)} hosts ({names}), needed one")
+        raise XfastError(f"host: expected one, found {len(hosts)} hosts in {spec} ({names})")
     return hosts[0]
 
 
@@ -165,7 +165,7 @@ def parse_kernel(text: str) -> Behaviours:
         return Behaviours(names.union(*(of_release(word).names for word in releases)))
     except ValueError as error:
         raise XfastError(
-            f"kernel: got {text!r}, needed a release such as 6.1.60, or behaviour names ({error})"
+            f"kernel: expected a release such as 6.1.60, or behaviour names, got {text!r} ({error})"
         ) from None
 
 

@@ -34,7 +34,7 @@ def common(hosts: Sequence[Host], name: str = "baseline") -> Host:
         If there are no hosts.
     """
     if not hosts:
-        raise ValueError("hosts: got none, needed one or more")
+        raise ValueError("hosts: expected one or more, got none")
     facts: dict[str, Any] = {}
     for field in (*_MASKS, "features"):
         values = [getattr(host, field) for host in hosts]

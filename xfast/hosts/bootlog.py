@@ -85,7 +85,9 @@ def read(text: str, name: str, path: str) -> Host:
     boots = boots_in(text)
     telling = [boot for boot in boots if any(p.search(boot) for p in (_ENABLED, _LEAF, _NO_XSAVE))]
     if not telling:
-        raise FormatError(path, None, "found no 'x86/fpu: Enabled xstate features', needed it")
+        raise FormatError(
+            path, None, "expected a line 'x86/fpu: Enabled xstate features', found none"
+        )
     boot = telling[-1]
     host = _of_boot(boot, name, path)
     release = _RELEASE.search(boot)

@@ -27,7 +27,7 @@ SLOT_FLAGS = ("supervisor", "align64", "xfd")
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"got {value!r:.40}, needed printable text")
+        raise ValueError(f"expected printable text, got {value!r:.40}")
     return value
 
 
@@ -41,23 +41,23 @@ def integer(value: object, limit: int = 1 << 64) -> int:
             number = None
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < limit:
         raise ValueError(
-            f"got {value!r:.40}, needed a number below {limit:#x}, hexadecimal as text"
+            f"expected a number below {limit:#x}, hexadecimal as text, got {value!r:.40}"
         )
     return number
 
 
 def _items(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"got {value!r:.40}, needed a list")
+        raise ValueError(f"expected a list, got {value!r:.40}")
     return value
 
 
 def _table(value: object, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"got {value!r:.40}, needed a table")
+        raise ValueError(f"expected a table, got {value!r:.40}")
     unknown = sorted(value.keys() - set(known))
     if unknown:
-        raise ValueError(f"got {unknown[0]!r:.40}, needed some of: {', '.join(known)}")
+        raise ValueError(f"expected only {', '.join(known)}, got {unknown[0]!r:.40}")
     return value
 
 
@@ -69,11 +69,11 @@ def _slot(value: object) -> Slot:
     table = _table(value, ("nr", "name", "size", "offset", *SLOT_FLAGS))
     nr = integer(table.get("nr"), 64)
     if table.get("name", name_of(nr)) != name_of(nr):
-        raise ValueError(f"got name {table['name']!r:.40}, needed {name_of(nr)} for nr {nr}")
+        raise ValueError(f"expected the name {name_of(nr)} for nr {nr}, got {table['name']!r:.40}")
     size, offset = integer(table.get("size"), 1 << 32), integer(table.get("offset", 0), 1 << 32)
     flags = [table.get(flag, False) for flag in SLOT_FLAGS]
     if not all(isinstance(flag, bool) for flag in flags):
-        raise ValueError(f"got {flags}, needed true or false for {', '.join(SLOT_FLAGS)}")
+        raise ValueError(f"expected true or false for {', '.join(SLOT_FLAGS)}, got {flags}")
     return Slot(nr, size, offset, *flags)
 
 
@@ -185,7 +185,7 @@ def from_dict(data: object, path: str = "host", where: str = "host") -> Host:
     try:
         table = _table(data, FIELDS)
         if "name" not in table:
-            raise ValueError("got no name, needed one")
+            raise ValueError("expected a name, got none")
         values = {}
         for name, value in table.items():
             at = f"{where}.{name}"
@@ -200,7 +200,7 @@ def from_dict(data: object, path: str = "host", where: str = "host") -> Host:
 def parse_json(document: object, path: str) -> dict[str, Any]:
     """Return a JSON value that is an object. Raises FormatError if it is another."""
     if not isinstance(document, dict):
-        raise FormatError(path, None, f"found {document!r:.40}, needed a JSON object")
+        raise FormatError(path, None, f"expected a JSON object, found {document!r:.40}")
     return document
 
 
@@ -235,10 +235,10 @@ def hosts_of(document: dict[str, Any], path: str) -> list[Host]:
     """
     if document.get("schema") != SCHEMA:
         found = document.get("schema")
-        raise FormatError(path, None, f"found schema {found!r:.40}, needed {SCHEMA!r}")
+        raise FormatError(path, None, f"expected schema {SCHEMA!r}, found {found!r:.40}")
     hosts = document.get("hosts")
     if not isinstance(hosts, list) or not hosts:
-        raise FormatError(path, None, "found no list of hosts, needed one with a host in it")
+        raise FormatError(path, None, "expected a list with a host in it, found none")
     return [from_dict(host, path, f"hosts[{i}]") for i, host in enumerate(hosts)]
 
 

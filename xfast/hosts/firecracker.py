@@ -32,7 +32,7 @@ class Modifier(NamedTuple):
 
 def _hexadecimal(value: object) -> int:
     if not isinstance(value, str):
-        raise ValueError(f"got {value!r:.40}, needed hexadecimal text")
+        raise ValueError(f"expected hexadecimal text, got {value!r:.40}")
     return integer(value, 1 << 32)
 
 
@@ -46,7 +46,7 @@ def read_modifiers(config: object, path: str) -> list[Modifier]:
             for item in row["modifiers"]:
                 bitmap = re.fullmatch(r"0b([01x]{32})", item["bitmap"])
                 if bitmap is None or item["register"] not in REGISTERS:
-                    raise ValueError(f"got {item!r:.80}, needed a register and 32 bits 0, 1 or x")
+                    raise ValueError(f"expected a register and 32 bits 0, 1 or x, got {item!r:.80}")
                 value = int(bitmap[1].replace("x", "0"), 2)
                 keep = int(bitmap[1].replace("1", "0").replace("x", "1"), 2)
                 modifiers.append(Modifier(leaf, subleaf, flags, item["register"], value, keep))

@@ -73,7 +73,7 @@ def read(text: str, name: str, path: str) -> Host:
             if tags == place.path and place.mode in ("", attributes.get("name")):
                 host = _of_cpu(found[i:], texts[i:], place, name, path)
                 return _emulated(host) if emulated else host
-    raise FormatError(path, None, f"found <{root:.40}>, needed {ROOTS} with a CPU in it")
+    raise FormatError(path, None, f"expected {ROOTS} with a CPU in it, found <{root:.40}>")
 
 
 def _emulated(host: Host) -> Host:
@@ -97,11 +97,11 @@ def _of_cpudata(found: list[Element], name: str, path: str) -> Host:
                 raise ValueError
         except ValueError:
             raise FormatError(
-                path, None, f"XML: got {attributes!r:.100}, needed numbers of 32 bits"
+                path, None, f"XML: expected numbers of 32 bits, got {attributes!r:.100}"
             ) from None
         rows[leaf, subleaf] = registers
     if not rows:
-        raise FormatError(path, None, "found <cpudata>, needed <cpudata> with <cpuid> rows")
+        raise FormatError(path, None, "expected <cpudata> with <cpuid> rows, found none of them")
     return from_cpuid(Cpuid.from_rows(rows), name, path)
 
 

@@ -98,7 +98,7 @@ _TOML = re.compile(r"^[ \t]{0,40}schema[ \t]{0,40}=", re.MULTILINE)
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"got {word}, needed numbers that end")
+    raise ValueError(f"expected a finite number, got {word}")
 
 
 class Reader(NamedTuple):
@@ -125,7 +125,7 @@ def _text_reader(
 def _refuse_template(document: Document) -> list[Host]:
     path = document.path
     raise FormatError(
-        path, None, f"found a CPU template, needed a host: apply it to one, HOST+{path}"
+        path, None, f"expected a host, found a CPU template; HOST+{path} applies it to one"
     )
 
 
@@ -241,8 +241,8 @@ def parse(data: bytes, path: str) -> list[Host]:
         return hosts_of(document.one(), path)
     if b"\0" in data and not document.text:
         found = data.index(b"\0")
-        raise FormatError(path, found, "found binary data, needed a struct kvm_cpuid2 or text")
+        raise FormatError(path, found, "expected a struct kvm_cpuid2 or text, found binary data")
     kinds = ", ".join(reader.title for reader in READERS)
     raise FormatError(
-        path, 0, f"found {document.text[:20]!r}, needed a host description: one of {kinds}"
+        path, 0, f"expected a host description (one of {kinds}), found {document.text[:20]!r}"
     )

@@ -51,7 +51,7 @@ def elements(text: str, path: str, texts: list[str] | None = None) -> list[Eleme
         pieces[open_tags[-1][1]].append(piece)
 
     def doctype(*_: object) -> None:
-        raise ValueError("got a DOCTYPE, needed a document without one")
+        raise ValueError("expected no DOCTYPE, got one")
 
     parser = expat.ParserCreate()
     parser.StartElementHandler = start

@@ -36,8 +36,8 @@ STORED = XFEATURE_MASK_FPSSE | AVX | XFEATURE_MASK_MPX | XFEATURE_MASK_AVX512 | 
 """The components for which CRIU's images have fields."""
 
 COMPARED = STORED & ~(SSE | BY_NAME["bndregs"].bit)
-"""The components of CRIU's xfeatures_mask (0xe5 where XCR0 is 0xe7): its mask of supervisor state
-holds HDC's number, 10 there, in place of HDC's bit, and so takes SSE and BNDREGS away."""
+"""The components of CRIU's xfeatures_mask (0xe5 where XCR0 is 0xe7): CRIU's mask of supervisor
+state has HDC's number there, 10, where its bit belongs, and so removes SSE and BNDREGS."""
 
 SIZES = {"xsave_size": "xsave size", "xsave_size_max": "xsave max size"}
 """Fields of cpuinfo.img that level fpu compares, CPUID leaf 0xD's EBX and ECX, in CRIU's words."""

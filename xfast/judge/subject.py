@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from xfast.snapshots.model import CpuInfo, Snapshot, Stack, Vcpu
-from xfast.xsave.area import ALL, Groups, facts
+from xfast.xsave.area import ALL, facts
 from xfast.xsave.cpuid import RUNTIME_FEATURES, Cpuid
 from xfast.xsave.features import (
     PKRU,
@@ -219,18 +219,14 @@ def subject_of(snapshot: Snapshot) -> Subject:
 
 def _parts(stack: Stack, kind: str, producer: str) -> tuple[Part, ...]:
     """Return a part for each State in a stack, in the order in which they first occur."""
-    parts = []
-    for i, vcpu in enumerate(stack.kinds):
-        groups = Groups(vcpu.layout or NO_LAYOUT)
-        first: list[int] = []  # the row of the stack that showed each class first
-        for rows, areas in stack.runs(i):
-            index = groups.add(areas)
-            for new in range(len(first), len(groups.classes)):
-                first.append(int(rows[(index == new).argmax()]))
-        for row, found in zip(first, groups.classes.tolist(), strict=True):
-            state = _state(vcpu, kind, producer, stack.areas.shape[1], found)
-            parts.append(Part(state, row, found[-1]))
-    return tuple(sorted(parts, key=lambda part: part.vcpu))
+    return tuple(
+        Part(
+            _state(stack.kinds[one.kind], kind, producer, stack.size, one.facts),
+            one.first,
+            one.alike,
+        )
+        for one in stack.classes
+    )
 
 
 def _machine(threads: Sequence[Vcpu]) -> Machine:

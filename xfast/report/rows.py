@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from xfast.errors import XfastError, escape, printable
 from xfast.judge.verdict import Verdict
 from xfast.report.tally import Problem, Tally
-from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.xsave.area import classify, headers
 from xfast.xsave.features import bits, name_of
 from xfast.xsave.layout import Layout, recognise
@@ -88,7 +88,10 @@ def snapshot_as_json(snapshot: Snapshot, *, registers: bool = True) -> dict[str,
         "kind": snapshot.kind,
         "producer": snapshot.producer,
         "container": list(snapshot.container),
-        "vcpus": [vcpu_as_json(vcpu, registers=registers) for vcpu in snapshot.vcpus],
+        "vcpus": [
+            vcpu_as_json(vcpu, registers=registers) | ({"count": alike} if alike > 1 else {})
+            for vcpu, alike in classes_of(snapshot.vcpus)
+        ],
     }
 
 
@@ -98,14 +101,14 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
     by = f", written by {snapshot.producer}" if snapshot.producer else ""
     out.print(f"{escape(snapshot.name)}: {snapshot.format}{wrapped}{by}", style="bold")
     whose = "thread" if snapshot.kind == "process" else "vCPU"
-    for vcpu in snapshot.vcpus:
+    for vcpu, alike in classes_of(snapshot.vcpus):
         answer = vcpu_as_json(vcpu, registers=registers)
         note = f": {vcpu.layout_note}" if vcpu.layout_note else ""
         optional = "".join(f"  {n} {answer[n]}" for n in ("xss", "xfd") if answer[n] is not None)
         out.print(
             f"  {whose} {vcpu.index}  xcr0 {answer['xcr0'] or 'unknown'}  xstate_bv "
             f"{answer['xstate_bv']}{optional}  layout {answer['layout']} "
-            f"({vcpu.layout_source}{note})"
+            f"({vcpu.layout_source}{note})" + (f"  and {alike - 1:,} alike" if alike > 1 else "")
         )
         for component in answer["components"]:
             out.print(f"    {component['nr']:>2} {component['name']:<10} {component['state']}")

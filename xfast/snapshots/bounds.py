@@ -31,7 +31,7 @@ BOUNDS = {
     "elfcore": Bound("elfcore:AREA_LIMIT", "elfcore:NOTE_LIMIT"),
     "minidump": Bound("minidump:AREA_LIMIT", "minidump:THREAD_LIMIT"),
     "criu": Bound("criu.reader:IMAGE_LIMIT", "criu.wire:FIELD_LIMIT"),
-    "cloud-hypervisor": Bound("cloud_hypervisor:SIZE_LIMIT", "cloud_hypervisor:TOKEN_LIMIT"),
+    "cloud-hypervisor": Bound("cloud_hypervisor:SIZE_LIMIT", "bytes.json_text:TOKEN_LIMIT"),
     "raw": Bound("raw:AREA_LIMIT", "raw:CPUID_LIMIT"),
     "firecracker": Bound("firecracker:SIZE_LIMIT", "firecracker:TABLE_LIMIT"),
     "crosvm": Bound("crosvm:SIZE_LIMIT", "crosvm:ITEM_LIMIT", "crosvm:DEPTH_LIMIT"),

@@ -18,17 +18,19 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from json.decoder import JSONDecoder
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import files
 from xfast.errors import FormatError, LayoutError, XfastError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer, raw
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.folder import Folder
+from xfast.snapshots.bytes.json_text import DECODER, SHOWN, Span, Text
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept, misnumbered
 from xfast.xsave.cpuid import Cpuid, Entry
@@ -42,15 +44,8 @@ MEMORY = "memory-ranges"
 CONFIG_LIMIT = 1 << 20
 
 SIZE_LIMIT = 32 << 20
-STATE_LIMIT = 1 << 20
-"""A vCPU takes some 15 KB (30 KB with AMX), four times that in arrays of bytes: 254, the most that
-a machine has, 30 MB."""
-TOKEN_LIMIT = 1 << 18
-"""Brackets, braces and strings in a text: a vCPU has some 300 brackets and 1,500 strings, which
-count in the vCPU's own text only."""
-ESCAPE_LIMIT = 1 << 16
-SHOWN = 40
-"""Characters of a key that an error shows."""
+CPUID_TEXT_LIMIT = 1 << 15
+"""Characters of a CPUID that is kept for others which are the same: 256 entries take as many."""
 
 FPU = {
     "fcw": (X87, 0, "<u2", 1, FCW_INIT),
@@ -67,183 +62,6 @@ FPU = {
 numbers, and the value where none of the components is there."""
 
 NUMBER = re.compile(r"-?\d+")
-ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u....|.)")
-STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-SCALAR = re.compile(r"[-+.\w]+")
-NEXT = re.compile(r'[^"\[\]{}]*+(["\[\]{}])')
-SPACE = re.compile(r"[ \t\r\n]*")
-BYTES = re.compile(r"\[[\d,\s]*\]")
-DECODER = JSONDecoder()
-
-Span = tuple[int, int]
-"""Where a value lies in a text: its start and its end."""
-
-
-class Text(NamedTuple):
-    """JSON text within the file, and how to put a change of it into the file.
-
-    `starts` and `shifts` are, for a string, the places behind each escape in the text and how
-    much further along they lie in the file; `numbers`, for an array of bytes, is where each lies:
-    start and end. Where a value ends is found without building it, and nothing is kept of each
-    number but its place: a list costs ten times its text.
-    """
-
-    path: str
-    text: str
-    base: int = 0
-    starts: NDArray[np.int64] | None = None
-    shifts: NDArray[np.int64] | None = None
-    numbers: NDArray[np.int32] | None = None
-
-    def at(self, offset: int) -> int:
-        """Return where a character lies in the file (bytes)."""
-        if self.numbers is not None:
-            return self.base + int(self.numbers[offset][0])
-        if self.starts is None or self.shifts is None:
-            return self.base + offset
-        passed = int(np.searchsorted(self.starts, offset, "right"))
-        return self.base + offset + (int(self.shifts[passed - 1]) if passed else 0)
-
-    def span(self, span: Span) -> Span:
-        """Return offset and length in the file of what lies at `span`."""
-        start = self.at(span[0])
-        if self.numbers is not None:
-            return start, self.base + int(self.numbers[span[1] - 1][1]) - start
-        return start, self.at(span[1] - 1) + 1 - start
-
-    def splice(self, source: Source, span: Span, new: str, field: str) -> Splice:
-        """Return the edit that replaces what lies at `span`: digits by digits."""
-        offset, length = self.span(span)
-        data = new if self.numbers is None else ",".join(str(ord(c)) for c in new)
-        return Splice(offset, source.read(offset, length), data.encode(), field)
-
-    def error(self, offset: int, message: str) -> FormatError:
-        """Return a FormatError that names the place in the file."""
-        inside = 0 <= offset < len(self.text)
-        return FormatError(self.path, self.at(offset) if inside else None, message)
-
-    def value(self, start: int) -> tuple[Any, int]:
-        """Return the value that starts at `start`, and its end."""
-        try:
-            return DECODER.raw_decode(self.text, start)
-        except (ValueError, RecursionError) as problem:
-            where = getattr(problem, "pos", start)
-            reason = getattr(problem, "msg", problem)
-            raise self.error(where, f"found damaged JSON: {reason}") from None
-
-    def checked(self) -> Text:
-        """Return this text, if it has no more tokens than what it should hold needs.
-
-        Raises
-        ------
-        FormatError
-            If it has more.
-        """
-        strings = self.text.count('"') - self.text.count('\\"')
-        tokens = self.text.count("[") + self.text.count("{") + strings // 2
-        if tokens > TOKEN_LIMIT:
-            raise self.error(0, f"found {tokens} lists, objects and strings, over {TOKEN_LIMIT}")
-        return self
-
-    def end(self, start: int) -> int:
-        """Return where the value that starts at `start` ends."""
-        first = self.text[start : start + 1]
-        if first == '"':
-            match = STRING.match(self.text, start)
-        elif first not in ("[", "{"):
-            match = SCALAR.match(self.text, start)
-        else:
-            return self._closed(start)
-        if match is None:
-            raise self.error(start, "found damaged JSON, needed a value")
-        return match.end()
-
-    def _closed(self, start: int) -> int:
-        """Return where the list or object at `start` ends, over all that is in it."""
-        position, depth = start, 0
-        while match := NEXT.match(self.text, position):
-            position = match.end()
-            token = match[1]
-            if token == '"':
-                position = self.end(position - 1)
-            elif token in "[{":
-                depth += 1
-            else:
-                depth -= 1
-                if not depth:
-                    return position
-        raise self.error(start, "found damaged JSON: a list or object has no end")
-
-    def members(self, start: int) -> dict[str, Span]:
-        """Return where each member's value lies of the object at `start`."""
-        found: dict[str, Span] = {}
-        position = self._skip(start)
-        if self.text[position : position + 1] != "{":
-            raise self.error(position, "found another value, needed an object {...}")
-        position = self._skip(position + 1)
-        while self.text[position : position + 1] == '"':
-            key, position = self.value(position)
-            position = self._skip(position)
-            if self.text[position : position + 1] != ":":
-                raise self.error(position, "found a key without a value")
-            begin = self._skip(position + 1)
-            position = self.end(begin)
-            if key in found:
-                raise self.error(begin, f"found {key[:SHOWN]!r} twice, needed it once")
-            found[key] = (begin, position)
-            position = self._skip(position)
-            if self.text[position : position + 1] == ",":
-                position = self._skip(position + 1)
-        if self.text[position : position + 1] != "}":
-            raise self.error(position, "found damaged JSON, needed a key or }")
-        return found
-
-    def _skip(self, position: int) -> int:
-        match = SPACE.match(self.text, position)
-        return match.end() if match else position
-
-    def inner(self, span: Span) -> Text:
-        """Return the JSON text that the string, array of bytes or section at `span` holds."""
-        for _ in range(4):
-            if self.text[span[0]] != "{":
-                break
-            members = self.members(span[0])
-            wanted = [members[k] for k in ("state", "snapshot") if k in members]
-            span = next(iter(wanted or members.values()), (-1, -1))
-            if span[0] < 0:
-                break
-        whole = self.text[slice(*span)]
-        if whole.startswith('"'):
-            return self._string(whole, span[0])
-        if whole.startswith("["):
-            return self._bytes(whole, span[0])
-        raise self.error(span[0], "found no state of a vCPU, needed JSON text")
-
-    def _string(self, whole: str, start: int) -> Text:
-        """Return the text in the string at `start`."""
-        escapes = whole.count("\\")
-        if len(whole) > STATE_LIMIT or escapes > 2 * ESCAPE_LIMIT:
-            raise self.error(start, f"found a state of {len(whole)} bytes, over the limits")
-        text, _ = self.value(start)
-        lengths, ends = [], []
-        for escape in ESCAPE.finditer(whole, 1):
-            lengths.append(escape.end() - escape.start() - 1)
-            ends.append(escape.end() - 1)
-        shifts = np.cumsum(np.array(lengths, np.int64))
-        return Text(self.path, text, start + 1, np.array(ends, np.int64) - shifts, shifts)
-
-    def _bytes(self, whole: str, start: int) -> Text:
-        """Return the text in the array of bytes at `start`."""
-        if whole.count(",") >= STATE_LIMIT:
-            raise self.error(start, f"found an array of over {STATE_LIMIT} bytes")
-        values = self.value(start)[0] if BYTES.fullmatch(whole) else []
-        if not values or max(values) > 255:
-            raise self.error(start, "found an array, needed one of bytes")
-        codes = np.frombuffer(whole.encode("latin-1"), np.uint8)
-        digits = (codes >= 48) & (codes <= 57)
-        edges = np.flatnonzero(np.diff(digits.astype(np.int8)))
-        numbers = (edges.reshape(-1, 2) + 1).astype(np.int32)
-        return Text(self.path, bytes(values).decode("latin-1"), start, numbers=numbers)
 
 
 @dataclass(frozen=True)
@@ -266,6 +84,14 @@ class Origin:
         if self.whole:
             found["fpu"] = self.text.span(self.whole)
         return found
+
+    def area(self) -> NDArray[np.uint8]:
+        """Return the XSAVE area."""
+        parts = [
+            _array(self.text, span, None if i else KVM_XSAVE_SIZE // 4, 1 << 32)
+            for i, span in enumerate(self.xsave)
+        ]
+        return np.concatenate(parts).astype("<u4").view(np.uint8)
 
     def words(self) -> tuple[NDArray[np.uint8], list[Span]]:
         """Return the XSAVE area, and where each of its u32 lies."""
@@ -393,13 +219,11 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
 def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) -> Vcpu:
     fpu = _fpu(text, state) if "fpu" in state else {}
     origin = Origin(text, _xsave(text, state), fpu, state.get("fpu"))
-    area = origin.words()[0]
-    value = {
-        k: text.value(state[k][0])[0] for k in ("cpuid", "msrs", "xcrs", "sregs") if k in state
-    }
+    area = origin.area()
+    value = {k: _value(text, state[k]) for k in ("xcrs", "sregs") if k in state}
     try:
-        cpuid = _cpuid(value.get("cpuid"))
-        msrs = {row["index"]: row["data"] for row in _rows(value.get("msrs"), ("index", "data"))}
+        cpuid = _cpuid(text, state["cpuid"]) if "cpuid" in state else None
+        msrs = _msrs(text, state["msrs"]) if "msrs" in state else {}
         xcr0 = _xcr0(value.get("xcrs"))
         place = infer.place(area, given=given, cpuid=cpuid, mask=xcr0 or 0)
         cr4 = _cr4(value.get("sregs"))
@@ -449,6 +273,47 @@ def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[lis
     return values, spans
 
 
+def _array(text: Text, span: Span, count: int | None, limit: int) -> NDArray[np.uint64]:
+    """Return the numbers of a value as `_numbers` does, and not where they lie."""
+    room = count or min(raw.AREA_LIMIT // 4, span[1] - span[0])
+    values = np.empty(room, np.uint64)
+    found = files.numbers(text.text, *span, limit, values)
+    if found < 0 or (count is not None and found != count):
+        return np.array(_numbers(text, span, count, limit)[0], np.uint64)
+    return values[:found]
+
+
+def _value(text: Text, span: Span) -> Any:
+    """Return the value at `span`; a list of bytes as bytes."""
+    data = files.byte_list(text.text, *span)
+    return text.value(span[0])[0] if data is None else data
+
+
+def _msrs(text: Text, span: Span) -> dict[int, int]:
+    """Return the MSRs in the list at `span`: {index: value}."""
+    fields = "index", "data"
+    rows = files.records(text.text, *span, fields)
+    if rows is not None:
+        return {row[0]: row[1] for row in rows}
+    value = text.value(span[0])[0]
+    return {row["index"]: row["data"] for row in _rows(value, fields)}
+
+
+def _cpuid(text: Text, span: Span) -> Cpuid | None:
+    """Return the CPUID at `span`: what vCPUs of a fleet share, and keep one copy of."""
+    if span[1] - span[0] <= CPUID_TEXT_LIMIT:
+        try:
+            return _cpuid_in(text.text[slice(*span)])
+        except (ValueError, RecursionError):
+            pass  # the slow way says where
+    return _cpuid_of(text.value(span[0])[0])
+
+
+@lru_cache(maxsize=128)
+def _cpuid_in(text: str) -> Cpuid | None:
+    return _cpuid_of(DECODER.raw_decode(text)[0])
+
+
 def _xsave(text: Text, state: dict[str, Span]) -> tuple[Span, ...]:
     """Return where the lists lie that make up the XSAVE area."""
     xsave = text.members(state["xsave"][0]) if "xsave" in state else {}
@@ -479,7 +344,7 @@ def _is_u64(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 64
 
 
-def _cpuid(value: Any) -> Cpuid | None:
+def _cpuid_of(value: Any) -> Cpuid | None:
     fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
     rows = [[row[f] for f in fields] for row in _rows(value, fields)]
     if any(number >> 32 for row in rows for number in row):
@@ -503,6 +368,8 @@ def _cr4(value: Any) -> int | None:
 
 
 def _bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v < 256 for v in value):
         raise ValueError(f"found {str(value)[:60]}, needed an array of bytes")
     return bytes(value)
@@ -517,7 +384,9 @@ def _fpu(text: Text, state: dict[str, Span]) -> dict[str, Span]:
 def _held(text: Text, span: Span, name: str) -> list[int]:
     """Return the numbers of one field of the fpu object."""
     _, _, dtype, count, _ = FPU[name]
-    return _numbers(text, span, count, 1 << 8 * np.dtype(dtype).itemsize)[0]
+    limit = 1 << 8 * np.dtype(dtype).itemsize
+    found: list[int] = _array(text, span, count, min(limit, (1 << 64) - 1)).tolist()
+    return found
 
 
 def _fpu_value(area: NDArray[np.uint8], name: str) -> list[int]:

@@ -37,7 +37,9 @@ class Difference:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def compare(one: Sequence[Snapshot], two: Sequence[Snapshot]) -> list[Difference]:
+def compare(
+    one: Sequence[Snapshot], two: Sequence[Snapshot], *, values_only: bool = False
+) -> list[Difference]:
     """Compare the extended state of two files by value.
 
     Layouts, formats and containers take no part. Where a component is absent here and holds its
@@ -48,6 +50,8 @@ def compare(one: Sequence[Snapshot], two: Sequence[Snapshot]) -> list[Difference
     one, two : sequence of Snapshot
         As `xfast.read` returns them; compared in their order, vCPUs by number, and vCPUs with
         threads by position.
+    values_only : bool
+        Take an absent component for one that holds its init value, as a restore does.
 
     Returns
     -------
@@ -64,14 +68,14 @@ def compare(one: Sequence[Snapshot], two: Sequence[Snapshot]) -> list[Difference
             theirs = dict(zip(ours, second.vcpus, strict=False))
         for index in sorted(ours.keys() | theirs.keys()):
             if index in ours and index in theirs:
-                found += _vcpus(ours[index], theirs[index])
+                found += _vcpus(ours[index], theirs[index], values_only)
             else:
                 sides = ("present" if index in side else "absent" for side in (ours, theirs))
                 found.append(Difference(index, "", "vcpu", *sides))
     return found
 
 
-def _vcpus(one: Vcpu, two: Vcpu) -> Iterator[Difference]:
+def _vcpus(one: Vcpu, two: Vcpu, values_only: bool) -> Iterator[Difference]:
     for name in CONTROL:
         values = getattr(one, name), getattr(two, name)
         if None not in values and values[0] != values[1]:
@@ -96,6 +100,8 @@ def _vcpus(one: Vcpu, two: Vcpu) -> Iterator[Difference]:
             and _number(sides[0], name) != _number(sides[1], name)
         ]
         yield from rows or [Difference(one.index, name_of(nr), "", "other bytes", "other bytes")]
+    if values_only:
+        return
     classes = classify(one.area, layouts[0]), classify(two.area, layouts[1])
     for nr in bits((classes[0].xstate_bv ^ classes[1].xstate_bv) & ~differing & ~unplaced):
         yield Difference(one.index, name_of(nr), "", *(side.state(nr) for side in classes))

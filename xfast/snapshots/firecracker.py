@@ -15,12 +15,13 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import files
 from xfast.errors import FormatError, LayoutError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer, raw
@@ -44,21 +45,14 @@ SNIFF_LIMIT = 1 << 20
 MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1.13 or 1.14"}
 """Snapshot versions that are read, and the releases that write them."""
 
-POLYNOMIAL = 0x95AC_9329_AC4B_C9B5
-"""CRC-64/Jones, reflected."""
-
 XCRS = struct.pack("<QI", 392, 1)
 """A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
 XCRS_SIZE = 8 + 392
 XSAVE2_SIZE = 8 + KVM_XSAVE_SIZE
 
-TABLE = struct.Struct("<QIIQ")
-"""What precedes a list of KVM structures: the header's length (8), their number, padding, and
-their number again; then each behind its own length."""
-TABLE_START = struct.pack("<Q", 8)
 TABLE_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the kernel takes no longer list."""
-MSR = struct.Struct("<IIQ")
+MSR = np.dtype([("length", "<u8"), ("index", "<u4"), ("reserved", "<u4"), ("data", "<u8")])
 
 SREGS_BEFORE_XCRS = 8 + 64 + 8 + 312
 """vcpu_events and sregs precede xcrs, each behind its length."""
@@ -92,27 +86,12 @@ class Origin:
         return {"area": self.area, "extra": self.extra}
 
 
-@cache
-def _table() -> tuple[int, ...]:
-    """Return the CRC of every byte."""
-    table = []
-    for crc in range(256):
-        for _ in range(8):
-            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
-        table.append(crc)
-    return tuple(table)
-
-
 def crc64(data: bytes) -> int:
     """Return the CRC-64/Jones of `data`; that of data with its own CRC behind it is 0.
 
     *Source*: Firecracker src/vmm/src/snapshot/crc.rs; the crate crc64.
     """
-    table = _table()
-    crc = 0
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc
+    return files.crc64(data)
 
 
 def sniff(source: Source) -> bool:
@@ -183,8 +162,8 @@ def read(
 
 def _doubts(data: bytes, hits: list[Hit]) -> tuple[str, ...]:
     """Compare the number of vCPUs with that of their vector: it precedes the first one's CPUID."""
-    tables = _tables(data, 0, hits[0].xcrs, ENTRY)
-    told = next((_u64(data, max(at - 8, 0)) for at, _ in tables), None)
+    tables = files.tables(data, 0, hits[0].xcrs, ENTRY.size, TABLE_LIMIT)
+    told = next((_u64(data, max(at - 8, 0)) for at, _, _ in tables), None)
     if told == len(hits):
         return ()
     shown = f"{told} vCPUs, as the file counts them" if told is not None else "a CPUID of vCPU 0"
@@ -297,38 +276,28 @@ def _area(data: bytes, hit: Hit) -> bytes:
     return data[hit.area : hit.area + KVM_XSAVE_SIZE] + extra
 
 
-def _tables(
-    data: bytes, start: int, end: int, entry: struct.Struct
-) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """Yield where every list of KVM structures between `start` and `end` begins, and its rows."""
-    step = 8 + entry.size
-    at = data.find(TABLE_START, start, end)
-    while 0 <= at <= end - TABLE.size:
-        _, count, padding, again = TABLE.unpack_from(data, at)
-        first = at + TABLE.size
-        places = range(first, first + count * step, step)
-        if (
-            0 < count == again <= TABLE_LIMIT
-            and not padding
-            and places.stop <= end
-            and all(_u64(data, place) == entry.size for place in places)
-        ):
-            yield at, [entry.unpack_from(data, place + 8) for place in places]
-            at = places.stop - 1
-        at = data.find(TABLE_START, at + 1, end)
-
-
 def _cpuid(data: bytes, hit: Hit) -> Cpuid | None:
     """Return the CPUID that was saved with a vCPU, or None."""
-    for _, rows in _tables(data, hit.start, hit.xcrs, ENTRY):
-        return Cpuid(tuple(Entry(*row) for row in rows))
+    for _, first, end in files.tables(data, hit.start, hit.xcrs, ENTRY.size, TABLE_LIMIT):
+        return _cpuid_of(data[first:end])
     return None
+
+
+@lru_cache(maxsize=256)
+def _cpuid_of(rows: bytes) -> Cpuid:
+    """Return the CPUID in a table's rows: what vCPUs of a fleet share, and keep one copy of."""
+    step = 8 + ENTRY.size
+    places = range(8, len(rows), step)
+    return Cpuid(tuple(Entry(*ENTRY.unpack_from(rows, place)) for place in places))
 
 
 def _msrs(data: bytes, hit: Hit) -> dict[int, int]:
     """Return the MSRs that were saved with a vCPU: {index: value}."""
-    tables = _tables(data, hit.start, hit.xcrs, MSR)
-    return {index: value for _, rows in tables for index, _, value in rows}
+    found: dict[int, int] = {}
+    for _, first, end in files.tables(data, hit.start, hit.xcrs, MSR.itemsize - 8, TABLE_LIMIT):
+        table = np.frombuffer(data[first:end], MSR)
+        found.update(zip(table["index"].tolist(), table["data"].tolist(), strict=True))
+    return found
 
 
 def splices(

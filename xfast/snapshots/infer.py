@@ -54,16 +54,33 @@ class Place(NamedTuple):
 BY_BYTES = "where its bytes lie"
 
 
-def is_firm(place: Place) -> bool:
-    """Tell whether all areas with the same header, masks and vendor get this place.
+def asks_bytes(
+    area: NDArray[np.uint8],
+    *,
+    given: Layout | None = None,
+    cpuid: Cpuid | None = None,
+    mask: int = 0,
+) -> bool:
+    """Tell whether `place` asks the components' bytes, so that areas with equal headers may differ.
 
-    Where the components' bytes were asked, each area may get another.
+    The parameters are those of `place`.
     """
-    if place.source == "cpuid":
-        return not place.note
-    return place.source == "given" or (
-        place.note.startswith("from ") and BY_BYTES not in place.note
-    )
+    if given is not None:
+        return False
+    xstate_bv, xcomp_bv = header(area)
+    known, vendor = _told(cpuid)
+    if known.slots and not xstate_bv & ~known.mask:
+        return False
+    wanted = mask | software_mask(area) | xstate_bv | known.user_mask
+    names, _ = _left(area, wanted, None, known, vendor, by_bytes=False)
+    return len(_groups(names, wanted, bool(xcomp_bv & XCOMP_BV_COMPACTED))) != 1
+
+
+def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
+    """Return the layout that CPUID describes, and the beginning of its vendor's presets' names."""
+    if cpuid is None:
+        return Layout(()), ""
+    return cpuid.layout, VENDORS.get(cpuid.vendor or "", "")
 
 
 def header(area: NDArray[np.uint8]) -> tuple[int, int]:
@@ -138,8 +155,7 @@ def place(
     if given is not None:
         return Place(given, "given")
     xstate_bv, _ = header(area)
-    known = cpuid.layout if cpuid else Layout(())
-    vendor = VENDORS.get(cpuid.vendor or "", "") if cpuid else ""
+    known, vendor = _told(cpuid)
     if known.slots and not xstate_bv & ~known.mask:
         return Place(known, "cpuid")
     wanted = mask | software_mask(area) | xstate_bv | known.user_mask
@@ -234,7 +250,12 @@ def infer(
 
 
 def _left(
-    area: NDArray[np.uint8], mask: int, size: int | None, agrees: Layout | None, vendor: str
+    area: NDArray[np.uint8],
+    mask: int,
+    size: int | None,
+    agrees: Layout | None,
+    vendor: str,
+    by_bytes: bool = True,
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return the presets that can have produced an area, and the evidence against the others."""
     compacted = bool(header(area)[1] & XCOMP_BV_COMPACTED)
@@ -244,7 +265,7 @@ def _left(
         if agrees is None or not PRESETS[name].moved(agrees, mask)
     )
     evidence = [f"{size} bytes"] if size and not compacted else []
-    for clue, fits in _clues(area, mask, vendor, compacted):
+    for clue, fits in _clues(area, mask, vendor, by_bytes and not compacted):
         if len(_groups(names, mask, compacted)) <= 1:
             break
         left = tuple(name for name in names if fits(name))
@@ -272,7 +293,7 @@ def _groups(names: tuple[str, ...], mask: int, compacted: bool) -> tuple[str, ..
 
 
 def _clues(
-    area: NDArray[np.uint8], mask: int, vendor: str, compacted: bool
+    area: NDArray[np.uint8], mask: int, vendor: str, by_bytes: bool
 ) -> list[tuple[str, Callable[[str], bool]]]:
     """Return what tells layouts apart, the firmest first: its name, and which presets fit."""
     (mxcsr_mask,) = struct.unpack_from("<I", area.data, MXCSR_MASK_OFFSET)
@@ -281,7 +302,7 @@ def _clues(
         ("CPUID's vendor", lambda name: name.startswith(vendor)),
         (f"MXCSR_MASK {mxcsr_mask:#x}", lambda name: name.startswith(maker)),
     ]
-    if not compacted:
+    if by_bytes:
         filled = np.flatnonzero(area[EXTENDED_OFFSET:]) + EXTENDED_OFFSET
         clues.append((BY_BYTES, lambda name: _explains(_layout(name, mask, name), filled)))
     return clues

@@ -206,38 +206,67 @@ def kept(holder: Vcpu | Snapshot, kind: type[Kept]) -> Kept:
     return holder.origin
 
 
-CHUNK = 16 << 20
-"""Bytes of areas that `runs` yields at most at a time."""
+class Areas(Protocol):
+    """Areas of one size: an array, or a file's, which are read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many there are, and the bytes of each."""
+
+    def __getitem__(self, row: int, /) -> NDArray[np.uint8]:
+        """Return one area."""
+
+
+class Class(NamedTuple):
+    """The rows of a stack that no judgement can tell apart.
+
+    `kind` is an index into the stack's kinds, `first` the row that showed the class first,
+    `alike` how many rows there are. `facts` are those of `xfast.xsave.area.FACTS`.
+    """
+
+    kind: int
+    first: int
+    alike: int
+    facts: tuple[int, ...]
 
 
 class Stack(Sequence[Vcpu]):
-    """The vCPUs of an array of areas.
+    """The vCPUs of very many areas, each made when it is asked for.
 
     Parameters
     ----------
-    areas : (n, size) uint8
+    areas : Areas
     kinds : sequence of Vcpu
         One for each sort of row: what the file tells of such a vCPU besides its area.
-    sort_of : (n,) unsigned, or None
-        Each row's index into `kinds`; None where there is one for all.
+    classes : sequence of Class
+        What is in the areas, in the order in which it first occurs.
+    sort_of : (n,) uint32
+        Each row's index into `kinds`.
     make : callable
         Returns the vCPU of a row from its kind, number and area.
     """
 
     def __init__(
         self,
-        areas: NDArray[np.uint8],
+        areas: Areas,
         kinds: Sequence[Vcpu],
-        sort_of: NDArray[np.uint8] | NDArray[np.uint32] | None,
+        classes: Sequence[Class],
+        sort_of: NDArray[np.uint32],
         make: Callable[[Vcpu, int, NDArray[np.uint8]], Vcpu],
     ) -> None:
         self.areas = areas
         self.kinds = tuple(kinds)
+        self.classes = tuple(classes)
         self.sort_of = sort_of
         self._make = make
 
     def __len__(self) -> int:
-        return len(self.areas)
+        return self.areas.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of an area."""
+        return self.areas.shape[1]
 
     @overload
     def __getitem__(self, index: int) -> Vcpu: ...
@@ -247,8 +276,7 @@ class Stack(Sequence[Vcpu]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
-        kind = self.kinds[0 if self.sort_of is None else int(self.sort_of[row])]
-        return self._make(kind, row, self.areas[row])
+        return self._make(self.kinds[self.sort_of[row]], row, self.areas[row])
 
     def __iter__(self) -> Iterator[Vcpu]:
         return (self[i] for i in range(len(self)))
@@ -260,19 +288,13 @@ class Stack(Sequence[Vcpu]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def runs(self, kind: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.uint8]]]:
-        """Yield the rows of one kind, a chunk at a time: their numbers, and their areas."""
-        step = max(1, CHUNK // self.areas.shape[1])
-        for start in range(0, len(self), step):
-            areas = self.areas[start : start + step]
-            rows = np.arange(start, start + len(areas))
-            if self.sort_of is not None:
-                mine = self.sort_of[start : start + step] == kind
-                if not mine.any():
-                    continue
-                if not mine.all():
-                    rows, areas = rows[mine], areas[mine]
-            yield rows, areas
+
+def classes_of(vcpus: Sequence[Vcpu]) -> Iterator[tuple[Vcpu, int]]:
+    """Yield a vCPU of each class of a stack and how many are like it; otherwise each vCPU, 1."""
+    if isinstance(vcpus, Stack):
+        yield from ((vcpus[one.first], one.alike) for one in vcpus.classes)
+    else:
+        yield from ((vcpu, 1) for vcpu in vcpus)
 
 
 class Splice(NamedTuple):

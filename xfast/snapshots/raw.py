@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -26,14 +26,14 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, LayoutError, PolicyError
-from xfast.snapshots import fxsave, infer
+from xfast.snapshots import fxsave, infer, sorts
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.entry import beside
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import Source, private_copy
+from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
-from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, MXCSR_MASK_AMD, TILEDATA
+from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout
 
 T = TypeVar("T")
@@ -55,12 +55,12 @@ PTRACE_SIZES = {EXTENDED_OFFSET} | {
 PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
+FEW = 8
+"""Areas up to which each is asked for its layout by itself: sorting them would take longer."""
 STACK_FROM = 256
 """Areas from which on a file is a stack, whose vCPUs are made when they are asked for."""
-ROWS_AT_ONCE = 2048
-MAP_FROM = 64 << 20
-"""Files from this size on (bytes) are mapped, not read: a map costs a file descriptor. The map is
-of a copy that has no name: of a file that others can cut off, it would end the run by SIGBUS."""
+READ_UP_TO = 64 << 20
+"""Files up to this size (bytes) are read; of larger ones the areas stay where they are."""
 
 
 class Beside(NamedTuple):
@@ -129,8 +129,13 @@ def cpuid_of(data: bytes) -> Cpuid:
             f"found {count} entries in {len(data)} bytes, needed 40 bytes each, "
             f"at most {CPUID_LIMIT}"
         )
-    rows = ENTRY.iter_unpack(data[8 : 8 + ENTRY.size * count])
-    return Cpuid(tuple(Entry(*row) for row in rows))
+    return _cpuid_in(data[8 : 8 + ENTRY.size * count])
+
+
+@lru_cache(maxsize=128)
+def _cpuid_in(entries: bytes) -> Cpuid:
+    """Return the CPUID of a list of entries: what areas of a fleet share, and keep one copy of."""
+    return Cpuid(tuple(Entry(*row) for row in ENTRY.iter_unpack(entries)))
 
 
 COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
@@ -147,7 +152,7 @@ def sniff(source: Source) -> bool:
     paged = source.size >= KVM_XSAVE_SIZE and not all(source.size % size for size in sizes)
     if not paged and source.size not in PTRACE_SIZES:
         return False
-    area = _bytes(source, 0, min(source.size, KVM_XSAVE_SIZE))
+    area = np.frombuffer(source.read(0, min(source.size, KVM_XSAVE_SIZE)), np.uint8)
     return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
 
 
@@ -190,7 +195,7 @@ def read(
 
 
 def _vcpus(
-    source: Source, areas: NDArray[np.uint8], start: int, layout: Layout | None, beside: Beside
+    source: Source, areas: sorts.Rows, start: int, layout: Layout | None, beside: Beside
 ) -> Sequence[Vcpu]:
     """Return the vCPUs of areas that lie at `start` and after; of many, a Stack."""
 
@@ -198,71 +203,36 @@ def _vcpus(
         origin = Origin((start + i * area.size, area.size))
         return replace(kind, index=i, area=area, origin=origin, facts={})
 
-    kinds: list[Vcpu] = []
-    sorts = _Sorts(source, start, layout, beside)
-    sort_of = np.empty(len(areas), np.uint32)
-    for i in range(0, len(areas), ROWS_AT_ONCE):
-        sorts.find(areas[i : i + ROWS_AT_ONCE], i, sort_of[i : i + ROWS_AT_ONCE])
-    for place in sorts.places:
-        kinds.append(
-            Vcpu(
-                index=0,
-                area=areas[0],
-                layout=place.layout,
-                layout_source=place.source,
-                layout_note=place.note,
-                xcr0=beside.xcr0,
-                cpuid=beside.cpuid,
-            )
+    def place(area: NDArray[np.uint8], row: int) -> tuple[infer.Place, bool]:
+        found = _place(source, start + row * area.size, area, layout, beside)
+        return found, infer.asks_bytes(
+            area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0
         )
-    stack = Stack(areas, kinds, sort_of if len(kinds) > 1 else None, make)
+
+    if len(areas) <= FEW:
+        step = areas.shape[1]
+        alone = [
+            _place(source, start + i * step, areas[i], layout, beside) for i in range(len(areas))
+        ]
+        kinds = {one: _kind(areas, one, beside) for one in alone}
+        return [make(kinds[one], i, areas[i]) for i, one in enumerate(alone)]
+    sort_of = np.zeros(len(areas), np.uint32)  # pages of zeros take no memory
+    places, classes = sorts.sort(areas, place, sort_of)
+    stack = Stack(areas, [_kind(areas, one, beside) for one in places], classes, sort_of, make)
     return stack if len(areas) >= STACK_FROM else list(stack)
 
 
-class _Sorts:
-    """The layouts of areas, found once for all that tell the same of theirs."""
-
-    def __init__(self, source: Source, start: int, layout: Layout | None, beside: Beside) -> None:
-        self.source, self.start, self.layout, self.beside = source, start, layout, beside
-        self.places: dict[infer.Place, int] = {}
-        self._known: dict[tuple[int, ...], int] = {}
-
-    def find(self, areas: NDArray[np.uint8], first: int, out: NDArray[np.uint32]) -> None:
-        """Put each area's index into `places` into `out`; the areas are `first` and after.
-
-        What tells: the header, the kernel's word of components, MXCSR_MASK, and whether the
-        control words can be a CPU's. Where that is not enough, the area's bytes are asked.
-        """
-        words = areas[:, 512:528].copy().view("<u8")
-        software = areas[:, infer.SOFTWARE_OFFSET :][:, :8].copy().view("<u8")[:, 0]
-        control = areas[:, 24:32].copy().view("<u4")
-        fcw = areas[:, :2].copy().view("<u2")[:, 0]
-        sound = (fcw & 0xE0C0 == 0x40) & (control[:, 0] & ~np.uint32(MXCSR_MASK_AMD) == 0)
-        empty = (fcw == 0) & (control[:, 0] == 0)
-        columns = words[:, 0], words[:, 1], software, control[:, 1], sound, empty
-        left = np.ones(len(areas), bool)
-        while left.any():
-            row = int(left.argmax())
-            tells = tuple(int(column[row]) for column in columns)
-            known = self._known.get(tells)
-            if known is None:
-                known, firm = self._place(areas, first, row)
-                if not firm:
-                    out[row] = known
-                    left[row] = False
-                    continue
-                self._known[tells] = known
-            same = left.copy()
-            for column, value in zip(columns, tells, strict=True):
-                same &= column == column.dtype.type(value)
-            out[same] = known
-            left &= ~same
-
-    def _place(self, areas: NDArray[np.uint8], first: int, row: int) -> tuple[int, bool]:
-        area = areas[row]
-        offset = self.start + (first + row) * area.size
-        place = _place(self.source, offset, area, self.layout, self.beside)
-        return self.places.setdefault(place, len(self.places)), infer.is_firm(place)
+def _kind(areas: sorts.Rows, found: infer.Place, beside: Beside) -> Vcpu:
+    """Return what all vCPUs have in common whose layout was found alike."""
+    return Vcpu(
+        index=0,
+        area=areas[0],
+        layout=found.layout,
+        layout_source=found.source,
+        layout_note=found.note,
+        xcr0=beside.xcr0,
+        cpuid=beside.cpuid,
+    )
 
 
 def _fxsave(source: Source) -> Snapshot:
@@ -318,13 +288,13 @@ def _has_npy_magic(source: Source) -> bool:
     return source.size >= 6 and source.read(0, 6) == NPY_MAGIC
 
 
-def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np.uint8], int]:
+def _plain(source: Source, size: int | None, beside: Beside) -> tuple[sorts.Rows, int]:
     whole = source.size
     if size is None:
         size = _area_size(source, beside)
         if whole in PADDED_SIZES and size == KVM_XSAVE_SIZE:
-            rest = _bytes(source, size, whole - size)
-            whole = whole if rest.any() else size
+            rest = source.read(size, whole - size)
+            whole = whole if any(rest) else size
     if not EXTENDED_OFFSET <= size <= AREA_LIMIT:
         raise FormatError(
             source.path, None, f"found areas of {size} bytes, needed {EXTENDED_OFFSET} to 1 MiB"
@@ -333,14 +303,14 @@ def _plain(source: Source, size: int | None, beside: Beside) -> tuple[NDArray[np
         raise FormatError(
             source.path, 0, f"found {source.size} bytes, needed a multiple of {size}; see --size"
         )
-    return _bytes(source, 0, whole).reshape(-1, size), 0
+    return _areas(source, 0, whole, size), 0
 
 
 def _area_size(source: Source, beside: Beside) -> int:
     """Return the size of an area (bytes) in a plain file, where nobody says it."""
     if source.size <= KVM_XSAVE_SIZE:
         return source.size if source.size in PTRACE_SIZES else KVM_XSAVE_SIZE
-    head = _bytes(source, 0, KVM_XSAVE_SIZE)
+    head = np.frombuffer(source.read(0, KVM_XSAVE_SIZE), np.uint8)
     mask = infer.header(head)[0] | infer.software_mask(head) | (beside.xcr0 or 0)
     if mask & TILEDATA:
         return next((size for size in XSAVE2_SIZES if not source.size % size), source.size)
@@ -348,7 +318,7 @@ def _area_size(source: Source, beside: Beside) -> int:
     return XSAVE2_SIZES[0] if unpaged else KVM_XSAVE_SIZE
 
 
-def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
+def _stack(source: Source) -> tuple[sorts.Rows, int]:
     """Read a .npy file: an (n, size) or (size,) array of uint8."""
     start = io.BytesIO(source.read(0, min(source.size, NPY_HEADER_LIMIT)))
     try:
@@ -374,16 +344,14 @@ def _stack(source: Source) -> tuple[NDArray[np.uint8], int]:
             offset,
             f"found {source.size - offset} bytes, needed {math.prod(shape)} for {shape}",
         )
-    return _bytes(source, offset, math.prod(shape)).reshape(-1, size), offset
+    return _areas(source, offset, math.prod(shape), size), offset
 
 
-def _bytes(source: Source, offset: int, length: int) -> NDArray[np.uint8]:
-    """Return part of a file: a copy, or where it is large a read-only map of a private one."""
-    if length <= MAP_FROM:
-        return np.frombuffer(source.read(offset, length), np.uint8)
-    with private_copy(source) as fd:
-        whole = mmap.mmap(fd, offset + length, access=mmap.ACCESS_READ)
-    return np.frombuffer(whole, np.uint8, length, offset)
+def _areas(source: Source, offset: int, length: int, size: int) -> sorts.Rows:
+    """Return the areas in part of a file: an array, or where that is large, its place."""
+    if length <= READ_UP_TO:
+        return np.frombuffer(source.read(offset, length), np.uint8).reshape(-1, size)
+    return sorts.FileRows(source, offset, length // size, size)
 
 
 def _beside(source: Source) -> Beside:
@@ -393,8 +361,8 @@ def _beside(source: Source) -> Beside:
 
 def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
     for path in companion_paths(source.path, suffix):
-        if source.path == "-" or not os.path.isfile(path):
-            continue
+        if source.path == "-" or not os.access(path, os.F_OK) or not os.path.isfile(path):
+            continue  # access raises no exception, which is most of what isfile costs
         with Source.open(path) as file:
             data = file.read(0, min(file.size, COMPANION_LIMIT))
         try:

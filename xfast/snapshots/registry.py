@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xfast.errors import FormatError, UnknownFormatError, XfastError
-from xfast.snapshots.bytes.entry import found, is_folder, opened_folder
+from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, DirectoryError, Source
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.xsave.layout import Layout, layout_of
@@ -100,9 +100,10 @@ def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folde
 
         with open(os.dup(0), "rb", buffering=0) as pipe:
             return from_pipe(name, cast(BinaryIO, pipe), expand_limit)
-    if not is_folder(name):
+    try:
         return Source.open(name, expand_limit=expand_limit)
-    folder = Folder.open(name, expand_limit=expand_limit)
+    except DirectoryError:
+        folder = Folder.open(name, expand_limit=expand_limit)
     _, file = _claimed(folder)
     return folder.file(file) if file else folder
 

@@ -258,6 +258,14 @@ def make_folder(path: str) -> None:
             raise XfastError(f"{path}: expected a directory, or a name that is free")
 
 
+def make_folders(path: str) -> None:
+    """Make a directory and those above it, as far as they are missing; see `make_folder`."""
+    head = os.path.dirname(path.rstrip("/"))
+    if head and not os.path.isdir(head):
+        make_folders(head)
+    make_folder(path)
+
+
 def same(one: os.stat_result | None, two: os.stat_result | None) -> bool:
     """Tell whether two statuses are of one file."""
     return one is not None and two is not None and os.path.samestat(one, two)

@@ -138,6 +138,28 @@ def safe_mode(original: os.stat_result | None) -> int:
     return have & SAFE_MODE & ~umask()
 
 
+def write_text(path: str, text: str, *, replace: bool = False) -> None:
+    """Write a file of its own: an answer that is kept instead of printed.
+
+    Raises
+    ------
+    XfastError
+        If it can't be written, if a symbolic link lies on the way, or if something stands there:
+        a regular file may be replaced, if that is asked for, and nothing else.
+    """
+    try:
+        folder, name = Directory.around(path)
+        with folder, Staged(folder, name) as staged:
+            status = folder.status(name)
+            if status is not None and not (replace and stat.S_ISREG(status.st_mode)):
+                raise XfastError(f"{path}: exists; expected a new name")
+            staged.file.write(text.encode("utf-8", "surrogateescape"))
+            staged.take_over(None)
+            staged.publish(replace=replace)
+    except OSError as problem:
+        raise XfastError(f"{path}: {problem.strerror}") from None
+
+
 def _remove_left_over(folder: Directory, name: str) -> bool:
     """Remove a temporary file, unless a process that lives has it locked; return whether."""
     fd = folder.open_file(name, os.O_RDWR)

@@ -226,7 +226,7 @@ def diff(one: Any, two: Any, layout: Layout | str, two_layout: Layout | str | No
     b, _ = rows_of(two, "two")
     differing = np.empty(len(a), "u8")
     if len(a) != len(b):
-        raise ValueError(f"two: got {len(b)} areas, needed {len(a)}, as many as one")
+        raise ValueError(f"two: expected {len(a)} areas, as many as one, got {len(b)}")
     tables = table_of(layout), table_of(two_layout or layout)
     spread(
         2 * a.size,

@@ -129,4 +129,4 @@ def parse_component(text: str) -> int:
     if digits.isdecimal() and int(digits) < 64:
         return int(digits)
     known = ", ".join(BY_NAME)
-    raise ValueError(f"component: got {text!r}, needed a number from 0 to 63 or one of: {known}")
+    raise ValueError(f"component: expected a number from 0 to 63 or one of {known}, got {text!r}")

@@ -67,19 +67,20 @@ class Layout:
         ends = [(slot.offset, slot.offset + slot.size, slot) for slot in self.slots if slot.offset]
         numbers = [slot.nr for slot in self.slots]
         if sorted(set(numbers)) != numbers:
-            raise LayoutError(f"layout: got components {numbers}, needed each once, ascending")
+            raise LayoutError(f"layout: expected components, each once, ascending, got {numbers}")
         for slot in self.slots:
             if not 2 <= slot.nr <= 62:
-                raise LayoutError(f"layout: got component {slot.nr}, needed 2 to 62")
+                raise LayoutError(f"layout: expected components 2 to 62, got {slot.nr}")
             if not 0 < slot.size <= COMPONENT_LIMIT or slot.offset > COMPONENT_LIMIT:
                 raise LayoutError(
-                    f"layout: component {slot.nr} ({name_of(slot.nr)}) has size {slot.size} and "
-                    f"offset {slot.offset}, needed 1 to {COMPONENT_LIMIT}"
+                    f"layout: expected a size of 1 to {COMPONENT_LIMIT} and an offset below, got "
+                    f"size {slot.size}, offset {slot.offset} of component {slot.nr} "
+                    f"({name_of(slot.nr)})"
                 )
             if slot.offset < EXTENDED_OFFSET and (slot.offset or not slot.supervisor):
                 raise LayoutError(
-                    f"layout: component {slot.nr} ({name_of(slot.nr)}) at offset {slot.offset}, "
-                    f"needed {EXTENDED_OFFSET} or more"
+                    f"layout: expected {EXTENDED_OFFSET} or more, got offset {slot.offset} of "
+                    f"component {slot.nr} ({name_of(slot.nr)})"
                 )
         ends.sort()
         for (_, end, one), (start, _, two) in combinations(ends, 2):
@@ -248,7 +249,7 @@ def from_note(desc: bytes, name: str = "NT_X86_XSAVE_LAYOUT") -> Layout:
     core files") (in v6.12).
     """
     if len(desc) % 16:
-        raise LayoutError(f"NT_X86_XSAVE_LAYOUT: got {len(desc)} bytes, needed a multiple of 16")
+        raise LayoutError(f"NT_X86_XSAVE_LAYOUT: expected a multiple of 16, got {len(desc)} bytes")
     slots = []
     for nr, size, offset, _ in struct.iter_unpack("<4I", desc):
         known = BY_NR.get(nr)

@@ -142,7 +142,7 @@ class Registers:
         formats = np.unique(head.xcomp_bv)
         if len(formats) > 1:
             raise ValueError(
-                f"areas: got {len(formats)} different XCOMP_BV, needed the same in every row"
+                f"areas: expected the same XCOMP_BV in every row, got {len(formats)} different ones"
             )
         self._offsets = {slot.nr: slot.offset for slot in layout.slots}
         self._mxcsr = 6
@@ -180,7 +180,7 @@ class Registers:
             register = REGISTERS[name]
         except KeyError:
             raise XfastError(
-                f"register: got {name!r}, needed one of gdb's names: {', '.join(REGISTERS)}"
+                f"register: expected one of gdb's names ({', '.join(REGISTERS)}), got {name!r}"
             ) from None
         present = self._present(register)
         if not present.all():
@@ -251,7 +251,7 @@ class Registers:
                 value = np.frombuffer(value.to_bytes(register.size, "little"), np.uint8)
             except OverflowError:
                 raise ValueError(
-                    f"{name}: got {value:#x}, needed 0 to 2**{8 * register.size} - 1"
+                    f"{name}: expected 0 to 2**{8 * register.size} - 1, got {value:#x}"
                 ) from None
         source = np.broadcast_to(np.asarray(value, np.uint8), (len(self._rows), register.size))
         start = 0

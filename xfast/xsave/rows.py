@@ -106,7 +106,7 @@ def empty(n: int, layout: Layout | str | int, *, zero: bool = True) -> Areas:
     if not isinstance(size, int):
         size = max(layout_of(size).standard_size(), KVM_XSAVE_SIZE)
     if n < 0 or size < 576:
-        raise ValueError(f"empty: got n={n}, size={size}, needed n >= 0 and size >= 576")
+        raise ValueError(f"empty: expected n >= 0 and size >= 576, got n={n}, size={size}")
     stride = -(-size // PAGE) * PAGE
     block = np.frombuffer(memoryview(memory.Block(max(n, 1) * stride, zero)), np.uint8)
     return block[: max(n, 1) * stride].reshape(-1, stride)[:n, :size]
@@ -125,14 +125,14 @@ def rows_of(areas: Any, name: str = "areas") -> tuple[Areas, bool]:
             areas = np.frombuffer(areas, np.uint8)
         except (TypeError, BufferError) as problem:
             raise ValueError(
-                f"{name}: got {type(areas).__name__}, needed areas: {problem}"
+                f"{name}: expected areas, got {type(areas).__name__}: {problem}"
             ) from None
     if areas.dtype != np.uint8:
-        raise ValueError(f"{name}: got dtype {areas.dtype}, needed uint8")
+        raise ValueError(f"{name}: expected dtype uint8, got {areas.dtype}")
     if areas.ndim == 1:
         return areas[np.newaxis], True
     if areas.ndim != 2:
-        raise ValueError(f"{name}: got {areas.ndim} dimensions, needed (n, size) or (size,)")
+        raise ValueError(f"{name}: expected (n, size) or (size,), got {areas.ndim} dimensions")
     return areas, False
 
 
@@ -145,7 +145,7 @@ def check_mask(mask: int, name: str = "mask") -> int:
         If it is negative or has bit 63 or above.
     """
     if not 0 <= mask <= ALL:
-        raise ValueError(f"{name}: got {mask:#x}, needed bits 0 to 62 only")
+        raise ValueError(f"{name}: expected bits 0 to 62 only, got {mask:#x}")
     return int(mask)
 
 
@@ -157,8 +157,9 @@ def spread(touched: int, run: Callable[..., int], *arrays: Any) -> int:
     int
         What `run`, called with the same part of each array (None stays None), returned; ored.
 
-    The calling thread takes the first part itself, and starts the others only for this batch:
-    against its length the start costs nothing, and nothing is left that a fork could break.
+    The calling thread takes the first part itself, and starts the others for this batch only. A
+    batch takes so long that starting them costs nothing, and no thread is left when the process
+    forks.
     """
     n = len(arrays[0])
     parts = _threads["most"] if touched >= _threads["above"] else 1

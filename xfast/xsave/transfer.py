@@ -71,7 +71,7 @@ def converter(
     fmt = 0 if xcomp_bv is None else check_mask(xcomp_bv & ALL, "xcomp_bv") | XCOMP_BV_COMPACTED
     if fmt & ~to.mask & ALL:
         raise LayoutError(
-            f"xcomp_bv: got {fmt:#x}, needed components of layout {to.name}: {to.mask:#x}"
+            f"xcomp_bv: expected components of layout {to.name} ({to.mask:#x}), got {fmt:#x}"
         )
     return convert.Converter(
         table_of(layout),
@@ -106,7 +106,7 @@ def _convert_rows(
     else:
         into, _ = rows_of(out, "out")
     if len(into) != len(rows):
-        raise ValueError(f"out: got {len(into)} areas, needed {len(rows)}, as many as areas")
+        raise ValueError(f"out: expected {len(rows)} areas, as many as areas has, got {len(into)}")
     values = None if pkru is None else np.full(len(rows), pkru, np.uint32)
     lost = np.zeros(len(rows), "u8")
     if spread(rows.size, how.convert, rows, into, lost, values) and not lossy:
@@ -336,7 +336,9 @@ def set_uabi(
     rows, single = rows_of(uabi, "uabi")
     images, _ = rows_of(into, "into")
     if len(images) != len(rows):
-        raise ValueError(f"into: got {len(images)} areas, needed {len(rows)}, as many as uabi")
+        raise ValueError(
+            f"into: expected {len(rows)} areas, as many as uabi has, got {len(images)}"
+        )
     how = merger(
         layout_of(layout),
         layout_of(into_layout or layout),

@@ -2,7 +2,7 @@
 
 A codec takes the compressed file, the mode ("rb" or "wb"), and for writing the first bytes of
 the file to be like and how many bytes there are to pack (None: not known). It keeps what the
-header tells: a check, a name, a time; how hard the packer tried is told nowhere.
+header holds: a check, a name, a time. The header does not say how hard the packer tried.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
 from xfast.snapshots.bytes.copying import copy_bytes, read_at, write_all
-from xfast.snapshots.bytes.entry import way_to
+from xfast.snapshots.bytes.entry import Entry, way_to
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
@@ -38,8 +38,15 @@ mebibyte of packed zeros would be expanded for ten seconds before it is found to
 JOURNAL = ".xfast-journal"
 """What the journal of an edit in place is called, behind the file's name."""
 
+PACKED = (libvirt.MAGIC, libvirt.MAGIC_PARTIAL, *MAGICS)
+"""What files begin with whose bytes are packed, or may be."""
+
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
+
+
+class DirectoryError(FormatError):
+    """Where a file was expected there is a directory."""
 
 
 class Source:
@@ -54,6 +61,8 @@ class Source:
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
+    status : stat_result, optional
+        The descriptor's, where it is known already.
 
     Attributes
     ----------
@@ -66,14 +75,20 @@ class Source:
     """
 
     def __init__(
-        self, path: str, fd: int, outer: Source | None = None, codec: str = "", body: int = 0
+        self,
+        path: str,
+        fd: int,
+        outer: Source | None = None,
+        codec: str = "",
+        body: int = 0,
+        status: os.stat_result | None = None,
     ) -> None:
         self.path = path
         self.fd = fd
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.status = os.fstat(fd)
+        self.status = status or os.fstat(fd)
         self.size = self.status.st_size
         if self.is_device:
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
@@ -109,9 +124,10 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
+        status = None
         if fd is None:
-            fd = _stdin(expand_limit) if name == "-" else _regular(name)
-        return cls(name, fd).expanded(expand_limit)
+            fd, status = (_stdin(expand_limit), None) if name == "-" else _regular(name)
+        return cls(name, fd, status=status).expanded(expand_limit)
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -419,26 +435,19 @@ class View(Source):
         self.source.patch(splices, fd)
 
 
-def _regular(name: str) -> int:
-    """Open a regular file or a block device; anything else might never end, or act when opened."""
+def _regular(name: str) -> tuple[int, os.stat_result]:
+    """Open a regular file or a block device; anything else might never end, or act when opened.
+
+    Raises
+    ------
+    DirectoryError
+        If it is a directory.
+    """
     try:
-        if os.path.lexists(name + JOURNAL):
-            raise FormatError(
-                name,
-                None,
-                f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
-                "xfast fix --in-place undoes it first",
-            )
+        if not isinstance(name, Entry):
+            return _opened(name, None, name, 0)
         with way_to(name) as (folder, last, flags):
-            _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
-            flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-            fd = os.open(last, flags, dir_fd=folder)
-        try:
-            _check_kind(name, os.fstat(fd).st_mode)  # it may be another one by now
-        except FormatError:
-            os.close(fd)
-            raise
-        return fd
+            return _opened(name, folder, last, flags)
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
             raise
@@ -446,14 +455,34 @@ def _regular(name: str) -> int:
         raise XfastError(f"{name}: can't be opened: {reason}") from None
 
 
+def _opened(name: str, folder: int | None, last: str, flags: int) -> tuple[int, os.stat_result]:
+    """Open `last` in a folder, after a look at what it is; see `way_to`."""
+    _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
+    if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
+        raise FormatError(
+            name,
+            None,
+            f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
+            "xfast fix --in-place undoes it first",
+        )
+    fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        status = os.fstat(fd)
+        _check_kind(name, status.st_mode)  # it may be another one by now
+    except FormatError:
+        os.close(fd)
+        raise
+    return fd, status
+
+
 def _check_kind(name: str, mode: int) -> None:
     """Raise FormatError unless a mode is that of a file or a block device."""
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         return
-    kind = "a character device, pipe or socket"
     if stat.S_ISDIR(mode):
-        kind = "a directory"
-    elif stat.S_ISLNK(mode):
+        raise DirectoryError(name, None, "found a directory, expected a file or a block device")
+    kind = "a character device, pipe or socket"
+    if stat.S_ISLNK(mode):
         kind = "a symbolic link, which is followed only where it is named"
     raise FormatError(name, None, f"found {kind}, expected a file or a block device")
 
@@ -468,10 +497,12 @@ def _stdin(limit: int) -> int:
 
 def _compression(source: Source) -> tuple[str, int]:
     """Return the codec and the offset of what is compressed in `source`, or ("", 0)."""
+    start = source.read(0, min(16, source.size))
+    if not start.startswith(PACKED):
+        return "", 0
     header = libvirt.header(source)
     if header:
         return (header.compression, header.body) if header.compression in CODECS else ("", 0)
-    start = source.read(0, min(6, source.size))
     return next((name for magic, name in MAGICS.items() if start.startswith(magic)), ""), 0
 
 

@@ -12,20 +12,23 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import files
 from xfast.errors import PolicyError
 from xfast.xsave import area as engine
 from xfast.xsave.features import BY_NAME, HEADER_OFFSET, XFEATURE_MASK_FPSSE, names_of
 from xfast.xsave.layout import preset
 
 INTEL = preset("intel")
-INDICES_LIMIT = 16
-"""Tables that a Shape keeps: one for each order of the x87 slots, and size."""
 _X87, _SSE = BY_NAME["x87"].nr, BY_NAME["sse"].nr
+
+
+Control: TypeAlias = "tuple[int, int, int, int | None, int | None]"
+"""XCR0, XSTATE_BV as a section has it, CR4, IA32_XSS and IA32_XFD."""
 
 
 class Form(NamedTuple):
@@ -121,6 +124,10 @@ class Shape:
         The components that there are bytes for.
     optional : list of (int, int, int)
         Component bit, start and end of those that come in subsections.
+    overlaps : bool
+        Whether there are MPX and APX, which share a place.
+    controls : (5, 2) int32
+        Where XCR0, XSTATE_BV, CR4, IA32_XSS and IA32_XFD lie; -1 for one that is not there.
     """
 
     def __init__(self, fixed: int, subsections: tuple[tuple[str, tuple[int, int]], ...]) -> None:
@@ -136,7 +143,18 @@ class Shape:
                 self.optional.append((1 << run.nr, place.start, place.stop))
         self.always = sum({1 << run.nr for run in runs if not run.zone.startswith("cpu/")})
         self._sizes: dict[int, int] = {}
-        self._indices: dict[tuple[int, int], NDArray[np.intp]] = {}
+        self._swaps: dict[int, NDArray[np.int32]] = {}
+        self.overlaps = {"cpu/mpx", "cpu/apx"} <= self.zones.keys()
+        xss, xfd = (self.zones.get(name, (-1, 0)) for name in ("cpu/xss", "cpu/msr_xfd"))
+        self.controls = np.array(
+            [
+                self.zones["xcr0"],
+                self.zones["xstate_bv"],
+                (self.form.cr4, struct.calcsize(self.form.cr4_format)),
+                *((start, 8) if length >= 8 else (-1, 0) for start, length in (xss, xfd)),
+            ],
+            np.int32,
+        )
 
     def runs(self, top: int) -> list[Run]:
         """Return what sections of this shape have of the table."""
@@ -158,18 +176,15 @@ class Shape:
             self._sizes = {mask: INTEL.standard_size(mask)}
         return self._sizes[mask]
 
-    def indices(self, top: int, size: int) -> NDArray[np.intp]:
-        """Return for each byte of an area which byte of the section it is; -1 for a zero."""
-        found = self._indices.get((top, size))
+    def swaps(self, top: int) -> NDArray[np.int32]:
+        """Return the runs as `files.swap_runs` takes them, with the x87 slots rotated by `top`."""
+        found = self._swaps.get(top)
         if found is None:
-            found = np.full(size, -1, np.intp)
-            for run in self.runs(top):
-                place = self.place_of(run)
-                words = np.arange(place.start, place.stop).reshape(-1, run.unit)
-                found[run.target : run.target + run.length] = words[:, ::-1].reshape(-1)
-            if len(self._indices) >= INDICES_LIMIT:
-                self._indices.clear()
-            self._indices[top, size] = found
+            rows = [
+                (self.place_of(run).start, run.length, run.unit, run.target)
+                for run in self.runs(top)
+            ]
+            found = self._swaps[top] = np.array(rows, np.int32)
         return found
 
 
@@ -219,15 +234,9 @@ class Section:
         value: int = struct.unpack_from(fmt, self.data, self.zones[zone][0])[0]
         return value
 
-    def number(self, zone: str, absent: int | None) -> int | None:
-        """Return the u64 that a zone begins with, or `absent` where there is none."""
-        return self.unpack(">Q", zone) if self.zones.get(zone, (0, 0))[1] >= 8 else absent
-
-    @property
-    def cr4(self) -> int:
-        """The guest's CR4."""
-        value: int = struct.unpack_from(self.form.cr4_format, self.data, self.form.cr4)[0]
-        return value
+    def control(self) -> Control:
+        """Return XCR0, XSTATE_BV as the section has it, CR4, IA32_XSS and IA32_XFD."""
+        return cast(Control, files.big_endian(self.data, self.shape.controls))
 
     @property
     def xcr0(self) -> int:
@@ -258,9 +267,9 @@ class Section:
         """Return the vCPU's area: standard format, Intel's layout, as long as what is in it."""
         xstate_bv = self.xstate_bv
         top = self.top(self.unpack(">H", "fsw"))
-        indices = self.shape.indices(top, self.shape.area_size(xstate_bv))
-        image: NDArray[np.uint8] = np.frombuffer(self.data + b"\0", np.uint8).take(indices)
-        image[HEADER_OFFSET : HEADER_OFFSET + 8] = np.frombuffer(struct.pack("<Q", xstate_bv), "u1")
+        image = np.empty(self.shape.area_size(xstate_bv), np.uint8)
+        files.swap_runs(self.data, self.shape.swaps(top), image)
+        struct.pack_into("<Q", image.data, HEADER_OFFSET, xstate_bv)
         return image
 
     def edited(self, image: NDArray[np.uint8]) -> Section:

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from xfast.engine.files import Marks
 from xfast.snapshots.bytes.source import Source
+from xfast.snapshots.qemu.cpu import Shape, shape_of
 from xfast.snapshots.qemu.search import FOOTER, FULL, LOOK_BACK, CpuSection
 
 PLANS_LIMIT = 16
@@ -47,7 +48,7 @@ class Sections(NamedTuple):
     """The vCPUs of a stream, and what the devices around them tell.
 
     `description` is ``whole``, ``damaged`` or ``none``; `doubts` are those of a Snapshot. `data`
-    are the sections' bytes, where they were read already.
+    are the sections' bytes, and `shapes` their Shapes, where they are known already.
     """
 
     cpus: list[CpuSection]
@@ -55,25 +56,28 @@ class Sections(NamedTuple):
     description: str
     doubts: tuple[str, ...] = ()
     data: list[bytes] | None = None
+    shapes: tuple[Shape, ...] = ()
 
 
 class Plan(NamedTuple):
     """What is the same in all streams with one description; offsets from the first section on.
 
     `text` is the stream's end from its EOF record on, and `size` the bytes of the sections before
-    it. `fixed` are the bytes at `places`, `ids` and `footers` where section ids lie in headers and
-    in footers; `more` is the device that the walk did not find, and how far before the sections
+    it. `marks` are the headers' and footers' bytes, where a footer repeats its header's id; `more`
+    is the device that the walk did not find, and how far before the sections
     its header would begin.
     """
 
     text: bytes
     size: int
-    places: NDArray[np.intp]
-    fixed: NDArray[np.uint8]
-    ids: NDArray[np.intp]
-    footers: NDArray[np.intp]
+    marks: Marks
     more: tuple[bytes, int]
     found: Sections
+
+
+def cpu_shape(cpu: CpuSection) -> Shape:
+    """Return the Shape of a section that was found."""
+    return shape_of(cpu.fixed, tuple(cpu.subsections.items()))
 
 
 _plans: list[Plan] = []
@@ -89,7 +93,9 @@ def follow(stream: Source) -> Sections | None:
     for number, plan in enumerate(_plans):
         length = plan.size + len(plan.text)
         eof = stream.size - len(plan.text)
-        if length > stream.size or stream.read(eof, MARK) != plan.text[:MARK]:
+        if length > stream.size:
+            continue
+        if number and stream.read(eof, MARK) != plan.text[:MARK]:
             continue
         wanted = min(length + LOOK_BACK, stream.size)
         tail = stream.read(stream.size - wanted, wanted)
@@ -103,22 +109,21 @@ def follow(stream: Source) -> Sections | None:
 def _followed(plan: Plan, tail: bytes, start: int) -> Sections | None:
     """Follow a plan in the last bytes of a stream, which begin at `start` of it."""
     first = len(tail) - len(plan.text) - plan.size
-    bytes_ = np.frombuffer(tail, np.uint8, plan.size, first)
-    if (bytes_.take(plan.places) != plan.fixed).any():
-        return None
-    if (bytes_.take(plan.ids) != bytes_.take(plan.footers)).any():
+    if not plan.marks.hold(tail, first):
         return None
     if tail.find(b"\x03cpu", max(0, first - LOOK_BACK), first + 4) >= 0:
         return None
     name, before = plan.more
     if name and (before > first or tail.startswith(name, first - before + 5)):
         return None
-    cpus = [cpu._replace(offset=start + first + cpu.offset) for cpu in plan.found.cpus]
+    cpus = []
     data = []
-    for cpu in plan.found.cpus:
-        begin = first + cpu.offset
-        data.append(tail[begin : begin + cpu.size])
-    return plan.found._replace(cpus=cpus, data=data)
+    for instance, offset, fixed, size, subsections in plan.found.cpus:
+        offset += first
+        cpus.append(CpuSection(instance, start + offset, fixed, size, subsections))
+        data.append(tail[offset : offset + size])
+    _, kvmclock, description, doubts, _, shapes = plan.found
+    return Sections(cpus, kvmclock, description, doubts, data, shapes)
 
 
 def remember(
@@ -166,12 +171,17 @@ def remember(
         Plan(
             stream.read(eof, length),
             eof - first,
-            np.array(places),
-            np.frombuffer(fixed, np.uint8),
-            (heads[:, None] + steps).reshape(-1),
-            (ends[:, None] + steps).reshape(-1),
+            Marks(
+                np.array(places),
+                fixed,
+                (heads[:, None] + steps).reshape(-1),
+                (ends[:, None] + steps).reshape(-1),
+            ),
             more,
-            found._replace(cpus=[cpu._replace(offset=cpu.offset - first) for cpu in found.cpus]),
+            found._replace(
+                cpus=[cpu._replace(offset=cpu.offset - first) for cpu in found.cpus],
+                shapes=tuple([cpu_shape(cpu) for cpu in found.cpus]),
+            ),
         ),
     )
     del _plans[PLANS_LIMIT:]

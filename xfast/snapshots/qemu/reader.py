@@ -17,12 +17,12 @@ from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
-from xfast.snapshots.qemu.cpu import INTEL, Section, shape_of
+from xfast.snapshots.qemu.cpu import INTEL, Section
 from xfast.snapshots.qemu.domain import Domain, domain
 from xfast.snapshots.qemu.forward import located
-from xfast.snapshots.qemu.plans import Sections
+from xfast.snapshots.qemu.plans import Sections, cpu_shape
 from xfast.snapshots.qemu.search import CpuSection
-from xfast.snapshots.qemu.stream import configuration, start_of
+from xfast.snapshots.qemu.stream import MAGIC, configuration, start_of
 from xfast.xsave.layout import Layout
 
 
@@ -163,6 +163,8 @@ def _libvirt(source: Source) -> _Stream | None:
 
 
 def _streams(source: Source) -> list[_Stream]:
+    if source.outer is None and source.size >= len(MAGIC) and source.read(0, len(MAGIC)) == MAGIC:
+        return [_Stream(source, 0)]
     if qcow2.is_qcow2(source):
         found = [
             _Stream(one.stream, 0, ("qcow2",), (one.id, one.name))
@@ -189,10 +191,8 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     if found is None:
         source, found, end = located(source, stream.start)
     data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
-    sections = [
-        Section(section, shape_of(place.fixed, tuple(place.subsections.items())), True)
-        for place, section in zip(found.cpus, data, strict=True)
-    ]
+    shapes = found.shapes or map(cpu_shape, found.cpus)
+    sections = [Section(section, shape, True) for section, shape in zip(data, shapes, strict=True)]
     kvm, basis = _is_kvm(found, sections, guest)
     facts: dict[str, Any] = {
         "machine": config.machine,
@@ -244,25 +244,26 @@ def _is_kvm(found: Sections, sections: list[Section], guest: Domain | None) -> t
 
 
 def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:
-    if {"cpu/mpx", "cpu/apx"} <= place.subsections.keys():
+    if section.shape.overlaps:
         raise FormatError(
             source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
         )
+    xcr0, stream_xstate_bv, cr4, xss, xfd = section.control()
     return Vcpu(
         index=place.instance,
         area=section.area(),
         layout=INTEL,
         layout_source="format",
         portable=True,
-        xcr0=section.xcr0,
-        xss=section.number("cpu/xss", 0),
-        xfd=section.number("cpu/msr_xfd", None),
-        pkru_enabled=bool(section.cr4 & CR4_PKE),
+        xcr0=xcr0,
+        xss=xss or 0,
+        xfd=xfd,
+        pkru_enabled=bool(cr4 & CR4_PKE),
         mode=64 if section.form.registers == 16 else 32,
         origin=Origin(section, tuple(source.runs(place.offset, place.size))),
         facts={
-            "stream_xstate_bv": section.stream_xstate_bv,
-            "cr4": section.cr4,
+            "stream_xstate_bv": stream_xstate_bv,
+            "cr4": cr4,
             "subsections": list(section.shape.subsections),
         },
     )

@@ -48,6 +48,10 @@ DESCRIPTION = re.compile(rb'(?=\0\x06(\0.{3})\{")', re.DOTALL)
 """EOF, the description's type, its length (below 2^24), its first two characters."""
 
 
+CONFIGURATIONS_LIMIT = 4
+"""Records that are kept: all streams of one machine type and QEMU have the same."""
+
+
 class Configuration(NamedTuple):
     """What the stream's first record says."""
 
@@ -73,6 +77,9 @@ def configuration(stream: Source, start: int) -> Configuration:
 
     *Source*: QEMU migration/savevm.c vmstate_configuration.
     """
+    for record, known in _configurations:
+        if start + len(record) <= stream.size and stream.read(start, len(record)) == record:
+            return known
     if stream.read(start, len(MAGIC)) != MAGIC:
         raise FormatError(stream.path, start, "found no QEMU stream, needed QEVM and version 3")
     at = start + len(MAGIC)
@@ -106,7 +113,15 @@ def configuration(stream: Source, start: int) -> Configuration:
                 at += 1 + len(word)
         else:
             break
-    return Configuration(machine, tuple(capabilities))
+    found = Configuration(machine, tuple(capabilities))
+    if at < stream.size:
+        _configurations.insert(0, (stream.read(start, at + 1 - start), found))
+        del _configurations[CONFIGURATIONS_LIMIT:]
+    return found
+
+
+_configurations: list[tuple[bytes, Configuration]] = []
+"""Records with the byte behind them, which says that there is no more: what was looked at."""
 
 
 def find_cpus(stream: Source) -> Sections:

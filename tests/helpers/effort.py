@@ -1,0 +1,28 @@
+"""How long something takes on the machine at hand, whatever that is and whatever else it does.
+
+CPU time of this process, in units of a fixed piece of Python that is timed right before: a bound
+holds on a slow machine as on a fast one. A second stands for a CPU that does the piece in 10 ms.
+"""
+
+import contextlib
+import time
+
+PIECE = 0.010
+
+
+def _piece():
+    begin = time.process_time()
+    number = 0
+    for i in range(200_000):
+        number ^= i
+    return time.process_time() - begin
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    """Fail if the block takes more than so many seconds of a CPU that does the piece in 10 ms."""
+    unit = max(min(_piece() for _ in range(3)), 1e-4)
+    begin = time.process_time()
+    yield
+    taken = (time.process_time() - begin) * PIECE / unit
+    assert taken < seconds, f"took {taken:.2f} s, expected less than {seconds}"

@@ -1,0 +1,551 @@
+"""What reading files costs most: checksums, numbers in JSON, big-endian registers, comparisons.
+
+Offsets and lengths are checked here, against the buffers themselves. What does not look as simple
+as it should is left to the caller's slow way (None or a negative number), which says what is wrong.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeLatin1
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memchr, memcpy, memset
+
+cdef extern from "Python.h":
+    int PyUnicode_KIND(object text)
+    void* PyUnicode_DATA(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
+
+cdef extern from *:
+    """
+    #define swapped16(x) __builtin_bswap16(x)
+    #define swapped32(x) __builtin_bswap32(x)
+    #define swapped64(x) __builtin_bswap64(x)
+    """
+    unsigned short swapped16(unsigned short word) nogil
+    uint32_t swapped32(uint32_t word) nogil
+    uint64_t swapped64(uint64_t word) nogil
+
+# CRC-64/Jones, reflected
+
+cdef uint64_t POLYNOMIAL = 0x95AC9329AC4BC9B5
+cdef uint64_t[8][256] TABLES
+
+
+cdef void _fill_tables() noexcept nogil:
+    cdef uint64_t crc
+    cdef int byte, bit, k
+    for byte in range(256):
+        crc = <uint64_t>byte
+        for bit in range(8):
+            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
+        TABLES[0][byte] = crc
+    for k in range(1, 8):
+        for byte in range(256):
+            crc = TABLES[k - 1][byte]
+            TABLES[k][byte] = TABLES[0][crc & 0xFF] ^ crc >> 8
+
+
+_fill_tables()
+
+
+def crc64(const uint8_t[::1] data not None) -> int:
+    """Return the CRC-64/Jones of `data`, eight bytes at a time."""
+    cdef Py_ssize_t i = 0, n = data.shape[0]
+    cdef uint64_t crc = 0, word
+    cdef const uint8_t* at = &data[0] if n else NULL
+    with nogil:
+        while i + 8 <= n:
+            memcpy(&word, at + i, 8)
+            crc ^= word
+            crc = (
+                TABLES[7][crc & 0xFF] ^ TABLES[6][crc >> 8 & 0xFF]
+                ^ TABLES[5][crc >> 16 & 0xFF] ^ TABLES[4][crc >> 24 & 0xFF]
+                ^ TABLES[3][crc >> 32 & 0xFF] ^ TABLES[2][crc >> 40 & 0xFF]
+                ^ TABLES[1][crc >> 48 & 0xFF] ^ TABLES[0][crc >> 56]
+            )
+            i += 8
+        while i < n:
+            crc = TABLES[0][(crc ^ at[i]) & 0xFF] ^ crc >> 8
+            i += 1
+    return crc
+
+
+# JSON: text of one byte a character
+
+cdef const uint8_t* _text(str text, Py_ssize_t* n) except? NULL:
+    """Return the characters of a text, or NULL where one is wider than a byte."""
+    if PyUnicode_KIND(text) != 1:
+        return NULL
+    n[0] = PyUnicode_GET_LENGTH(text)
+    return <const uint8_t*>PyUnicode_DATA(text)
+
+
+ctypedef fused char_t:
+    uint8_t
+    uint16_t
+    uint32_t
+
+
+cdef inline bint _is_space(uint8_t c) noexcept nogil:
+    return c == 32 or c == 9 or c == 10 or c == 13
+
+
+cdef inline bint _is_scalar(uint8_t c) noexcept nogil:
+    return 48 <= c <= 57 or 97 <= c <= 122 or 65 <= c <= 90 or c == 95 or c == 45 or c == 43 or c == 46
+
+
+cdef Py_ssize_t _string_end(const char_t* at, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """Return where the string at `i` ends, or -1."""
+    i += 1
+    while i < n:
+        if at[i] == 34:
+            return i + 1
+        i += 2 if at[i] == 92 else 1
+    return -1
+
+
+cdef Py_ssize_t _closed(const char_t* at, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """Return where the list or object at `i` ends; negative as `closed` does."""
+    cdef Py_ssize_t start = i, depth = 0, end
+    cdef char_t c
+    while i < n:
+        c = at[i]
+        if c == 34:
+            end = _string_end(at, i, n)
+            if end < 0:
+                return ~i
+            i = end
+            continue
+        if c == 91 or c == 123:
+            depth += 1
+        elif c == 93 or c == 125:
+            depth -= 1
+            if not depth:
+                return i + 1
+        i += 1
+    return ~start
+
+
+cdef Py_ssize_t _tokens(const char_t* at, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, opened = 0, quotes = 0, escaped = 0
+    for i in range(n):
+        opened += (at[i] == 91) + (at[i] == 123)
+        quotes += at[i] == 34
+    for i in range(1, n):
+        escaped += (at[i] == 34) & (at[i - 1] == 92)
+    quotes -= escaped
+    return opened + quotes // 2
+
+
+def tokens(str text not None) -> int:
+    """Return how many lists, objects and strings a JSON text has, if it is one."""
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text)
+    cdef void* at = PyUnicode_DATA(text)
+    cdef int kind = PyUnicode_KIND(text)
+    if kind == 1:
+        return _tokens(<const uint8_t*>at, n)
+    if kind == 2:
+        return _tokens(<const uint16_t*>at, n)
+    return _tokens(<const uint32_t*>at, n)
+
+
+def closed(str text not None, Py_ssize_t start) -> int:
+    """Return where the list or object at `start` ends, over all that is in it.
+
+    ``~place`` where it has no end: `place` is that of a string without end, or `start`.
+    """
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text)
+    cdef void* at = PyUnicode_DATA(text)
+    cdef int kind = PyUnicode_KIND(text)
+    if start < 0:
+        raise IndexError(f"start: expected an offset, got {start}")
+    if kind == 1:
+        return _closed(<const uint8_t*>at, start, n)
+    if kind == 2:
+        return _closed(<const uint16_t*>at, start, n)
+    return _closed(<const uint32_t*>at, start, n)
+
+
+def members(str text not None, Py_ssize_t start):
+    """Return {key: (start, end)} of the values of the object at `start`; None if not simple."""
+    cdef Py_ssize_t n = 0, i = start, begin, end
+    cdef const uint8_t* at = _text(text, &n)
+    cdef dict found = {}
+    cdef str key
+    if at == NULL or start < 0:
+        return None
+    while i < n and _is_space(at[i]):
+        i += 1
+    if i >= n or at[i] != 123:
+        return None
+    i += 1
+    while True:
+        while i < n and _is_space(at[i]):
+            i += 1
+        if i >= n:
+            return None
+        if at[i] == 125:
+            return found
+        if at[i] != 34:
+            return None
+        begin = i + 1
+        i = begin
+        while i < n and at[i] != 34:
+            if at[i] < 32 or at[i] == 92:
+                return None
+            i += 1
+        if i >= n:
+            return None
+        key = PyUnicode_DecodeLatin1(<const char*>at + begin, i - begin, NULL)
+        i += 1
+        while i < n and _is_space(at[i]):
+            i += 1
+        if i >= n or at[i] != 58:
+            return None
+        i += 1
+        while i < n and _is_space(at[i]):
+            i += 1
+        if i >= n:
+            return None
+        if at[i] == 34:
+            end = _string_end(at, i, n)
+        elif at[i] == 91 or at[i] == 123:
+            end = _closed(at, i, n)
+        else:
+            end = i
+            while end < n and _is_scalar(at[end]):
+                end += 1
+            if end == i or end < n and at[end] >= 128:
+                return None
+        if end < 0 or key in found:
+            return None
+        found[key] = (i, end)
+        i = end
+        while i < n and _is_space(at[i]):
+            i += 1
+        if i < n and at[i] == 44:
+            i += 1
+
+
+def unescaped(str text not None, Py_ssize_t start, Py_ssize_t end):
+    r"""Return what the string at `start` up to `end` says; None if not simple.
+
+    Simple are the escapes ``\"``, ``\\`` and ``\/``, and no control characters.
+    """
+    cdef Py_ssize_t n = 0, i, k = 0
+    cdef const uint8_t* at = _text(text, &n)
+    cdef bytearray out
+    cdef uint8_t* to
+    cdef uint8_t c
+    if at == NULL or not 0 <= start < end - 1 or end > n or at[start] != 34 or at[end - 1] != 34:
+        return None
+    out = bytearray(end - start)
+    to = <uint8_t*><char*>out
+    i = start + 1
+    while i < end - 1:
+        c = at[i]
+        if c == 92:
+            i += 1
+            c = at[i]
+            if c != 34 and c != 92 and c != 47 or i == end - 1:
+                return None
+        elif c < 32 or c == 34:
+            return None
+        to[k] = c
+        k += 1
+        i += 1
+    return PyUnicode_DecodeLatin1(<const char*>to, k, NULL)
+
+
+def numbers(str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit, uint64_t[::1] out not None):
+    """Put the numbers below `limit` between two places into `out`, and return how many there are.
+
+    -1 where `out` has no room for them, or for as many as there are commas, one is not below
+    `limit`, or something else stands there than digits, brackets, commas and spaces.
+    """
+    cdef Py_ssize_t n = 0, count = 0, commas = 0, room = out.shape[0]
+    cdef const uint8_t* at = _text(text, &n)
+    cdef uint64_t value
+    cdef uint8_t c
+    cdef int digits
+    if at == NULL or start < 0 or end > n:
+        return -1
+    while start < end:
+        c = at[start]
+        if 48 <= c <= 57:
+            value = 0
+            digits = 0
+            while start < end and 48 <= at[start] <= 57:
+                value = 10 * value + (at[start] - 48)
+                digits += 1
+                start += 1
+                if digits > 19:
+                    return -1
+            if value >= limit or count >= room:
+                return -1
+            out[count] = value
+            count += 1
+        elif c == 44:
+            commas += 1
+            start += 1
+            if commas >= room:
+                return -1
+        elif c == 91 or c == 93 or _is_space(c):
+            start += 1
+        else:
+            return -1
+    return count
+
+
+cdef Py_ssize_t _number(const uint8_t* at, Py_ssize_t i, Py_ssize_t end, uint64_t* value) noexcept nogil:
+    """Read a JSON number from 0 to 10^19 - 1; return where it ends, -1 where there is none."""
+    cdef Py_ssize_t first = i
+    value[0] = 0
+    while i < end and 48 <= at[i] <= 57:
+        value[0] = 10 * value[0] + (at[i] - 48)
+        i += 1
+        if i - first > 19:
+            return -1
+    if i == first or i > first + 1 and at[first] == 48:
+        return -1
+    return i
+
+
+cdef inline Py_ssize_t _skip(const uint8_t* at, Py_ssize_t i, Py_ssize_t end) noexcept nogil:
+    while i < end and _is_space(at[i]):
+        i += 1
+    return i
+
+
+def byte_list(str text not None, Py_ssize_t start, Py_ssize_t end):
+    """Return the bytes that a JSON list of numbers lists; None if it is anything else."""
+    cdef Py_ssize_t n = 0, i, k = 0
+    cdef const uint8_t* at = _text(text, &n)
+    cdef uint64_t value = 0
+    cdef bytearray out
+    if at == NULL or not 0 <= start < end or end > n or at[start] != 91:
+        return None
+    out = bytearray((end - start) // 2)
+    i = start
+    while True:
+        i = _number(at, _skip(at, i + 1, end), end, &value)
+        if i < 0 or value > 255:
+            return None
+        out[k] = value
+        k += 1
+        i = _skip(at, i, end)
+        if i == end - 1 and at[i] == 93:
+            return bytes(out[:k])
+        if i >= end or at[i] != 44:
+            return None
+
+
+def records(str text not None, Py_ssize_t start, Py_ssize_t end, tuple fields not None):
+    """Return a list of the rows of a JSON list of objects with nothing but numbers: of `fields`.
+
+    None if it is anything else, or a row lacks a field.
+    """
+    cdef Py_ssize_t n = 0, i, begin, k, wanted = len(fields)
+    cdef const uint8_t* at = _text(text, &n)
+    cdef uint64_t value = 0
+    cdef list rows = [], row
+    cdef str key
+    if at == NULL or not 0 <= start < end or end > n or at[start] != 91:
+        return None
+    i = start
+    while True:
+        i = _skip(at, i + 1, end)
+        if i >= end or at[i] != 123:
+            return None
+        row = [None] * wanted
+        while True:
+            i = _skip(at, i + 1, end)
+            if i >= end or at[i] != 34:
+                return None
+            begin = i + 1
+            i = begin
+            while i < end and at[i] != 34:
+                if at[i] < 32 or at[i] == 92:
+                    return None
+                i += 1
+            if i >= end:
+                return None
+            key = PyUnicode_DecodeLatin1(<const char*>at + begin, i - begin, NULL)
+            i = _skip(at, i + 1, end)
+            if i >= end or at[i] != 58:
+                return None
+            i = _number(at, _skip(at, i + 1, end), end, &value)
+            if i < 0:
+                return None
+            for k in range(wanted):
+                if fields[k] == key:
+                    row[k] = value
+            i = _skip(at, i, end)
+            if i >= end or at[i] != 125 and at[i] != 44:
+                return None
+            if at[i] == 125:
+                break
+        if None in row:
+            return None
+        rows.append(tuple(row))
+        i = _skip(at, i + 1, end)
+        if i == end - 1 and at[i] == 93:
+            return rows
+        if i >= end or at[i] != 44:
+            return None
+
+
+# Lists of KVM structures
+
+def tables(const uint8_t[::1] data not None, Py_ssize_t start, Py_ssize_t end, uint64_t size,
+           Py_ssize_t most) -> list:
+    """Return where lists of structures of `size` bytes lie: (where, first row, end) of each.
+
+    A list is u64 8, u32 count, u32 0, u64 count, then each structure behind its size (u64); it has
+    1 to `most`.
+    """
+    cdef list found = []
+    cdef Py_ssize_t at, row, stop, step = 8 + <Py_ssize_t>size
+    cdef uint64_t word, again
+    cdef uint32_t count
+    cdef const uint8_t* where
+    if start < 0 or end > data.shape[0] or not 0 < size < 1 << 20 or not 0 < most < 1 << 20:
+        raise ValueError(f"tables: expected a part of {data.shape[0]} bytes")
+    at = start
+    while at <= end - 24:
+        where = <const uint8_t*>memchr(&data[at], 8, end - 23 - at)
+        if where == NULL:
+            break
+        at = where - &data[0]
+        memcpy(&word, where, 8)
+        memcpy(&count, where + 8, 4)
+        if word == 8 and 0 < count <= <uint32_t>most:
+            memcpy(&word, where + 8, 8)
+            memcpy(&again, where + 16, 8)
+            stop = at + 24 + count * step
+            if word == again and stop <= end:
+                row = at + 24
+                while row < stop:
+                    memcpy(&word, &data[row], 8)
+                    if word != size:
+                        break
+                    row += step
+                if row == stop:
+                    found.append((at, at + 24, stop))
+                    at = stop - 1
+        at += 1
+    return found
+
+
+# Registers, big-endian
+
+def swap_runs(
+    const uint8_t[::1] data not None, const int[:, ::1] runs not None, uint8_t[::1] out not None
+):
+    """Copy words of `data` into `out`, their bytes in reverse order, and zero the rest of `out`.
+
+    Each run is where it begins in `data`, its bytes, those of a word (1, 2, 4 or 8), and where it
+    goes in `out`.
+
+    Raises
+    ------
+    ValueError
+        If a run is not inside.
+    """
+    cdef Py_ssize_t i, k, start, length, unit, target
+    cdef Py_ssize_t held = data.shape[0], room = out.shape[0]
+    cdef const uint8_t* source
+    cdef uint8_t* to
+    cdef unsigned short word16
+    cdef uint32_t word32
+    cdef uint64_t word64
+    if runs.shape[1] != 4:
+        raise ValueError(f"runs: expected 4 columns, got {runs.shape[1]}")
+    if room:
+        memset(&out[0], 0, room)
+    for i in range(runs.shape[0]):
+        start, length, unit, target = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3]
+        if start < 0 or target < 0 or length <= 0 or start > held - length or target > room - length:
+            raise ValueError(f"runs: expected them in {held} and {room} bytes, got run {i} outside")
+        source, to = &data[start], &out[target]
+        if unit == 1:
+            memcpy(to, source, length)
+        elif unit == 2 and not length % 2:
+            for k in range(0, length, 2):
+                memcpy(&word16, source + k, 2)
+                word16 = swapped16(word16)
+                memcpy(to + k, &word16, 2)
+        elif unit == 4 and not length % 4:
+            for k in range(0, length, 4):
+                memcpy(&word32, source + k, 4)
+                word32 = swapped32(word32)
+                memcpy(to + k, &word32, 4)
+        elif unit == 8 and not length % 8:
+            for k in range(0, length, 8):
+                memcpy(&word64, source + k, 8)
+                word64 = swapped64(word64)
+                memcpy(to + k, &word64, 8)
+        else:
+            raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
+
+
+def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not None) -> tuple:
+    """Return the numbers at places in `data`: an offset and the bytes, up to 8, of each.
+
+    None for one that has a negative offset, or is not inside.
+    """
+    cdef Py_ssize_t i, k, start, length
+    cdef uint64_t value
+    cdef list found = []
+    if places.shape[1] != 2:
+        raise ValueError(f"places: expected 2 columns, got {places.shape[1]}")
+    for i in range(places.shape[0]):
+        start, length = places[i, 0], places[i, 1]
+        if start < 0 or not 0 < length <= 8 or start > data.shape[0] - length:
+            found.append(None)
+            continue
+        value = 0
+        for k in range(length):
+            value = value << 8 | data[start + k]
+        found.append(value)
+    return tuple(found)
+
+
+# What is known of bytes already
+
+cdef class Marks:
+    """Bytes that must lie at certain places, and pairs of places that must hold the same.
+
+    Parameters
+    ----------
+    places, fixed : (n,) int64, bytes
+    ones, others : (m,) int64
+    """
+
+    cdef const long long[::1] places, ones, others
+    cdef bytes fixed
+    cdef Py_ssize_t reach
+
+    def __init__(self, places, bytes fixed, ones, others):
+        self.places, self.fixed, self.ones, self.others = places, fixed, ones, others
+        if len(fixed) != len(places) or len(ones) != len(others):
+            raise ValueError("marks: expected as many places as bytes, in pairs")
+        both = [int(i) for column in (places, ones, others) for i in column]
+        if both and min(both) < 0:
+            raise ValueError(f"marks: expected places from 0 on, got {min(both)}")
+        self.reach = max(both, default=-1) + 1
+
+    def hold(self, bytes data not None, Py_ssize_t start) -> bool:
+        """Tell whether they lie in `data`, places counted from `start`."""
+        cdef Py_ssize_t i
+        cdef const uint8_t* at
+        cdef const uint8_t* fixed = <const uint8_t*>PyBytes_AS_STRING(self.fixed)
+        if start < 0 or start > PyBytes_GET_SIZE(data) - self.reach:
+            return False
+        at = <const uint8_t*>PyBytes_AS_STRING(data) + start
+        for i in range(self.places.shape[0]):
+            if at[self.places[i]] != fixed[i]:
+                return False
+        for i in range(self.ones.shape[0]):
+            if at[self.ones[i]] != at[self.others[i]]:
+                return False
+        return True
