@@ -162,7 +162,9 @@ def patch(path: Path, source) -> None:
     """Patch a file as `fix` does a large one."""
     with Directory.open(str(path.parent)) as folder:
         warrant = Warrant(str(path) + ".xfast.json", NONCE)
-        journal.patch(folder, path.name, source, edits_of(path), lambda: None, warrant)
+        journal.patch(
+            journal.Site.beside(folder, path.name), source, edits_of(path), lambda: None, warrant
+        )
 
 
 def interrupted(path: Path) -> bytes:

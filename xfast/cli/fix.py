@@ -50,6 +50,8 @@ class Written(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
+    from xfast.store.volume import STATE
+
     parser.epilog = EXAMPLES
     reading_arguments(parser)
     parser.add_argument(
@@ -68,7 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--in-place", action="store_true", help="replace the snapshot itself")
     where.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument(
-        "--backup", action="store_true", help="keep the old snapshot as SNAPSHOT.orig"
+        "--backup",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="keep the old snapshot as SNAPSHOT.orig; of a volume the pages that change, in FILE",
+    )
+    parser.add_argument(
+        "--journal",
+        metavar="DIR",
+        help="with --in-place: keep journal and record in this private folder (0700), and patch "
+        f"where the snapshot lies, as it is done with block devices (default for them: {STATE})",
     )
     repair_arguments(parser)
     parser.add_argument(
@@ -89,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     host = resolve(args.host)
     tally = Tally()
     if args.in_place:
-        args.snapshots = [path for path in args.snapshots if _recover(path, tally)]
+        args.snapshots = [path for path in args.snapshots if _recover(path, args, tally)]
     rows: list[dict[str, Any]] = []
     done: Counter[str] = Counter()
     for path, snapshots in groupby(snapshots_of(args, tally), key=lambda one: one.path):
@@ -109,12 +122,17 @@ def run(args: argparse.Namespace) -> int:
     return UNJUDGED if tally.problems or "unknown" in words else OK
 
 
-def _recover(path: str, tally: Tally) -> bool:
+def _recover(path: str, args: argparse.Namespace, tally: Tally) -> bool:
     """Undo an edit that a crash interrupted; tell whether the file can be read now."""
     from xfast.store.journal import recover
+    from xfast.store.volume import Volume, is_volume
 
     try:
-        if os.path.isfile(path) and recover(path):
+        done = os.path.isfile(path) and recover(path)
+        if is_volume(path) or (args.journal and os.path.isfile(path)):
+            with Volume(path, args.journal) as volume:
+                done |= volume.recover()
+        if done:
             complain(f"{path}: undid an edit that was interrupted")
     except (XfastError, OSError) as problem:
         fail(tally, path, problem)
@@ -125,8 +143,9 @@ def _recover(path: str, tally: Tally) -> bool:
 def _require_consistent(args: argparse.Namespace) -> None:
     if not (args.output or args.in_place or args.dry_run):
         raise XfastError("fix: expected -o OUT, --in-place or --dry-run")
-    if args.backup and not args.in_place:
-        raise XfastError("fix: expected --in-place with --backup")
+    for name in ("backup", "journal"):
+        if getattr(args, name) and not args.in_place:
+            raise XfastError(f"fix: expected --in-place with --{name}")
     if "-" in args.snapshots:
         raise XfastError("fix: expected a file, or -o - with it (a filter), got standard input")
     if args.output == "-":
@@ -140,8 +159,10 @@ def _require_places(args: argparse.Namespace, paths: Sequence[str]) -> None:
     twice = _first_twice(map(os.path.realpath, paths))
     if twice:
         raise XfastError(f"fix: expected each snapshot once, got {printable(twice)} more than once")
-    if args.record and len(paths) > 1:
-        raise XfastError(f"fix: expected one snapshot with --record, got {len(paths)}")
+    for name in ("record", "backup"):
+        if isinstance(getattr(args, name), str) and len(paths) > 1:
+            words = "--record" if name == "record" else "--backup FILE"
+            raise XfastError(f"fix: expected one snapshot with {words}, got {len(paths)}")
     if not args.output:
         return
     if not _is_folder(args.output):
@@ -209,6 +230,7 @@ def _fix(
 def _apply(path: str, plans: list[Any], args: argparse.Namespace) -> Written:
     """Write the repaired snapshot."""
     from xfast.repair.apply import apply
+    from xfast.snapshots.bytes.source import JOURNAL
     from xfast.store.names import BACKUP, SUFFIX, make_folder
 
     output = args.output
@@ -217,6 +239,7 @@ def _apply(path: str, plans: list[Any], args: argparse.Namespace) -> Written:
         output = os.path.join(output, os.path.basename(path.rstrip("/")))
     limit = {"expand_limit": args.expand_limit} if args.expand_limit else {}
     how = {"in_place": args.in_place, "backup": args.backup, "record": args.record}
+    how |= {"journal": args.journal} if args.journal else {}
     record = apply(plans, output, **how, **limit)
     if record is None:
         return Written()
@@ -225,7 +248,12 @@ def _apply(path: str, plans: list[Any], args: argparse.Namespace) -> Written:
     if os.path.isdir(target):
         kept = [os.path.join(target, row["name"]) for row in record["files"]]
     backups = tuple(name + BACKUP for name in kept if args.backup)
-    return Written(target, args.record or target + SUFFIX, backups)
+    if isinstance(args.backup, str):
+        backups = (args.backup,)
+    beside = target + SUFFIX
+    if "journal" in record["files"][0]:
+        beside = record["files"][0]["journal"].removesuffix(JOURNAL) + SUFFIX
+    return Written(target, args.record or beside, backups)
 
 
 def _print_written(written: Written) -> None:

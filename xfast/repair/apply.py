@@ -19,11 +19,21 @@ from xfast.snapshots import raw
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Snapshot, Splice
-from xfast.store.names import BACKUP, NOFOLLOW, SAFE_MODE, SUFFIX, Directory, require_one_name, same
+from xfast.store.names import (
+    BACKUP,
+    NOFOLLOW,
+    PRIVATE,
+    SAFE_MODE,
+    SUFFIX,
+    Directory,
+    require_one_name,
+    same,
+)
 from xfast.store.put import Check, Fill, Original, Put, open_in
 from xfast.store.record import Note, record_of, row_of, sha256
 from xfast.store.staged import Staged, safe_mode, sweep
 from xfast.store.tree import StagedTree
+from xfast.store.volume import Volume, is_volume
 from xfast.xsave.area import headers
 
 
@@ -59,8 +69,9 @@ def apply(
     output: str | None = None,
     *,
     in_place: bool = False,
-    backup: bool = False,
+    backup: bool | str = False,
     record: str | None = None,
+    journal: str | None = None,
     expand_limit: int = EXPAND_LIMIT,
 ) -> dict[str, Any] | None:
     """Write repaired snapshots: a new file, or the old one replaced.
@@ -75,10 +86,14 @@ def apply(
         Change the file itself: a new one renamed over it or, from 64 MiB on, if not compressed
         and the file system can't share blocks, only the pages that change, under a journal. The
         files of a directory change one by one.
-    backup : bool
-        Keep what was there as ``NAME.orig``.
+    backup : bool or str
+        Keep what was there as ``NAME.orig``; of a volume the pages that change, in a new file of
+        this name.
     record : str, optional
-        Where the change record goes; default: ``OUTPUT.xfast.json``.
+        Where the change record goes; default: ``OUTPUT.xfast.json``, or beside the journal.
+    journal : str, optional
+        The folder of the journal, in place: the file is then patched as a block device is, whose
+        journals are in `xfast.store.volume.STATE` by default.
     expand_limit : int
         What compressed data may expand to (bytes).
 
@@ -104,6 +119,11 @@ def apply(
     path = plans[0].snapshot.path.rstrip("/")
     target = path if output is None else output.rstrip("/")
     try:
+        if in_place and (journal or is_volume(path)):
+            with Volume(path, journal) as volume:
+                return _patch_volume(plans, volume, backup, record, expand_limit)
+        if isinstance(backup, str):
+            raise XfastError(f"{path}: expected --backup without FILE: it becomes NAME{BACKUP}")
         with ExitStack() as stack:
             folder, name = Directory.around(target)
             stack.enter_context(folder)
@@ -111,7 +131,7 @@ def apply(
             stack.enter_context(note_folder)
             sweep(note_folder, note_name)
             sweep(folder, name, name + JOURNAL, name + BACKUP)
-            job = _Job(plans, path, folder, name, note_folder, note_name, in_place, backup)
+            job = _Job(plans, path, folder, name, note_folder, note_name, in_place, bool(backup))
             if not in_place and folder.status(name) is not None:
                 raise XfastError(f"{target}: exists; expected a new name")
             return job.tree() if os.path.isdir(path) else job.file(expand_limit)
@@ -271,6 +291,49 @@ class _Job:
         target = self.directory.path_of(self.name)
         record = record_of(self.path, target, told, changes, notes, edits)
         return Note(self.note_folder, self.note_name, record, mode)
+
+
+def _patch_volume(
+    plans: Sequence[Repaired],
+    volume: Volume,
+    backup: bool | str,
+    record: str | None,
+    expand_limit: int,
+) -> dict[str, Any] | None:
+    """Rewrite a volume where it lies; see `apply`."""
+    if backup is True:
+        raise XfastError(f"{volume.path}: expected --backup FILE, for the pages that change")
+    original = Original(volume.path, volume.fd, volume.folder, volume.name, plans[0].snapshot.stamp)
+    with Source.open(volume.path, fd=os.dup(volume.fd), expand_limit=expand_limit) as source:
+        if source.outer:
+            raise XfastError(f"{volume.path}: is compressed ({source.codec}); -o writes a new file")
+        ends = [plan.snapshot.facts.get("stream_end", source.size) for plan in plans]
+        before = sha256(volume.fd, (), max(ends))
+        folder, name = Directory.around(
+            record or volume.journals.path_of(volume.site(before).stem + SUFFIX)
+        )
+        with folder:
+            sweep(folder, name)
+            job = _Job(
+                plans, volume.path, volume.folder, volume.name, folder, name, True, False
+            )  # fmt: skip
+            edits = job._edits(source)
+            if not edits:
+                job._require_nothing_to_do(source)
+                return None
+            if any(len(edit.old) != len(edit.new) for edit in edits):
+                raise XfastError(f"{volume.path}: its length would change; -o writes a new file")
+            note = job._note(edits, PRIVATE)
+            note.record["output"] = os.path.abspath(volume.path)
+            row = {"name": volume.name, "before": before, "after": "", "end": str(max(ends))}
+            note.record["files"] = [row]
+
+            def check() -> None:
+                with Source(volume.path, os.dup(volume.fd)) as again:
+                    job._check(again)
+
+            volume.patch(original, source, edits, check, note, backup or None)
+            return note.record
 
 
 class _Listed(Folder):

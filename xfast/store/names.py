@@ -271,6 +271,24 @@ def same(one: os.stat_result | None, two: os.stat_result | None) -> bool:
     return one is not None and two is not None and os.path.samestat(one, two)
 
 
+def is_ours(folder: Directory) -> bool:
+    """Tell whether only root and this user can exchange what lies in a folder, or the folder."""
+    fd = os.dup(folder.fd)
+    try:
+        while True:
+            status = os.fstat(fd)
+            shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+            if status.st_uid not in (0, os.geteuid()) or shared:
+                return False
+            above = os.open("..", os.O_RDONLY | DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = above
+            if os.path.samestat(os.fstat(fd), status):
+                return True
+    finally:
+        os.close(fd)
+
+
 def umask() -> int:
     """Return the process's umask."""
     mask = os.umask(0o077)

@@ -19,7 +19,7 @@ from xfast.errors import XfastError
 from xfast.snapshots.bytes.copying import copy_bytes
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Splice, Stamp
-from xfast.store.journal import Warrant, patch
+from xfast.store.journal import Site, Warrant, patch
 from xfast.store.names import BACKUP, SAFE_MODE, Directory, require_one_name, same
 from xfast.store.record import Note, complete, sha256
 from xfast.store.staged import Staged
@@ -229,7 +229,7 @@ class Put:
     ) -> None:
         """Write edits where they lie, under a record that is there already."""
         self._require_at_rest()
-        patch(self.folder, self.name, source, edits, check, warrant)
+        patch(Site.beside(self.folder, self.name), source, edits, check, warrant)
 
     def patches(self, source: Source, edits: Sequence[Splice]) -> bool:
         """Tell whether to edit the file where it lies: a whole new one would cost its size."""

@@ -36,7 +36,7 @@ HASHED = "sha256:"
 CHUNK = 1 << 20
 
 
-def sha256(fd: int, edits: Iterable[Splice] = ()) -> str:
+def sha256(fd: int, edits: Iterable[Splice] = (), end: int | None = None) -> str:
     """Return the SHA-256 of a file, as it is or as edits of equal length will make it.
 
     Parameters
@@ -45,25 +45,28 @@ def sha256(fd: int, edits: Iterable[Splice] = ()) -> str:
         Open for reading; its position stays.
     edits : iterable of Splice
         Sorted by offset.
+    end : int, optional
+        How many bytes count; default: all.
     """
     digest = hashlib.sha256()
     rest = list(edits)
     offset = 0
     while True:
-        chunk = bytearray(os.pread(fd, CHUNK, offset))
+        size = CHUNK if end is None else min(CHUNK, end - offset)
+        chunk = bytearray(os.pread(fd, size, offset))
         if not chunk:
             return digest.hexdigest()
-        end = offset + len(chunk)
+        edge = offset + len(chunk)
         for edit in rest:
-            if edit.offset >= end:
+            if edit.offset >= edge:
                 break
             start = max(edit.offset, offset)
-            stop = min(edit.offset + len(edit.new), end)
+            stop = min(edit.offset + len(edit.new), edge)
             piece = edit.new[start - edit.offset : stop - edit.offset]
             chunk[start - offset : stop - offset] = piece
-        rest = [edit for edit in rest if edit.offset + len(edit.new) > end]
+        rest = [edit for edit in rest if edit.offset + len(edit.new) > edge]
         digest.update(chunk)
-        offset = end
+        offset = edge
 
 
 def row_of(name: str, source: Source) -> dict[str, str]:

@@ -17,13 +17,14 @@ from typing import IO, Any
 
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.copying import copy_bytes
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Splice
-from xfast.store.journal import Warrant, recover_in
-from xfast.store.names import BACKUP, DIRECTORY, Directory
+from xfast.store.journal import Site, Warrant, patch, recover_at
+from xfast.store.names import BACKUP, Directory, is_ours
 from xfast.store.put import Original, Put, open_in
 from xfast.store.record import HASHED, read_record, sha256, unpack
 from xfast.store.staged import sweep
+from xfast.store.volume import require_free
 
 
 @dataclass(frozen=True)
@@ -92,39 +93,30 @@ def undo(
 
 def _target(note: Directory, record: dict[str, Any], file: str | None) -> tuple[Directory, str]:
     """Return where the file lies that a record tells of."""
+    if "journal" in record["files"][0]:
+        return _volume(note, record, file)
     if file is not None:
         return Directory.around(file.rstrip("/"))
     name = os.path.basename(record["output"])
     if _is_name(name) and note.status(name) is not None:
         return note.below(""), name
-    if os.path.isabs(record["output"]) and _is_ours(note):
+    if os.path.isabs(record["output"]) and is_ours(note):
         return Directory.around(record["output"])
     raise XfastError(
         f"{note.path_of(name)}: expected the file of the record beside it; --file names another"
     )
 
 
+def _volume(note: Directory, record: dict[str, Any], file: str | None) -> tuple[Directory, str]:
+    """Return where the volume lies that a record tells of, whatever links lead to it."""
+    if file is None and not (os.path.isabs(record["output"]) and is_ours(note)):
+        raise XfastError(f"{note.path}: expected a folder that is yours alone; --file names it")
+    return Directory.around(os.path.realpath(file or record["output"]))
+
+
 def _is_name(name: object) -> bool:
     """Tell whether a word is the name of a file, and leads nowhere else."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
-
-
-def _is_ours(folder: Directory) -> bool:
-    """Tell whether only root and this user can exchange what lies in a folder, or the folder."""
-    fd = os.dup(folder.fd)
-    try:
-        while True:
-            status = os.fstat(fd)
-            shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
-            if status.st_uid not in (0, os.geteuid()) or shared:
-                return False
-            above = os.open("..", os.O_RDONLY | DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            fd = above
-            if os.path.samestat(os.fstat(fd), status):
-                return True
-    finally:
-        os.close(fd)
 
 
 def _changes(
@@ -144,15 +136,39 @@ def _changes(
         raise XfastError(f"{warrant.record}: expected a record of {folder.path_of(name)}")
     if inside:
         folder = stack.enter_context(folder.below(name))
-    changes = []
+    changes: list[_Change] = []
     for row in rows:
         own = row["name"] if inside else name
         edits = [edit for edit in record["edits"] if not inside or edit.get("member") == own]
+        if "journal" in row:
+            changes.append(_volume_change(stack, folder, own, row, edits, warrant, dry_run))
+            continue
         if not dry_run:
             sweep(folder, own)
-            recover_in(folder, own)
+            recover_at(Site.beside(folder, own))
         changes.append(_Change(folder, own, row, edits, warrant, expand_limit))
     return changes
+
+
+def _volume_change(
+    stack: ExitStack,
+    folder: Directory,
+    name: str,
+    row: dict[str, str],
+    edits: list[dict[str, Any]],
+    warrant: Warrant,
+    dry_run: bool,
+) -> _VolumeChange:
+    """Return the change of a volume; one that was interrupted is finished first."""
+    journals, journal = Directory.around(row["journal"])
+    stack.enter_context(journals)
+    site = Site(folder, name, journals, journal.removesuffix(JOURNAL))
+    if not dry_run:
+        sweep(journals, journal)
+        recover_at(site)
+    elif site.is_interrupted():
+        raise XfastError(f"{site.path}: found an interrupted edit ({site.journal_path})")
+    return _VolumeChange(folder, name, row, edits, warrant, EXPAND_LIMIT, site)
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,11 @@ class _Change:
         """What the file is called in messages."""
         return self.folder.path_of(self.name)
 
+    @property
+    def end(self) -> int | None:
+        """How many bytes of the file the hashes are of; None for all."""
+        return None
+
     def is_to_do(self) -> bool:
         """Tell whether the file holds the change; False if it is as it was before.
 
@@ -180,7 +201,7 @@ class _Change:
             If it is neither.
         """
         with self._open() as source:
-            found = sha256(source.base.fd)
+            found = sha256(source.base.fd, (), self.end)
             content = self.row.get("content_before")
             if found == self.row["before"] or (source.outer and sha256(source.fd) == content):
                 return False
@@ -190,7 +211,7 @@ class _Change:
                     f"{self.row['after']}, got {found}; nothing was changed"
                 )
             edits = self._reversed(source)
-            if _hash_with(source, edits) != self._wanted(source):
+            if _hash_with(source, edits, self.end) != self._wanted(source):
                 raise XfastError(
                     f"{self.warrant.record}: its edits don't lead back to the file it tells of"
                 )
@@ -268,7 +289,38 @@ class _Change:
             ) from None
 
 
-def _hash_with(source: Source, edits: list[Splice]) -> str:
+@dataclass(frozen=True)
+class _VolumeChange(_Change):
+    """The change of a volume, which is always patched where it lies.
+
+    Its hashes are of what comes before the end of its stream.
+    """
+
+    site: Site
+
+    @property
+    def end(self) -> int:
+        """How many bytes the hashes are of."""
+        return int(self.row["end"])
+
+    def run(self) -> None:
+        """Put the old bytes back."""
+        with self._open() as source:
+            edits = self._reversed(source)
+
+            def check() -> None:
+                if sha256(source.fd, (), self.end) != self.row["before"]:
+                    raise XfastError(f"{self.path}: what was put back reads back otherwise")
+
+            Original(self.path, source.fd, self.folder, self.name).require_at_rest()
+            require_free(self.folder, self.name)
+            patch(self.site, source, edits, check, self.warrant)
+
+    def _open(self) -> Source:
+        return Source(self.path, self.folder.open_file(self.name))
+
+
+def _hash_with(source: Source, edits: list[Splice], end: int | None = None) -> str:
     """Return the SHA-256 of a source's bytes with edits, which lie in order and apart."""
     digest, position = hashlib.sha256(), 0
     for edit in edits:
@@ -278,6 +330,6 @@ def _hash_with(source: Source, edits: list[Splice]) -> str:
             digest.update(piece)
         digest.update(edit.new)
         position = edit.offset + len(edit.old)
-    for piece in source.chunks(position):
+    for piece in source.chunks(position, end):
         digest.update(piece)
     return digest.hexdigest()

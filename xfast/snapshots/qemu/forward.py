@@ -381,13 +381,13 @@ def data_end(source: Source, low: int) -> int:
     return low + len(source.read(low, high - low).rstrip(b"\0"))
 
 
-def located(source: Source, start: int) -> tuple[Source, Sections]:
+def located(source: Source, start: int) -> tuple[Source, Sections, int]:
     """Find the vCPUs of a stream: from behind where it ends with its file, else from the front.
 
     Returns
     -------
-    tuple of Source, Sections
-        The stream, without memory if it was walked, and the vCPUs in it.
+    tuple of Source, Sections, int
+        The stream, without memory if it was walked; the vCPUs in it; where it ends in the file.
 
     Raises
     ------
@@ -396,17 +396,18 @@ def located(source: Source, start: int) -> tuple[Source, Sections]:
     """
     known = None if source.is_device else follow(source)
     if known is not None:
-        return source, known
+        return source, known, source.size
     tail = None
     end = source.read(max(0, source.size - PADDING), min(PADDING, source.size))
     if any(end) and not source.is_device:
         try:
-            return source, find_cpus(source)
+            return source, find_cpus(source), source.size
         except FormatError as problem:
             tail = problem
     try:
-        view = without_memory(source, extent(source, start, bare=tail is None))
-        return view, find_cpus(view)
+        place = extent(source, start, bare=tail is None)
+        view = without_memory(source, place)
+        return view, find_cpus(view), place.end
     except FormatError as problem:
         raise (tail or problem) from None
 

@@ -187,8 +187,9 @@ def from_sections(stream: Source, found: Sections) -> Snapshot:
 def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     source, guest = stream.source, stream.domain
     config = configuration(source, stream.start)
+    size = end = source.size
     if found is None:
-        source, found = located(source, stream.start)
+        source, found, end = located(source, stream.start)
     data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
     shapes = found.shapes or map(cpu_shape, found.cpus)
     sections = [Section(section, shape, True) for section, shape in zip(data, shapes, strict=True)]
@@ -199,6 +200,8 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         "producer_basis": basis,
         "description": found.description,
     }
+    if end < size:
+        facts["stream_end"] = end
     if stream.internal:
         facts["internal_snapshot"] = stream.internal
     if guest:
