@@ -33,4 +33,4 @@ def problems(names):
 if __name__ == "__main__":
     with zipfile.ZipFile(sys.argv[1]) as wheel:
         found = list(problems(wheel.namelist()))
-    sys.exit("\n".join(found))
+    sys.exit("\n".join(found) or 0)
