@@ -30,7 +30,8 @@ EXAMPLES = {
 """Commands that work, for each help."""
 
 EXIT_CODES = """\
-exit codes: 0 all targets are reached; 1 one is missed (engine, fleet); 2 usage error; 130 interrupted"""
+exit codes: 0 all targets are reached; 1 one is missed (engine, fleet); 2 usage error;
+130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

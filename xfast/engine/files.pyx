@@ -32,10 +32,10 @@ cdef uint64_t[8][256] TABLES
 
 cdef void _fill_tables() noexcept nogil:
     cdef uint64_t crc
-    cdef int byte, bit, k
+    cdef int byte, _bit, k
     for byte in range(256):
         crc = <uint64_t>byte
-        for bit in range(8):
+        for _bit in range(8):
             crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
         TABLES[0][byte] = crc
     for k in range(1, 8):
@@ -90,7 +90,10 @@ cdef inline bint _is_space(uint8_t c) noexcept nogil:
 
 
 cdef inline bint _is_scalar(uint8_t c) noexcept nogil:
-    return 48 <= c <= 57 or 97 <= c <= 122 or 65 <= c <= 90 or c == 95 or c == 45 or c == 43 or c == 46
+    return (
+        48 <= c <= 57 or 97 <= c <= 122 or 65 <= c <= 90
+        or c == 95 or c == 45 or c == 43 or c == 46
+    )
 
 
 cdef Py_ssize_t _string_end(const char_t* at, Py_ssize_t i, Py_ssize_t n) noexcept nogil:
@@ -256,7 +259,9 @@ def unescaped(str text not None, Py_ssize_t start, Py_ssize_t end):
     return PyUnicode_DecodeLatin1(<const char*>to, k, NULL)
 
 
-def numbers(str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit, uint64_t[::1] out not None):
+def numbers(
+    str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit, uint64_t[::1] out not None
+):
     """Put the numbers below `limit` between two places into `out`, and return how many there are.
 
     -1 where `out` has no room for them, or for as many as there are commas, one is not below
@@ -296,7 +301,9 @@ def numbers(str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit,
     return count
 
 
-cdef Py_ssize_t _number(const uint8_t* at, Py_ssize_t i, Py_ssize_t end, uint64_t* value) noexcept nogil:
+cdef Py_ssize_t _number(
+    const uint8_t* at, Py_ssize_t i, Py_ssize_t end, uint64_t* value
+) noexcept nogil:
     """Read a JSON number from 0 to 10^19 - 1; return where it ends, -1 where there is none."""
     cdef Py_ssize_t first = i
     value[0] = 0
@@ -464,7 +471,7 @@ def swap_runs(
         memset(&out[0], 0, room)
     for i in range(runs.shape[0]):
         start, length, unit, target = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3]
-        if start < 0 or target < 0 or length <= 0 or start > held - length or target > room - length:
+        if min(start, target) < 0 or length <= 0 or start > held - length or target > room - length:
             raise ValueError(f"runs: expected them in {held} and {room} bytes, got run {i} outside")
         source, to = &data[start], &out[target]
         if unit == 1:

@@ -238,7 +238,8 @@ class _Known:
                 at = np.searchsorted(self.sums, sums).clip(max=len(self.sums) - 1)
                 missing = np.flatnonzero((self.rows[at] != rows).any(axis=1))
                 if not len(missing):
-                    return self.values[at]
+                    found: NDArray[np.int64] = self.values[at]
+                    return found
             else:
                 missing = np.arange(len(rows))
             _, where = np.unique(sums[missing], return_index=True)

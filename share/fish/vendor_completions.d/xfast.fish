@@ -50,8 +50,8 @@ function _shtab_xfast_using
   test "$_shtab_xfast_cmdpath" = "$argv"
 end
 
-set -g _shtab_xfast_commands show check scan report explain host 'host show' 'host dump' 'host layout' 'host baseline' fix filter undo convert diff bench 'bench swap' 'bench engine'
-set -g _shtab_xfast_opts_with_value --as --by --chunk --color --drop --executor --expand-limit --fail-on --file --format --guest --host --ignore --jobs --layout --level --memory --only --output --plot --record --samples --size --to -j -o
+set -g _shtab_xfast_commands show check scan report explain host 'host show' 'host dump' 'host layout' 'host baseline' fix filter undo convert diff bench 'bench swap' 'bench engine' 'bench fleet'
+set -g _shtab_xfast_opts_with_value --areas --as --backup --by --chunk --color --drop --executor --expand-limit --fail-on --file --format --guest --host --ignore --jobs --journal --layout --level --memory --only --output --plot --record --samples --size --streams --to -j -o
 
 complete -c xfast -e
 complete -c xfast -f
@@ -137,7 +137,8 @@ complete -c xfast -n '_shtab_xfast_using fix' -l host -xka "(__fish_complete_pat
 complete -c xfast -n '_shtab_xfast_using fix' -s o -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write to this new file, or into this directory (DIR/ is made)'
 complete -c xfast -n '_shtab_xfast_using fix' -l in-place -d 'replace the snapshot itself'
 complete -c xfast -n '_shtab_xfast_using fix' -l dry-run -d 'show the plan and write nothing'
-complete -c xfast -n '_shtab_xfast_using fix' -l backup -d 'keep the old snapshot as SNAPSHOT.orig'
+complete -c xfast -n '_shtab_xfast_using fix' -l backup -xka "(__fish_complete_path (commandline -ct))" -d 'keep the old snapshot as SNAPSHOT.orig; of a volume the pages that change, in FILE'
+complete -c xfast -n '_shtab_xfast_using fix' -l journal -x -d 'with --in-place: keep journal and record in this private folder (0700), and patch where the snapshot lies, as it is done with block devices (default for them: /var/lib/xfast)'
 complete -c xfast -n '_shtab_xfast_using fix' -l drop -x -d 'drop this component as well, where no data are lost; may be repeated'
 complete -c xfast -n '_shtab_xfast_using fix' -l even-if-live -d 'let --drop give up live data; the change record keeps them'
 complete -c xfast -n '_shtab_xfast_using fix' -l level -x -d 'how much to ask of the host, as in xfast check'
@@ -193,3 +194,10 @@ complete -c xfast -n '_shtab_xfast_using bench engine' -l json -d 'print JSON'
 complete -c xfast -n '_shtab_xfast_using bench engine' -l only -x -d 'only operations whose names contain TEXT'
 complete -c xfast -n '_shtab_xfast_using bench engine' -l samples -x -d 'samples of each result (default: 32)'
 complete -c xfast -n '_shtab_xfast_using bench engine' -l memory -x -d 'size of each buffer (default: 1024)'
+complete -c xfast -n '_shtab_xfast_using bench; and test $_shtab_xfast_npos -eq 0' -a fleet -d 'Hold reading and judging against what no reader can leave out.'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -s h -l help -d 'show this help message and exit'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -l json -d 'print JSON'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -l samples -x -d 'of each result (default: 15)'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -l areas -x -d 'in a stack (default: 65,536)'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -l streams -x -d 'in a scan (default: 4000; 0: no)'
+complete -c xfast -n '_shtab_xfast_using bench fleet; and test $_shtab_xfast_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'one file of each sort to measure: a QEMU stream, a raw area, a Firecracker state ...'
