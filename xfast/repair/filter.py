@@ -44,6 +44,12 @@ DESCRIBED = b"\x06"
 SLACK = 4096
 """How much more than the pipe holds is still to come when the verdict falls (bytes)."""
 
+SMALL_GUEST = 1 << 23
+"""How much memory passes through the small pipe before it may be a larger one (bytes).
+
+A guest with less may have so few devices that all of them fit into the larger one.
+"""
+
 Watch = Callable[[int, int], None]
 """Called before each read, with the descriptor and the bytes so far; it may wait."""
 
@@ -274,8 +280,8 @@ class Filter:
             return 0
 
     def _widen_pipe(self) -> None:
-        """Let the pipe hold what it used to: what came was memory, and more will."""
-        if self.pipe_size and self.held < self.pipe_size:
+        """Let the pipe hold what it used to: much memory came, and more will."""
+        if self.held < self.pipe_size and self.flow.walker.position > SMALL_GUEST:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self.source, fcntl.F_SETPIPE_SZ, self.pipe_size)
             self.held = self.pipe_size
