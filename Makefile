@@ -36,8 +36,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint xfast/ xfast/engine/*.px[id]  # runs pycodestyle by name
-	$(BIN)/python -m mypy.stubtest --allowlist tests/stubtest.txt --ignore-unused-allowlist \
-	  --ignore-disjoint-bases $(STUBBED)
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml \
+	  --allowlist tests/stubtest.txt --ignore-unused-allowlist --ignore-disjoint-bases $(STUBBED)
 
 # The sanitizers' own allocator and handlers have to be there first. ThreadSanitizer is left out: an
 # interpreter that is not built with it gives reports of its own.
