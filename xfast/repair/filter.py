@@ -44,7 +44,7 @@ DESCRIBED = b"\x06"
 SLACK = 4096
 """How much more than the pipe holds is still to come when the verdict falls (bytes)."""
 
-SMALL_GUEST = 1 << 23
+SMALL_GUEST = 8 * 1024 * 1024
 """How much memory passes through the small pipe before it may be a larger one (bytes).
 
 A guest with less may have so few devices that all of them fit into the larger one.
