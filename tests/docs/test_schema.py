@@ -86,6 +86,9 @@ def test_a_scan_and_its_report_are_as_the_schema_says(xfast, tmp_path):
     validate("scan", json.loads(xfast(f"scan examples/snapshots -o results --json -q {HOSTS}")))
     validate("scan", json.loads((tmp_path / "results/manifest.json").read_text()))
     validate("report", json.loads(xfast("report results --format json")))
+    pool = json.loads(xfast("host baseline amd-milan examples/hosts --snapshots results --json"))
+    validate("baseline", pool)
+    assert pool["baseline"]["snapshots"]["obstacles"]
 
 
 def test_what_the_schema_does_not_know_is_refused():

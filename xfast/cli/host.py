@@ -6,11 +6,11 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from xfast.cli.arguments import OK, UNJUDGED, epilog, hosts_of
-from xfast.errors import XfastError
+from xfast.errors import XfastError, escape
 from xfast.hosts import resolve
 from xfast.hosts.baseline import common, firecracker_template, qemu_cpu
 from xfast.hosts.catalogue import catalogue
@@ -32,6 +32,9 @@ from xfast.xsave.features import (
 )
 from xfast.xsave.layout import PRESETS, Layout, recognise
 
+if TYPE_CHECKING:
+    from xfast.fleet.pool import Pool
+
 SPEC_HELP = "HOST[+TEMPLATE][@KERNEL]: a name, a file, a directory of files, or 'this'"
 
 EXAMPLES = {
@@ -41,6 +44,7 @@ EXAMPLES = {
     "baseline": (
         "xfast host baseline amd-milan amd-genoa",
         "xfast host baseline fleet.toml --format qemu",
+        "xfast host baseline amd-milan amd-genoa --snapshots results/",
     ),
 }
 """Commands that work, for each action's help."""
@@ -85,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats.add_argument(
         "--json", dest="format", action="store_const", const="json", help="same as --format json"
     )
+    baseline.add_argument(
+        "--snapshots",
+        metavar="RESULTS",
+        help="what xfast scan wrote for these hosts: say which snapshots stand in the pool's way",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,9 +129,17 @@ def _baseline(args: argparse.Namespace, tally: Tally) -> str:
     hosts = hosts_of(args.spec, tally)
     if tally.problems or not hosts:  # a pool without one of its hosts would promise too much
         raise XfastError("host baseline: expected every host of the pool to read, see above")
+    if args.snapshots and args.format not in ("table", "json"):
+        raise XfastError(f"--snapshots: expected --format table or json, got {args.format}")
     if args.format == "firecracker":
         return json.dumps(firecracker_template(hosts), indent=2) + "\n"
     facts = baseline(hosts)
+    pool = None
+    if args.snapshots:
+        from xfast.fleet.pool import hold_against
+
+        pool = hold_against(args.snapshots, [escape(host.name) for host in hosts])
+        facts["snapshots"] = pool.as_json()
     if args.format == "json":
         return json.dumps({"schema": SCHEMA, "baseline": facts}, indent=1) + "\n"
     if args.format == "qemu":
@@ -139,8 +156,45 @@ def _baseline(args: argparse.Namespace, tally: Tally) -> str:
             ("features", _words(facts["features"])),
             ("named", _named(facts)),
             ("QEMU", f"-cpu {facts['qemu_cpu']}" if facts["qemu_cpu"] else UNKNOWN),
+            *(_in_the_way(pool) if pool else ()),
         ]
     )
+
+
+SHOWN = 3
+"""How many names of snapshots a line has; the JSON has all."""
+
+
+def _in_the_way(pool: Pool) -> Iterator[tuple[str, str]]:
+    """Yield the rows that hold a scan's snapshots against the pool."""
+    yield "snapshots", f"{pool.fit:,} of {pool.count:,} fit every host as they are"
+    if pool.failed:
+        yield "unjudged", f"{pool.failed:,} inputs could not be judged"
+    for one in pool.obstacles:
+        more = len(one.names) - SHOWN
+        names = ", ".join(one.names[:SHOWN]) + (f", and {more:,} more" if more > 0 else "")
+        yield (
+            one.remedy,
+            f"{len(one.names):,} with {' '.join(one.causes)}, not for {' '.join(one.hosts)}: "
+            f"{names}",
+        )
+    yield "then", _way_out(pool)
+
+
+def _way_out(pool: Pool) -> str:
+    """Return what makes the pool one, in a sentence."""
+    fix, retire, unknown = (pool.held_by(word) for word in ("fix", "retire", "unknown"))
+    steps = [f"fix {fix:,}"] if fix else []
+    if retire:
+        causes = sorted({c for one in pool.obstacles if one.remedy == "retire" for c in one.causes})
+        steps.append(f"retire {' '.join(causes)} on {retire:,}")
+    end = f"all but {unknown:,} unknown fit everywhere" if unknown else "all fit everywhere"
+    answer = f"{' and '.join(steps)}, and {end}" if steps else end
+    gains = {host: fit for host, fit in pool.without.items() if fit > pool.fit + fix}
+    if gains and len(pool.hosts) > 1:
+        host = max(gains, key=gains.__getitem__)
+        answer += f"; without {host}, {gains[host]:,} of {pool.count:,} do"
+    return answer
 
 
 UNKNOWN = "unknown"

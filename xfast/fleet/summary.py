@@ -108,7 +108,7 @@ def summarise(folder: str) -> Summary:
         If the folder holds no finished scan.
     """
     verdicts, findings = tables(folder, "verdicts", "findings")
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     answers: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in verdicts.to_pylist():
         answers[row["class"]][row["host"]] = row
@@ -123,7 +123,14 @@ def summarise(folder: str) -> Summary:
     return summary
 
 
-def _manifest(folder: str) -> dict[str, Any]:
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Return what a finished scan says of itself.
+
+    Raises
+    ------
+    XfastError
+        If the folder holds none.
+    """
     try:
         with open(os.path.join(folder, "manifest.json"), "rb") as file:
             manifest: dict[str, Any] = json.loads(file.read())

@@ -51,7 +51,7 @@ function _shtab_xfast_using
 end
 
 set -g _shtab_xfast_commands show check scan report explain host 'host show' 'host dump' 'host layout' 'host baseline' fix filter undo convert diff bench 'bench swap' 'bench engine' 'bench fleet'
-set -g _shtab_xfast_opts_with_value --areas --as --backup --by --chunk --color --drop --executor --expand-limit --fail-on --file --format --guest --host --ignore --jobs --journal --layout --level --memory --only --output --plot --record --samples --size --streams --to -j -o
+set -g _shtab_xfast_opts_with_value --areas --as --backup --by --chunk --color --drop --executor --expand-limit --fail-on --file --format --guest --host --ignore --jobs --journal --layout --level --memory --only --output --plot --record --samples --size --snapshots --streams --to -j -o
 
 complete -c xfast -e
 complete -c xfast -f
@@ -126,6 +126,7 @@ complete -c xfast -n '_shtab_xfast_using host; and test $_shtab_xfast_npos -eq 0
 complete -c xfast -n '_shtab_xfast_using host baseline' -s h -l help -d 'show this help message and exit'
 complete -c xfast -n '_shtab_xfast_using host baseline' -l format -xka "table json qemu firecracker" -d 'table for people (default), json, the -cpu argument alone (qemu), or a custom CPU template (firecracker)'
 complete -c xfast -n '_shtab_xfast_using host baseline' -l json -d 'same as --format json'
+complete -c xfast -n '_shtab_xfast_using host baseline' -l snapshots -xka "(__fish_complete_path (commandline -ct))" -d 'what xfast scan wrote for these hosts: say which snapshots stand in the pool'"'"'s way'
 complete -c xfast -n '_shtab_xfast_using host baseline; and test $_shtab_xfast_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'HOST[+TEMPLATE][@KERNEL]: a name, a file, a directory of files, or '"'"'this'"'"''
 complete -c xfast -n '_shtab_xfast_using; and test $_shtab_xfast_npos -eq 0' -a fix -d 'Write a snapshot that a host can restore.'
 complete -c xfast -n '_shtab_xfast_using fix' -s h -l help -d 'show this help message and exit'
