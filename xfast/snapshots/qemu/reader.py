@@ -171,7 +171,7 @@ def _streams(source: Source) -> list[_Stream]:
             for one in qcow2.internals(source)
         ]
         if not found:
-            raise FormatError(source.path, 60, "found no snapshot with a VM state, needed one")
+            raise FormatError(source.path, 60, "expected a snapshot with a VM state, got none")
         return found
     stream = _libvirt(source)
     if stream is None:
@@ -246,7 +246,7 @@ def _is_kvm(found: Sections, sections: list[Section], guest: Domain | None) -> t
 def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:
     if section.shape.overlaps:
         raise FormatError(
-            source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
+            source.path, place.offset, "expected cpu/mpx or cpu/apx, got both, which share a place"
         )
     xcr0, stream_xstate_bv, cr4, xss, xfd = section.control()
     return Vcpu(
