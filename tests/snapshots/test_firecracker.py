@@ -139,7 +139,7 @@ class TestOthers:
         image = struct.pack("<QH", firecracker.MAGIC | 1, 5) + bytes(100)
         with pytest.raises(FormatError, match=r"versionize snapshot .Firecracker 1\.6 or before"):
             snapshots.read(write(path, image))
-        with pytest.raises(FormatError, match="an aarch64 snapshot"):
+        with pytest.raises(FormatError, match="expected a snapshot of x86_64, got one of aarch64"):
             snapshots.read(write(path, struct.pack("<Q", firecracker.MAGIC_ARM) + bytes(100)))
 
     def test_bitcode_is_known_by_its_checksum(self, tmp_path):
