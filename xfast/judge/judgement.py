@@ -11,7 +11,7 @@ an answer, because findings see nothing but State, Target and Policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import repeat
@@ -26,7 +26,7 @@ from xfast.judge.rules import CALLS, FIXES, SEVERITIES
 from xfast.judge.subject import State, Subject, subject_of
 from xfast.judge.target import Facts, Target, target_of
 from xfast.judge.verdict import Failure, Finding, Judgement, Policy, Verdict, Verdicts
-from xfast.snapshots.model import Snapshot, Vcpu
+from xfast.snapshots.model import Snapshot, Vcpu, key_of
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.layout import Layout, layout_of
 
@@ -165,6 +165,8 @@ class _Pool:
 
 
 _CASES: dict[Subject, _Case] = {}
+_SEEN: dict[tuple[Hashable, ...], _Case] = {}
+"""Cases by what stands for vCPUs that nobody has looked at (`Unseen.key`)."""
 _POOLS: dict[tuple[int, ...], _Pool] = {}
 _FACTS: dict[tuple[Host, str], Facts] = {}
 
@@ -179,7 +181,7 @@ def _remember(table: dict[K, V], key: K, value: V, limit: int) -> V:
 
 def forget() -> None:
     """Empty the caches: for those who change the rules, or measure."""
-    for table in (_CASES, _POOLS, _FACTS):
+    for table in (_CASES, _SEEN, _POOLS, _FACTS):
         table.clear()
     _findings_of.cache_clear()
     _target_of.cache_clear()
@@ -207,7 +209,17 @@ def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
     return _Pool(tuple(resolve(host) if isinstance(host, str) else host for host in hosts))
 
 
-def _case_of(subject: Subject) -> _Case:
+def _case_of(snapshot: Snapshot) -> _Case:
+    """Return the case of a snapshot; one whose like was seen is not looked into."""
+    key = key_of(snapshot.vcpus)
+    if key is None:
+        return _new_case(snapshot)
+    seen = snapshot.kind, snapshot.producer, snapshot.doubts, key
+    return _SEEN.get(seen) or _remember(_SEEN, seen, _new_case(snapshot), 4096)
+
+
+def _new_case(snapshot: Snapshot) -> _Case:
+    subject = subject_of(snapshot)
     return _CASES.get(subject) or _remember(_CASES, subject, _Case(subject), 4096)
 
 
@@ -257,7 +269,7 @@ def check(
             vcpu = Vcpu(0, area, known, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
     pool = _pool_of((hosts,) if isinstance(hosts, Host | str) else tuple(hosts))
-    judgements = _case_of(subject_of(snapshot)).answer(pool, rules)
+    judgements = _case_of(snapshot).answer(pool, rules)
     rows = zip(repeat(snapshot.name), pool.names, judgements, repeat(None))
     return Verdicts(map(_verdict, rows))
 

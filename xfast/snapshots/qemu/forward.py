@@ -23,7 +23,7 @@ from xfast.engine.walk import Walker
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source, View
 from xfast.snapshots.model import Stamp
-from xfast.snapshots.qemu.plans import Sections, follow
+from xfast.snapshots.qemu.plans import Sections
 from xfast.snapshots.qemu.search import (
     FOOTER,
     FULL,
@@ -394,9 +394,6 @@ def located(source: Source, start: int) -> tuple[Source, Sections, int]:
     FormatError
         If they are not to be found.
     """
-    known = None if source.is_device else follow(source)
-    if known is not None:
-        return source, known, source.size
     tail = None
     end = source.read(max(0, source.size - PADDING), min(PADDING, source.size))
     if any(end) and not source.is_device:

@@ -141,7 +141,7 @@ def find_cpus(stream: Source) -> Sections:
     """
     known = plans.follow(stream)
     if known is not None:
-        return known
+        return known.sections()
     end, devices = _description(stream)
     walked: list[plans.Section] = []
     if devices is None:
