@@ -121,7 +121,7 @@ def open_in(folder: Directory, name: str) -> int:
         raise XfastError(f"{path}: is no regular file, which alone can be changed in place")
     if folder.status(name + JOURNAL) is not None:
         raise XfastError(
-            f"{path}: found an interrupted edit ({JOURNAL} beside it), expected a whole file: "
+            f"{path}: expected a whole file, got an interrupted edit ({JOURNAL} beside it): "
             "xfast fix --in-place undoes it first"
         )
     fd = folder.open_file(name)
