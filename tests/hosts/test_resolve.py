@@ -145,7 +145,7 @@ def test_bad_field_is_named(change, complaint):
     ("text", "complaint"),
     [
         ("{", "not JSON"),
-        ("{}", "expected schema 'xfast/1', found None"),
+        ("{}", "expected schema 'xfast/1', got None"),
         ('{"schema": "xfast/2", "hosts": []}', "expected schema 'xfast/1'"),
         ('{"schema": "xfast/1", "hosts": []}', "expected a list with a host in it"),
         ('{"schema": "xfast/1", "hosts": {}}', "expected a list with a host in it"),
@@ -159,7 +159,7 @@ def test_bad_field_is_named(change, complaint):
             "expected at most 32 brackets in each other",
         ),
         ("", "expected a host description"),
-        ("hello", "found 'hello'"),
+        ("hello", "got 'hello'"),
         ("<a/>", "expected <cpudata>"),
         ("<a", "XML"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><cpudata arch="x86"/>', "DOCTYPE"),
@@ -327,7 +327,7 @@ def test_file_of_several_hosts_is_no_single_host(tmp_path):
     path = tmp_path / "pool.toml"
     path.write_text(to_toml([Host("a"), Host("b")]))
     assert [host.name for host in resolve_all(f"{path}@6.6")] == ["a@6.6", "b@6.6"]
-    with pytest.raises(XfastError, match="expected one, found 2 hosts"):
+    with pytest.raises(XfastError, match="expected one, got 2 hosts"):
         resolve(str(path))
 
 

@@ -148,9 +148,7 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
             except (XfastError, OSError) as problem:
                 fail(tally, path, problem)
         if walked and tally.skipped - before == len(paths):
-            fail(
-                tally, named, f"{named}: expected snapshots in it, found no file that could be one"
-            )
+            fail(tally, named, f"{named}: expected snapshots in it, got no file that could be one")
 
 
 def candidates(named: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A hash table of plans: one for each header met, and room for a thousand.
 
 Open addressing with linear probing over `PROBES` neighbours; the last plan found is asked first,
-since areas of one machine come in runs. Where all neighbours are taken the first one makes way:
+since areas of one machine come in runs. Where all neighbours are taken the first one is replaced:
 it is retired, not freed, as a loop that looks ahead may still hold it (at most `RING` plans).
 
 Rejected: an index by XSTATE_BV alone (XCOMP_BV and the place in the line are part of the key),

@@ -102,7 +102,7 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
         try:
             found = read(_opened(name, question.options), **question.options)
             if not found:
-                fail(name, f"{name}: expected a snapshot, found none in it", result)
+                fail(name, f"{name}: expected a snapshot, got none in it", result)
             for snapshot in found:
                 _judge_snapshot(snapshot, question, result)
         except (XfastError, OSError) as problem:

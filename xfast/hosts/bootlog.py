@@ -86,7 +86,7 @@ def read(text: str, name: str, path: str) -> Host:
     telling = [boot for boot in boots if any(p.search(boot) for p in (_ENABLED, _LEAF, _NO_XSAVE))]
     if not telling:
         raise FormatError(
-            path, None, "expected a line 'x86/fpu: Enabled xstate features', found none"
+            path, None, "expected a line 'x86/fpu: Enabled xstate features', got none"
         )
     boot = telling[-1]
     host = _of_boot(boot, name, path)

@@ -125,7 +125,7 @@ def _text_reader(
 def _refuse_template(document: Document) -> list[Host]:
     path = document.path
     raise FormatError(
-        path, None, f"expected a host, found a CPU template; HOST+{path} applies it to one"
+        path, None, f"expected a host, got a CPU template; HOST+{path} applies it to one"
     )
 
 
@@ -241,8 +241,8 @@ def parse(data: bytes, path: str) -> list[Host]:
         return hosts_of(document.one(), path)
     if b"\0" in data and not document.text:
         found = data.index(b"\0")
-        raise FormatError(path, found, "expected a struct kvm_cpuid2 or text, found binary data")
+        raise FormatError(path, found, "expected a struct kvm_cpuid2 or text, got binary data")
     kinds = ", ".join(reader.title for reader in READERS)
     raise FormatError(
-        path, 0, f"expected a host description (one of {kinds}), found {document.text[:20]!r}"
+        path, 0, f"expected a host description (one of {kinds}), got {document.text[:20]!r}"
     )

@@ -45,11 +45,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
-            raise PolicyError(f"level: got {self.level!r}, needed one of: {', '.join(LEVELS)}")
+            raise PolicyError(f"level: expected one of: {', '.join(LEVELS)}, got {self.level!r}")
         unknown = self.ignore - RULES.keys()
         if unknown:
             raise PolicyError(
-                f"ignore: got {', '.join(sorted(unknown))}, needed some of: {', '.join(RULES)}"
+                f"ignore: expected some of: {', '.join(RULES)}, got {', '.join(sorted(unknown))}"
             )
 
     def asks(self, level: str) -> bool:
@@ -154,7 +154,7 @@ class KvmAnswer(NamedTuple):
             return f"KVM can't be asked: {self.error}"
         refused = f"KVM refuses ({self.error}, vCPU {self.vcpu})"
         said = "KVM accepts" if self.accepted else refused
-        return said if self.foretold else f"{said}, not as foretold"
+        return said if self.foretold else f"{said}, contrary to the prediction"
 
 
 class Verdict(NamedTuple):

@@ -135,7 +135,7 @@ class Filter:
                 raise FormatError(
                     self.flow.kept.path,
                     self.flow.walker.position + have,
-                    "found the end of the stream, expected devices",
+                    "expected devices, got the end of the stream",
                 )
             have += count
             done = self.flow.push(view[:have])
@@ -202,7 +202,7 @@ class Filter:
             raise FormatError(
                 kept.path,
                 kept.runs(kept.size - 1, 1)[0][0],
-                f"found the end of the stream, expected at least {self.end - kept.size} bytes more",
+                f"expected at least {self.end - kept.size} bytes more, got the end of the stream",
             )
 
     def _judge(self, sections: Sections) -> None:

@@ -170,7 +170,7 @@ def _streams(source: Source) -> list[_Stream]:
             for one in qcow2.internals(source)
         ]
         if not found:
-            raise FormatError(source.path, 60, "found no snapshot with a VM state, needed one")
+            raise FormatError(source.path, 60, "expected a snapshot with a VM state, got none")
         return found
     stream = _libvirt(source)
     if stream is None:
@@ -267,7 +267,7 @@ def _seen(
             raise FormatError(
                 source.path,
                 place.offset,
-                "found cpu/mpx and cpu/apx, which share a place; needed one",
+                "expected cpu/mpx or cpu/apx, got both, which share a place",
             )
         section.kvm = told[0]
         runs = source.runs(place.offset, place.size)
