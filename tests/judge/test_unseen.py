@@ -16,6 +16,7 @@ import xfast
 from xfast.hosts.catalogue import catalogue
 from xfast.judge import judgement
 from xfast.judge.judgement import check
+from xfast.judge.verdict import PerClass
 from xfast.kernels.behaviour import of_release
 from xfast.snapshots.model import Snapshot, Unseen, Vcpu, key_of
 from xfast.snapshots.qemu import plans
@@ -216,3 +217,47 @@ def test_unseen_vcpus_are_a_sequence():
     assert repr(vcpus) == repr(list(vcpus))
     assert copy.deepcopy(vcpus) == list(vcpus) == pickle.loads(pickle.dumps(vcpus))
     assert made == [1]
+
+
+def test_verdicts_are_made_once_and_print_as_a_list():
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    verdicts = check(row, HOSTS[:3], layout=INTEL, xcr0=7)
+    assert len(verdicts) == 3
+    assert verdicts[0] is next(iter(verdicts))
+    assert [v.host for v in verdicts[1:]] == [host.name for host in HOSTS[1:3]]
+    assert verdicts == list(verdicts)
+    assert verdicts != list(verdicts)[:2]
+    assert repr(verdicts) == repr(list(verdicts))
+    with pytest.raises(IndexError):
+        verdicts[3]
+
+
+def test_what_a_class_shares_is_worked_out_once(monkeypatch):
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    judged = [
+        check(row, hosts, layout=INTEL, xcr0=7) for hosts in (HOSTS[:3], HOSTS[:3], HOSTS[:2])
+    ]
+    asked = []
+    shared = PerClass(lambda verdicts: asked.append(1) or len(verdicts))
+    assert [shared.of(verdicts) for verdicts in judged] == [3, 3, 2]
+    assert len(asked) == 2
+    monkeypatch.setattr(PerClass, "LIMIT", 2)
+    other = check(row, HOSTS[:1], layout=INTEL, xcr0=7)
+    assert [shared.of(other), *map(shared.of, judged)] == [1, 3, 3, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hosts_of_every_list_get_their_own_answers(seed):
+    """Lists of equal length one after the other, the same one again, tuples and single hosts."""
+    rng = random.Random(f"pools {seed}")
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    snapshot = Snapshot("s", "raw", "vm", "kvm", [Vcpu(0, row, INTEL, "given", xcr0=7)])
+    for _ in range(12):
+        hosts = rng.sample(HOSTS, rng.choice((1, 2, 2, 3)))
+        hosts = rng.choice([hosts, tuple(hosts), [host.name for host in hosts]])
+        for _ in range(rng.choice((1, 2))):
+            for verdict, host in zip(check(snapshot, hosts), hosts, strict=True):
+                one = xfast.resolve(host) if isinstance(host, str) else host
+                assert verdict.host == one.name
+                expected = judge_one_by_one(snapshot, one)
+                assert (verdict.verdict, verdict.fixable, verdict.findings) == expected

@@ -302,20 +302,20 @@ class TestBadInput:
 
 
 BEFORE = '{"snapshots":{"cpu-manager":{"snapshots":{"0":{"snapshot_data":'
-HUGE = {
-    "numbers": BEFORE + "[" + "0," * (15 << 20) + "0]}}}}}",
-    "numbers of the area": BEFORE
-    + json.dumps('{"xsave":{"region":[' + "0," * 400_000 + '0]},"cpuid":[]}')
-    + "}}}}}",
-    "lists": '{"x":[' + "[]," * (10 << 20) + '[]],"cpu-manager":1}',
-    "strings": BEFORE + "{" + '"a":"",' * (4 << 20) + '"b":1}}}}}}',
-    "space": BEFORE + " " * (31 << 20) + "1}}}}}",
-    "depth": '{"cpu-manager":' + "[" * (31 << 20),
-    "escapes": BEFORE + '"' + '\\"' * (15 << 20) + '"}}}}}',
-    "a key": '{"cpu-manager":1,"' + "k" * (15 << 20) + '":1,"' + "k" * (15 << 20) + '":1}',
-    "digits": BEFORE + "1" * (31 << 20) + "}}}}}",
-    "no end": BEFORE + '"' + "x" * (31 << 20),
-    "over the limit": BEFORE + "[" + "0," * (17 << 20) + "0]}}}}}",
+HUGE = {  # made when a test asks: the workers that fork at every call stay small
+    "numbers": lambda: BEFORE + "[" + "0," * (15 << 20) + "0]}}}}}",
+    "numbers of the area": lambda: (
+        BEFORE + json.dumps('{"xsave":{"region":[' + "0," * 400_000 + '0]},"cpuid":[]}') + "}}}}}"
+    ),
+    "lists": lambda: '{"x":[' + "[]," * (10 << 20) + '[]],"cpu-manager":1}',
+    "strings": lambda: BEFORE + "{" + '"a":"",' * (4 << 20) + '"b":1}}}}}}',
+    "space": lambda: BEFORE + " " * (31 << 20) + "1}}}}}",
+    "depth": lambda: '{"cpu-manager":' + "[" * (31 << 20),
+    "escapes": lambda: BEFORE + '"' + '\\"' * (15 << 20) + '"}}}}}',
+    "a key": lambda: '{"cpu-manager":1,"' + "k" * (15 << 20) + '":1,"' + "k" * (15 << 20) + '":1}',
+    "digits": lambda: BEFORE + "1" * (31 << 20) + "}}}}}",
+    "no end": lambda: BEFORE + '"' + "x" * (31 << 20),
+    "over the limit": lambda: BEFORE + "[" + "0," * (17 << 20) + "0]}}}}}",
 }
 
 
@@ -323,7 +323,7 @@ HUGE = {
 def test_a_small_compressed_file_takes_neither_time_nor_memory(tmp_path, kind):
     """61 KB took 40 s and 3 GB: each number's place was kept, and each level built the whole."""
     path = tmp_path / "state.json.gz"
-    path.write_bytes(gzip.compress(HUGE[kind].encode(), 1))
+    path.write_bytes(gzip.compress(HUGE[kind]().encode(), 1))
     script = (
         "import sys, time; from xfast import snapshots\n"
         "from xfast.errors import FormatError\n"

@@ -174,6 +174,15 @@ class Snapshot:
         """What to call it: its path, and which of several snapshots in that file it is."""
         return f"{self.path}#{self.part}" if self.part else self.path
 
+    @property
+    def key(self) -> tuple[Hashable, ...] | None:
+        """What stands for all that a judge looks at, besides names; see `Unseen`.
+
+        None where no format gave one, or somebody has looked at the vCPUs.
+        """
+        key = key_of(self.vcpus)
+        return None if key is None else (self.kind, self.producer, self.doubts, key)
+
 
 def misnumbered(indices: Iterable[int]) -> tuple[str, ...]:
     """Return the doubts that the numbers of a machine's vCPUs raise: they go from 0 up.

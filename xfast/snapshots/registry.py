@@ -291,5 +291,11 @@ def _is_whole(folder: Folder) -> bool:
 
 def _is_companion(folder: Folder, name: str) -> bool:
     """Tell whether a file only goes with a snapshot."""
-    forms = (format_named(one) for one in _names())
-    return any(isinstance(form, Accompanied) and form.companion(folder, name) for form in forms)
+    return any(form.companion(folder, name) for form in _accompanied())
+
+
+@cache
+def _accompanied() -> tuple[Accompanied, ...]:
+    """Return the formats with files that only go with a snapshot."""
+    forms = [format_named(name) for name in _names()]
+    return tuple([form for form in forms if isinstance(form, Accompanied)])

@@ -193,7 +193,7 @@ class Put:
             if not self.note:
                 self._publish(staged)
                 return
-            with self.note.standing(self._is_done):
+            with self.note.standing(lambda: staged.published):
                 self._publish(staged)
 
     def _publish(self, staged: Staged) -> None:
@@ -251,8 +251,7 @@ class Put:
 
     def _is_done(self) -> bool:
         """Tell whether the file is already what it is to be, or a journal waits for its record."""
-        if not self.in_place or self.row is None:
-            return False
+        assert self.row is not None
         if self.folder.status(self.name + JOURNAL) is not None:
             return True
         with open(self.folder.open_file(self.name), "rb") as file:

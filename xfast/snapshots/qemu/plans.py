@@ -28,7 +28,7 @@ from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.qemu.cpu import INTEL, Shape, shape_of
 from xfast.snapshots.qemu.search import FOOTER, FULL, LOOK_BACK, CpuSection
-from xfast.xsave.area import facts
+from xfast.xsave.area import packed_facts
 from xfast.xsave.features import HEADER_OFFSET, PKRU, XFEATURE_MASK_FPSSE
 
 PLANS_LIMIT = 16
@@ -94,23 +94,21 @@ class Fields(NamedTuple):
         headers = controls[1::CONTROLS]
         if kvm is None:
             kvm = any(headers)
-        if not kvm:
+        rows = np.empty(self.rows, np.uint8)
+        width = self.rows[1]
+        files.swap_runs(data, self.runs, rows.reshape(-1))
+        if kvm:
+            for (_, held, _), xstate_bv in zip(self.sort, headers, strict=True):
+                if xstate_bv & ~held and INTEL.standard_size(xstate_bv | held) > width:
+                    return None, kvm
+        else:
             # Components that are all zeros count as left out (`Section.xstate_bv`), which these
             # headers don't say. The key does: they are not in use. Nor does it matter to any of
             # its masks in which order TCG has the x87 registers.
-            headers = tuple([xcr0 | XFEATURE_MASK_FPSSE for xcr0 in controls[::CONTROLS]])
-        rows = np.empty(self.rows, np.uint8)
-        files.swap_runs(data, self.runs, rows.reshape(-1))
-        width = self.rows[1]
-        at = HEADER_OFFSET
-        for (_, held, _), xstate_bv in zip(self.sort, headers, strict=True):
-            if not kvm:
-                xstate_bv &= held
-            elif xstate_bv & ~held and INTEL.standard_size(xstate_bv | held) > width:
-                return None, kvm
-            struct.pack_into("<Q", rows.data, at, xstate_bv)
-            at += width
-        return (self.sort, controls, facts(rows, INTEL).tobytes()), kvm
+            for row, (_, held, _) in enumerate(self.sort):
+                xstate_bv = (controls[CONTROLS * row] | XFEATURE_MASK_FPSSE) & held
+                struct.pack_into("<Q", rows.data, row * width + HEADER_OFFSET, xstate_bv)
+        return (self.sort, controls, packed_facts(rows, INTEL)), kvm
 
 
 class Plan(NamedTuple):
@@ -224,6 +222,7 @@ def _fields_of(cpus: Sequence[CpuSection], shapes: Sequence[Shape]) -> Fields:
             (at + cpu.offset, length, unit, row * width + target)
             for at, length, unit, target in shape.swaps(0).tolist()
         ]
+        runs.append((*places[1], 8, row * width + HEADER_OFFSET))
         at, size = places[2]
         places[2] = at + size - 1 - PKE_BYTE, 1
         controls += places
