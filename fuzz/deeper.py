@@ -1,4 +1,7 @@
-"""Targets behind the readers: plans, writes of `fix`, and the engine against its slow reference."""
+"""Targets behind the readers: plans, writes of `fix`, and the engine against its slow reference.
+
+The engine's areas lie between pages that may not be touched.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 import numpy as np
 import reference
 import snapshot_files as files
+from guard_pages import between_guards
+from numpy.typing import NDArray
 from random_areas import COMPACTED, LAYOUTS
 
 from xfast import check, plan_fix, snapshots
@@ -124,26 +129,32 @@ def fix(data: bytes) -> None:
         return
 
 
+def guarded(data: bytes) -> NDArray[np.uint8]:
+    """Return a copy of an area that ends, or begins, at a page that may not be touched."""
+    row = between_guards(1, len(data), at_end=not data[-1] & 1)[0]
+    row[:] = np.frombuffer(data, np.uint8)
+    return row
+
+
 def _ways(area: bytes, into: bytes, layout: Any, to: Any, mask: int) -> Iterator[tuple[Any, Any]]:
     """Yield what each operation of the engine gives, and what the reference does."""
-    one = np.frombuffer(area, np.uint8)
+    one = guarded(area)
     yield engine.audit(one, mask, 0xFFFF), reference.audit(area, mask, 0xFFFF)
     for early in (False, True):
         yield engine.xinuse(one, layout, early), reference.xinuse(area, layout, early)
     yield tuple(map(int, engine.classify(one, layout)[1:])), reference.classify(area, layout)
-    other = np.frombuffer(into, np.uint8)
+    other = guarded(into)
     yield engine.diff(one, other, layout, to), reference.diff(area, layout, into, to)
     for scrub in (False, True):
-        kept = one.copy()
+        kept = guarded(area)
         dropped = engine.keep(kept, layout, mask, scrub=scrub)
         yield (kept.tobytes(), dropped), reference.keep(area, layout, mask, scrub)
-    out = np.full(len(into) + 64, 0xEE, np.uint8)
+    out = guarded(bytes(len(into)))
     options = {"mask": mask, "mxcsr_mask": 0xFFFF, "software": 0x2E7}
-    lost = engine.converter(layout, to, **options).convert(one, out[: len(into)])
+    lost = engine.converter(layout, to, **options).convert(one, out)
     expected = reference.relayout(area, layout, to, len(into), **options)
-    yield (out[: len(into)].tobytes(), lost), expected
-    assert (out[len(into) :] == 0xEE).all()
-    merged = other.copy()
+    yield (out.tobytes(), lost), expected
+    merged = guarded(into)
     valid = (0xE02FF, 0x1FFFF)
     how = engine.merger(layout, to, user_xfeatures=valid[0], mxcsr_mask=valid[1])
     code = how.merge(one, merged)

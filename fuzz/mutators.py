@@ -6,9 +6,13 @@ they believe.
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
 import random
-from collections.abc import Callable
+import re
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from snapshot_files import sealed
@@ -102,7 +106,74 @@ def tree(data: bytes, rng: random.Random, depth: int = 0) -> bytes | None:
     return json.dumps(value).encode()
 
 
-WAYS: tuple[Callable[[bytearray, random.Random], None], ...] = (
+def text_of(data: bytearray, rng: random.Random) -> None:
+    """Change a text: a line twice or gone or moved, a word for another, a number of any length."""
+    if not data or b"\0" in data[:512]:
+        return bit(data, rng)
+    if rng.random() < 0.4:
+        lines = data.split(b"\n")
+        line = lines.pop(rng.randrange(len(lines)))
+        for _ in range(rng.choice((0, 1, 2, 2, 40))):
+            lines.insert(rng.randrange(len(lines) + 1), line)
+        data[:] = b"\n".join(lines)
+        return None
+    words = list(WORD.finditer(data))
+    if words:
+        one, other = rng.choice(words), rng.choice(words)
+        new = rng.choice((other[0], other[0], rng.choice(WORDS), one[0] * rng.choice((2, 99))))
+        data[one.start() : one.end()] = new
+    return None
+
+
+WORD = re.compile(rb"[\w.+-]+|[^\w\s]")
+WORDS = (
+    *(b"0", b"-1", b"0x", b"0xffffffffffffffff", b"1e999", b"NaN", b"9" * 70, b"a.b.c", b"true"),
+    *(b"\x1b[31m", b"'", b'"', b"<", b"]]>", b"&#x41;", b"\xff\xfe", b"[[", b"}", b"\xe2\x80\xa8"),
+)
+"""What stands for a word in a text sometimes."""
+
+
+def packed(data: bytes, change: Callable[[bytearray], bytearray]) -> bytes | None:
+    """Change what is packed inside of bytes, and pack it again; None if nothing is."""
+    for magic, unpack, pack in PACKERS:
+        if data.startswith(magic):
+            try:
+                inner = unpack(data)
+            except Exception:  # damage is another way's work
+                return None
+            return pack(bytes(change(bytearray(inner[: 1 << 16]))))
+    return None
+
+
+PACKERS: tuple[tuple[bytes, Callable[[bytes], bytes], Callable[[bytes], bytes]], ...] = (
+    (
+        b"\x1f\x8b\x08",
+        lambda data: zlib.decompressobj(31).decompress(data, 1 << 16),
+        lambda data: (
+            b"\x1f\x8b\x08" + bytes(7) + zlib.compress(data, wbits=-15) + crc_and_size(data)
+        ),
+    ),
+    (
+        b"BZh",
+        lambda data: bz2.BZ2Decompressor().decompress(data, 1 << 16),
+        bz2.compress,
+    ),
+    (
+        b"\xfd7zXZ\0",
+        lambda data: lzma.LZMADecompressor().decompress(data, 1 << 16),
+        lambda data: lzma.compress(data, preset=0),
+    ),
+)
+"""What packed bytes begin with, and how they are unpacked (as far as 64 KiB) and packed."""
+
+
+def crc_and_size(data: bytes) -> bytes:
+    """Return what a gzip member ends with."""
+    return zlib.crc32(data).to_bytes(4, "little") + len(data).to_bytes(4, "little")
+
+
+Way = Callable[[bytearray, random.Random], None]
+WAYS: tuple[Way, ...] = (
     number,
     number,
     number,
@@ -117,13 +188,31 @@ def mutator(name: str) -> Callable[[bytes, int, int], bytes]:
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         rng = random.Random(seed)
-        changed = bytearray(data)
-        for _ in range(rng.choice((1, 1, 2, 4))):
-            text = tree(bytes(changed), rng) if changed[:1] in (b"{", b"[") else None
-            if text is not None and rng.random() < 0.9:
-                changed = bytearray(text)
-            else:
-                rng.choice(WAYS)(changed, rng)
-        return sealed(name, bytes(changed))[:most] if len(changed) > 8 else bytes(changed)
+        if rng.random() < 0.8:
+            new = packed(data, lambda inner: changed(inner, rng, ways))
+            if new is not None:
+                return new[:most]
+        return bytes(changed(bytearray(data), rng, ways))[:most]
 
+    ways = (*WAYS, *(text_of,) * len(WAYS) * 2) if name in TEXTS else (*WAYS, text_of)
     return mutate
+
+
+TEXTS = ("host", "explain")
+"""Targets whose inputs are texts, most of them."""
+
+STATE = b"\0\0\x84\x66\x84\x19\x10\x07"
+"""What a snapshot of Firecracker begins with; it ends with its checksum."""
+
+
+def changed(data: bytearray, rng: random.Random, ways: Sequence[Way]) -> bytearray:
+    """Return bytes with up to four changes, and a checksum that fits them."""
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        text = tree(bytes(data), rng) if data[:1] in (b"{", b"[") else None
+        if text is not None and rng.random() < 0.9:
+            data = bytearray(text)
+        else:
+            rng.choice(ways)(data, rng)
+    if data.startswith(STATE) and rng.random() < 0.95:
+        data = bytearray(sealed("firecracker", bytes(data)))
+    return data

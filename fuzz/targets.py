@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import deeper
 import numpy as np
+import passing
 from snapshot_files import BUILDERS, READ_ONLY
 
 from xfast import hosts, snapshots
@@ -141,6 +142,8 @@ def packed() -> Iterable[bytes]:
     area = BUILDERS["raw"]()["vm.xsave"]
     yield from built(*BUILDERS)()
     yield from (bz2.compress(area), gzip.compress(area), lzma.compress(area))
+    yield from passing.images()
+    yield from map(gzip.compress, passing.images())
 
 
 def descriptions() -> Iterable[bytes]:
@@ -150,6 +153,12 @@ def descriptions() -> Iterable[bytes]:
     yield b"CPUID 0000000D: 00000007-00000340-00000340-00000000 [SL 00]\n"
     yield b"x86/fpu: xstate_offset[2]:  576, xstate_sizes[2]:  256\n"
     yield b'{"schema": "xfast/1", "name": "x", "xcr0": "0x7"}'
+    yield b'schema = "xfast/1"\nname = "x"\nxcr0 = 0x7\n[cpu]\nvendor = "amd"\n'
+    yield b'{"lscpu": [{"field": "Flags:", "data": "fpu sse avx avx512f pku"}]}'
+    yield b'{"return": {"model": {"name": "max", "props": {"avx": true, "xsave": true}}}}'
+    yield b"<cpu><arch>x86_64</arch><model>Skylake</model><feature name='pku'/></cpu>"
+    yield b"vendor_id : GenuineIntel\nflags : fpu sse sse2 xsave avx avx2\nmodel : 85\n"
+    yield b"00:00:01.1 VirtualBox VM 7.0\n00:00:02.1 Leaf 0000000d/0000: 00000007 00000340\n"
 
 
 TARGETS: dict[str, Target] = {
@@ -158,5 +167,8 @@ TARGETS: dict[str, Target] = {
     "host": Target(host, descriptions, ("xfast.hosts", "xfast.xsave")),
     "plan": Target(deeper.plan, deeper.fixable, ("xfast.repair", "xfast.judge")),
     "fix": Target(deeper.fix, deeper.fixable, ("xfast.repair", "xfast.store")),
+    "forward": Target(passing.forward, passing.streams, ("xfast.snapshots.qemu",)),
+    "filter": Target(passing.through, passing.streams, ("xfast.repair", "xfast.snapshots.qemu")),
+    "explain": Target(passing.explain, passing.pasted, ("xfast.messages",)),
     "core": Target(deeper.core, deeper.areas, ("xfast.xsave",)),
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import xfast
-from xfast.errors import LayoutError, XfastError
+from xfast.errors import FormatError, LayoutError, XfastError
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "snapshots"
 LEAK = EXAMPLES / "q72-kvm-pkru-leak-bv207.qemustate"
@@ -145,3 +145,11 @@ def test_empty_batches_are_empty_answers():
     assert xfast.headers(none).xstate_bv.shape == (0,)
     assert xfast.relayout(none, "intel", "amd-zen4").shape[0] == 0
     assert xfast.check(xfast.read(LEAK)[0], []) == []
+
+
+def test_what_an_error_quotes_of_a_file_is_one_short_line():
+    """Found by fuzzing: a section's name of 255 zeros was quoted as a thousand characters."""
+    problem = FormatError("vm", 3, f"expected ram, got {'\n\x1b' * 5000!s}")
+    assert str(problem).isprintable()
+    assert len(str(problem)) < 700
+    assert str(problem).startswith(r"vm: offset 3: expected ram, got \n\x1b")

@@ -5,6 +5,9 @@ And how names of files and hosts are written wherever they are shown.
 
 import re
 
+MESSAGE_LIMIT = 600
+"""Of what an error says of a file, no more is shown (characters)."""
+
 
 class XfastError(ValueError):
     """The root of xfast's errors; a ValueError, so that callers need not know it."""
@@ -21,6 +24,8 @@ class PolicyError(XfastError):
 class FormatError(XfastError):
     """A file is not what it claims to be.
 
+    A message may quote the file, so it is made printable, and no longer than `MESSAGE_LIMIT`.
+
     Attributes
     ----------
     path : str
@@ -33,6 +38,9 @@ class FormatError(XfastError):
         self.path = str(path)
         self.offset = offset
         where = self.path if offset is None else f"{self.path}: offset {offset}"
+        message = printable(message)
+        if len(message) > MESSAGE_LIMIT:
+            message = f"{message[: MESSAGE_LIMIT - 1]}\N{HORIZONTAL ELLIPSIS}"
         super().__init__(f"{where}: {message}")
 
 

@@ -1,7 +1,5 @@
 """Not one byte outside the rows: guard pages, sanitizers (make san), and bad arguments."""
 
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from guard_pages import between_guards
 from random_areas import LAYOUTS, ODD, available, random_areas
 
 from xfast import _core
@@ -18,21 +17,7 @@ from xfast.xsave.layout import PRESETS, Layout
 
 ROOT = Path(__file__).parents[2]
 INTEL = PRESETS["intel"]
-PAGE = mmap.PAGESIZE
 SIZES = (576, 577, 832, 840, 1001, 2440, 2696, 2752, 4096)
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def between_guards(n, size, at_end):
-    """`n` packed rows that end, or begin, at a page that may not be touched."""
-    pages = -(-n * size // PAGE)
-    block = mmap.mmap(-1, (pages + 2) * PAGE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(block))
-    for guard in (start, start + (pages + 1) * PAGE):
-        assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(PAGE), 0) == 0
-    first = PAGE + (pages * PAGE - n * size if at_end else 0)
-    return np.frombuffer(block, np.uint8)[first : first + n * size].reshape(n, size)
 
 
 def on_the_heap(n, size, _):

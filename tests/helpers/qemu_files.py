@@ -17,13 +17,12 @@ def undescribed(data):
     return data[: description_at(data) - 5]
 
 
-def qcow2_image(states, cluster_bits=9, disk_size=1 << 30, extra=16):
+def qcow2_image(states, cluster_bits=9, disk_size=1 << 30, extra=16, base=1 << 20):
     """Write a qcow2 image with internal snapshots, their clusters in descending order."""
     cluster = 1 << cluster_bits
     span = 1 << (2 * cluster_bits - 3)
     first = -(-disk_size // span)
     entries, blocks = [], bytearray()
-    base = 1 << 20
 
     def put(data):
         nonlocal blocks

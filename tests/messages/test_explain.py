@@ -297,3 +297,9 @@ def test_rules_without_words(run):
     assert len(out.splitlines()) == len(RULES)
     _, out, _ = run("leak")
     assert "ad856280ddea" in out
+
+
+def test_a_text_of_nothing_but_colours_has_no_answer():
+    """Found by fuzzing: no line was left of it, and its lines were paired with one more."""
+    assert answers("\x1b[31m") == []
+    assert answers("\n \n") == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from xfast.messages.names import (
@@ -96,7 +97,7 @@ def answers(text: str) -> list[Answer]:
     if len(lines) == 1:
         return [answer(lines[0])]
     found: dict[tuple[str, ...], Answer] = {}
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+    for line, after in pairwise([*lines, ""]):
         one = _whole(answer(line), after)
         if one.scope or one.codes:
             found.setdefault((one.text, *one.details), one)
