@@ -87,7 +87,7 @@ def qemu_stream(
     """Return a migration stream of these devices; `listed` is what the description says of them."""
     devices = qemu_devices() if devices is None else devices
     machine = b"pc-q35-7.2"
-    out = b"QEVM\0\0\0\3\x07" + struct.pack(">I", len(machine)) + machine
+    out = bytearray(b"QEVM\0\0\0\3\x07" + struct.pack(">I", len(machine)) + machine)
     out += b"\x01" + struct.pack(">IB3sII", 2, 3, b"ram", 0, 4) + ram
     out += (b"\x7e" + struct.pack(">I", 2)) * footers
     for number, (entry, data) in enumerate(devices, 3):
@@ -99,7 +99,7 @@ def qemu_stream(
         listed = [entry for entry, _ in devices] if listed is None else listed
         text = json.dumps({"page_size": 4096, "devices": listed}).encode()
         out += b"\x06" + struct.pack(">I", len(text)) + text
-    return out
+    return bytes(out)
 
 
 # ELF
@@ -244,7 +244,7 @@ def minidump(*areas: bytes) -> bytes:
     at = 32 + 2 * 12
     threads_at = at + len(system)
     context_at = threads_at + 4 + 48 * len(areas)
-    threads, contexts = struct.pack("<I", len(areas)), b""
+    threads, contexts = bytearray(struct.pack("<I", len(areas))), bytearray()
     for i, image in enumerate(areas):
         context = bytes(48) + struct.pack("<I", 0x10000F) + bytes(204) + image[:512]
         context = context.ljust(1232, b"\0")

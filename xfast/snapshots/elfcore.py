@@ -59,11 +59,13 @@ OTHERS = "others"
 
 SEGMENT_LIMIT = 1 << 20
 SEGMENTS_AT_ONCE = 1 << 14
-NOTE_LIMIT = 1 << 20
+NOTED_LIMIT = 1 << 10
+"""Segments of notes: a core has one, or a few."""
+NOTE_LIMIT = 1 << 18
 """Notes that are looked at: a core has 3 to 6 a thread."""
 NAME_LIMIT = 64
 AREA_LIMIT = 1 << 20
-AREAS_LEAST, AREAS_RATIO = 16 << 20, 16
+AREAS_LEAST, AREAS_RATIO = 8 << 20, 8
 """Bytes of all areas together: so many, or so many times what the file takes on the disk."""
 WINDOW = 1 << 20
 

@@ -22,8 +22,8 @@ ENTRY_SIZE = 40
 SNAPSHOT_LIMIT = 1024
 """More internal snapshots than this are not read; QEMU itself stops at 65536."""
 READ_LEAST, READ_RATIO = 40 << 20, 4
-"""All VM states together are read for so many bytes, or so many times the image's: tables may
-name the same clusters again and again, and VM states of any length."""
+"""All VM states together are read for so many bytes, or so many times what the image takes on the
+disk: tables may name the same clusters again and again, and VM states of any length."""
 
 
 class Internal(NamedTuple):
@@ -64,7 +64,7 @@ def internals(source: Source) -> list[Internal]:
         )
     _check_tables(source, active, active_size, 1 << cluster_bits)
     found = []
-    allowance = _Allowance(max(READ_LEAST, READ_RATIO * source.size))
+    allowance = _Allowance(max(READ_LEAST, READ_RATIO * source.stored))
     for _ in range(count):
         l1_offset, l1_size, id_length, name_length = source.unpack(">QIHH", at)
         state_size, extra_length = source.unpack(">II", at + 32)

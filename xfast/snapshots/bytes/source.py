@@ -31,7 +31,7 @@ HEAD = 512
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
-EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 256
+EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 64
 """Without anybody's word it is no more than that many times the file's own size, or 64 MiB: a
 mebibyte of packed zeros would be expanded for ten seconds before it is found to be nothing."""
 
@@ -213,8 +213,11 @@ class Source:
 
     @property
     def stored(self) -> int:
-        """How many bytes the file truly takes: holes cost nothing to make, and count nothing."""
-        return os.fstat(self.fd).st_blocks * 512
+        """How many bytes the file itself takes on the disk.
+
+        Holes, and what packs well, cost nothing to make, and count nothing.
+        """
+        return os.fstat(self.base.fd).st_blocks * 512
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from xfast.errors import FormatError
@@ -30,6 +31,9 @@ FIXED_SIZES = (1817, 1313)
 SEARCH_LIMIT = 16 << 20
 """How far from its end a stream without description is searched for vCPUs (bytes)."""
 WINDOW = 1 << 17
+HEADER_LIMIT = 1 << 14
+"""How many headers of `cpu` sections are looked at: no machine has more than 4,096 vCPUs, but
+guest memory may hold copies of some."""
 
 SUBSECTION_SIZES = {
     "cpu/" + name: sizes
@@ -116,7 +120,8 @@ class Found(NamedTuple):
 class Window:
     """Bytes of a stream, from `start` on, and what is known of the chains in them."""
 
-    def __init__(self, data: bytes, start: int) -> None:
+    def __init__(self, path: str, data: bytes, start: int) -> None:
+        self.path = path
         self.data = data
         self.start = start
         self._ends: dict[int, int] = {}
@@ -165,8 +170,22 @@ class Window:
         return None
 
     def headers(self) -> Iterator[re.Match[bytes]]:
-        """Yield the headers of `cpu` sections, the last first."""
-        for start in reversed([match.start() for match in HEADER.finditer(self.data)]):
+        """Yield the headers of `cpu` sections, the last first.
+
+        Raises
+        ------
+        FormatError
+            If there are more than `HEADER_LIMIT`.
+        """
+        found = HEADER.finditer(self.data)
+        starts = [match.start() for match in islice(found, HEADER_LIMIT + 1)]
+        if len(starts) > HEADER_LIMIT:
+            raise FormatError(
+                self.path,
+                self.start + starts[-1],
+                f"expected at most {HEADER_LIMIT} headers of cpu sections, got more",
+            )
+        for start in reversed(starts):
             match = HEADER.match(self.data, start)
             assert match
             yield match
@@ -193,7 +212,7 @@ def search(stream: Source) -> Found:
     size = WINDOW
     while True:
         start = max(0, stream.size - size)
-        window = Window(stream.read(start, stream.size - start), start)
+        window = Window(stream.path, stream.read(start, stream.size - start), start)
         cpus, refused = _candidates(window)
         first = next((cpu.offset for cpu in cpus if cpu.instance == 0), stream.size)
         if first < stream.size or not start or size == SEARCH_LIMIT:

@@ -320,7 +320,8 @@ def _walk(
 def _is_cpu_before(stream: Source, end: int) -> bool:
     """Tell whether a `cpu` section ends where the sections begin that the description lists."""
     start = max(0, end - LOOK_BACK)
-    return ends_at(Window(stream.read(start, min(end + 8, stream.size) - start), start), end)
+    data = stream.read(start, min(end + 8, stream.size) - start)
+    return ends_at(Window(stream.path, data, start), end)
 
 
 def _section(stream: Source, name: bytes, size: int, end: int) -> tuple[int, int, int] | None:
