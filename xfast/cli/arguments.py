@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,9 +26,10 @@ exit codes: 0 all can be restored, or nothing to do; 1 something blocks; 2 usage
 """The exit codes of every verb; what blocks counts for more than what could not be judged."""
 
 
-def epilog(*examples: str, codes: str = EXIT_CODES) -> str:
-    """Return what ends a help: examples, a line each, and the exit codes."""
-    return "\n  ".join(("examples:", *examples)) + f"\n\n{codes}"
+def epilog(*examples: str, codes: str = EXIT_CODES, kinds: str = "") -> str:
+    """Return what ends a help: examples, a line each, the kinds of input, and the exit codes."""
+    parts = ["\n  ".join(("examples:", *examples)), *filter(None, [kinds]), codes]
+    return "\n\n".join(parts)
 
 
 NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK
@@ -35,9 +38,17 @@ OURS = (".orig", ".xfast.json", ".xfast-journal")
 """How files end that xfast itself put beside a snapshot."""
 
 
+def aside(line: str) -> None:
+    """Print a line to standard error; on a terminal it is broken between words only."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False)
+    print(line, file=sys.stderr)
+
+
 def complain(text: object) -> None:
-    """Print one line to standard error."""
-    print(f"xfast: {printable(str(text))}", file=sys.stderr)
+    """Print one line to standard error, as xfast's."""
+    aside(f"xfast: {printable(str(text))}")
 
 
 def size_of(text: str) -> int:
