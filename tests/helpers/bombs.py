@@ -67,6 +67,14 @@ def qemu_descriptions(size):
     return {"vm": files.qemu_stream(described=False)[:-1] + _fill(mark, size)}
 
 
+def qemu_behind(size):
+    """A description of lists in lists, and something else behind it."""
+    device = b'{"devices": [{"name": "timer", "fields": ['
+    text = device + _fill(b"[],", size) + b"0]}]}"
+    stream = files.qemu_stream(described=False)
+    return {"vm": stream + b"\6" + struct.pack(">I", len(text)) + text + b"other"}
+
+
 def qcow2_snapshots(size):
     """A disk image with 1,024 internal snapshots that share their clusters."""
     stream = files.qemu_stream(files.qemu_devices(max(2, size // 8000), apics=False))
@@ -202,7 +210,7 @@ def criu_members(size):
 def criu_threads(size):
     """Threads."""
     one = files.criu_core(1)
-    count = max(1, size // (1024 + len(one)))
+    count = max(1, min(size, 8 << 20) // (1024 + len(one)))
     return {"c.tar": _tar([(f"core-{i}.img", one) for i in range(count)])}
 
 
@@ -216,9 +224,7 @@ def ch_vcpus(size):
     state = f'{{"snapshot_data":{{"state":{text}}}}}'
     count = max(1, min(size, 31 << 20) // len(state))
     members = ",".join(f'"{i}":{state}' for i in range(count))
-    return {
-        "vm.json": f'{{"snapshots":{{"cpu-manager":{{"snapshots":{{{members}}}}}}}}}'.encode()
-    }
+    return {"vm.json": f'{{"snapshots":{{"cpu-manager":{{"snapshots":{{{members}}}}}}}}}'.encode()}
 
 
 def _ch_with(filling):
@@ -248,7 +254,9 @@ def ch_region(size):
     """A vCPU's area of too many numbers."""
     text = json.dumps(f'{{"xsave":{{"region":[{"1," * (min(size, 1 << 20) // 2 - 100)}1]}}}}')
     state = f'{{"snapshot_data":{{"state":{text}}}}}'
-    return {"vm.json": f'{{"snapshots":{{"cpu-manager":{{"snapshots":{{"0":{state}}}}}}}}}'.encode()}
+    return {
+        "vm.json": f'{{"snapshots":{{"cpu-manager":{{"snapshots":{{"0":{state}}}}}}}}}'.encode()
+    }
 
 
 def crosvm_items(size):
@@ -289,7 +297,7 @@ def unknown(size):
 BOMBS = {
     "qemu": (
         *(qemu_headers, qemu_chains, qemu_vcpus, qemu_devices, qemu_fields, qemu_lists),
-        *(qemu_descriptions, qcow2_snapshots),
+        *(qemu_descriptions, qemu_behind, qcow2_snapshots),
     ),
     "elfcore": (elf_notes, elf_statuses, elf_threads, elf_segments),
     "minidump": (minidump_threads, minidump_empty),

@@ -18,11 +18,23 @@ def _piece():
     return time.process_time() - begin
 
 
+class Clock:
+    """Measure a block: `seconds` of a CPU that does the piece in 10 ms."""
+
+    seconds = 0.0
+
+    def __enter__(self):
+        self._unit = max(min(_piece() for _ in range(3)), 1e-4)
+        self._begin = time.process_time()
+        return self
+
+    def __exit__(self, *exception):
+        self.seconds = (time.process_time() - self._begin) * PIECE / self._unit
+
+
 @contextlib.contextmanager
 def at_most(seconds):
     """Fail if the block takes more than so many seconds of a CPU that does the piece in 10 ms."""
-    unit = max(min(_piece() for _ in range(3)), 1e-4)
-    begin = time.process_time()
-    yield
-    taken = (time.process_time() - begin) * PIECE / unit
-    assert taken < seconds, f"took {taken:.2f} s, expected less than {seconds}"
+    with Clock() as clock:
+        yield
+    assert clock.seconds < seconds, f"took {clock.seconds:.2f} s, expected less than {seconds}"

@@ -156,7 +156,7 @@ class TestHostile:
     @pytest.mark.parametrize(
         ("data", "words"),
         [
-            (GOOD[:20], "expected 16"),
+            (GOOD[:20], "expected 36"),
             (edited(GOOD, 4, 0xA794), "expected minidump version 0xa793"),
             (edited(GOOD, 8, 1 << 31), "expected up to 4096 streams"),
             (edited(GOOD, 12, 1 << 31), "expected 36"),

@@ -26,16 +26,16 @@ class Bound(NamedTuple):
 
 BOUNDS = {
     "qemu": Bound(
-        "qemu.search:SEARCH_LIMIT", "qemu.stream:DESCRIPTION_LIMIT", "qemu.stream:DEPTH_LIMIT"
+        "qemu.search:SEARCH_LIMIT", "qemu.search:HEADER_LIMIT", "qemu.stream:DEPTH_LIMIT"
     ),
-    "elfcore": Bound("elfcore:AREA_LIMIT", "elfcore:NOTE_LIMIT"),
+    "elfcore": Bound("elfcore:AREAS_LEAST", "elfcore:NOTE_LIMIT"),
     "minidump": Bound("minidump:AREA_LIMIT", "minidump:THREAD_LIMIT"),
-    "criu": Bound("criu.reader:IMAGE_LIMIT", "criu.wire:FIELD_LIMIT"),
+    "criu": Bound("criu.reader:IMAGES_LEAST", "criu.wire:FIELD_LIMIT"),
     "cloud-hypervisor": Bound("cloud_hypervisor:SIZE_LIMIT", "bytes.json_text:TOKEN_LIMIT"),
     "raw": Bound("raw:AREA_LIMIT", "raw:CPUID_LIMIT"),
-    "firecracker": Bound("firecracker:SIZE_LIMIT", "firecracker:TABLE_LIMIT"),
+    "firecracker": Bound("firecracker:SIZE_LIMIT", "firecracker:SNIFF_LIMIT"),
     "crosvm": Bound("crosvm:SIZE_LIMIT", "crosvm:ITEM_LIMIT", "crosvm:DEPTH_LIMIT"),
-    "xen": Bound("xen:BODY_LIMIT", "xen:VCPU_LIMIT"),
+    "xen": Bound("xen:BODY_LIMIT", "xen:RECORD_LIMIT"),
 }
 
 

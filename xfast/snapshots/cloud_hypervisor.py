@@ -44,6 +44,8 @@ MEMORY = "memory-ranges"
 CONFIG_LIMIT = 1 << 20
 
 SIZE_LIMIT = 32 << 20
+VCPU_LIMIT = 4096
+"""KVM_MAX_VCPUS; Cloud Hypervisor's own is 254."""
 CPUID_TEXT_LIMIT = 1 << 15
 """Characters of a CPUID that is kept for others which are the same: 256 entries take as many."""
 
@@ -205,6 +207,10 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
         members = file.members(members[step][0])
     if not members:
         raise FormatError(source.path, None, "expected at least one vCPU, got none")
+    if len(members) > VCPU_LIMIT:
+        raise FormatError(
+            source.path, None, f"expected at most {VCPU_LIMIT} vCPUs, got {len(members)}"
+        )
     for i, (key, span) in enumerate(members.items()):
         number = re.search(r"\d{1,9}$", key)
         data = file.members(span[0]).get("snapshot_data")

@@ -120,6 +120,7 @@ class Found:
     first: int | None = None
     names: set[str] = field(default_factory=set)
     statuses: int = 0
+    notes: int = 0
 
 
 def sniff(source: Source) -> bool:
@@ -165,13 +166,7 @@ def read(
             f"got no extended state (notes: {notes})",
         )
     whole = sum(note.length for _, note in noted)
-    if whole > max(AREAS_LEAST, AREAS_RATIO * source.stored):
-        raise FormatError(
-            source.path,
-            noted[0][1].offset,
-            f"expected areas that are stored, got {whole} bytes of them in a file that takes "
-            f"{source.stored} on the disk",
-        )
+    source.require_stored(whole, AREAS_LEAST, AREAS_RATIO, noted[0][1].offset)
     producer = _producer(found)
     vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in noted]
     for vcpu in vcpus:
@@ -273,6 +268,10 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
                     f"expected notes up to offset {source.size} at most, got {start + length}",
                 )
             segments.append((start, start + length))
+        if len(segments) > NOTED_LIMIT:
+            raise FormatError(
+                source.path, at, f"expected at most {NOTED_LIMIT} segments of notes, got more"
+            )
     if sum(end - start for start, end in segments) > source.size:
         raise FormatError(
             source.path, table, "expected notes apart from each other, got some that overlap"
@@ -283,8 +282,9 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
 
 def _take(source: Source, found: Found, long_size: int, start: int, end: int) -> None:
     """Add the notes from `start` to `end` to what is found."""
-    for count, note in enumerate(_notes(source, start, end)):
-        if count == NOTE_LIMIT:
+    for note in _notes(source, start, end):
+        found.notes += 1
+        if found.notes > NOTE_LIMIT:
             raise FormatError(source.path, note.offset, f"found over {NOTE_LIMIT} notes")
         found.first = note.type if found.first is None else found.first
         found.names.add(note.name if note.name in OWNERS else OTHERS)

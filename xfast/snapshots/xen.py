@@ -52,6 +52,8 @@ DOMAINS = {1: "PV", 2: "HVM", 3: "PVH"}
 BODY_LIMIT = 16 << 20
 """Bytes of a record that is read; PAGE_DATA is not."""
 LEAF_LIMIT = 1 << 12
+ENTRY_LIMIT = 1 << 17
+"""Entries of an HVM context: a vCPU has some ten."""
 
 CPU, CPU_XSAVE, CPU_MSR = 2, 16, 20
 CPU_CR4_OFFSET = 680
@@ -64,6 +66,10 @@ NO_SUBLEAF = 0xFFFFFFFF
 MSR = struct.Struct("<2IQ")
 VCPU_LIMIT = 8192
 """HVM_MAX_VCPUS is far less."""
+
+RECORD_LIMIT, RECORD_LEAST = 1 << 16, 1 << 12
+"""Records: so many, or one for so many bytes that the file takes on the disk. Those of memory hold
+up to 1,024 pages each."""
 
 NO_EDITS = (
     "Xen's images are read only: no real one was to be had to check an edit against; "
@@ -150,13 +156,14 @@ def _image(source: Source) -> int:
             source.path, position + 8, "expected libxl image version 2, little-endian; got another"
         )
     position += LIBXL_HEADER
-    while True:
+    for _ in range(_most(source)):
         kind, length = source.unpack("<2I", position)
         position += 8 + (length + 7 & ~7)
         if kind == LIBXC_CONTEXT:
             return position
         if kind == LIBXL_END:
             raise FormatError(source.path, position, "expected the record LIBXC_CONTEXT, got END")
+    raise _crowded(source, position)
 
 
 def _header(source: Source, start: int) -> tuple[str, str]:
@@ -178,9 +185,19 @@ def _header(source: Source, start: int) -> tuple[str, str]:
     return DOMAINS[kind], f"{major}.{minor}"
 
 
+def _most(source: Source) -> int:
+    """Return how many records a file can have."""
+    return max(RECORD_LIMIT, source.stored // RECORD_LEAST)
+
+
+def _crowded(source: Source, position: int) -> FormatError:
+    """Return the error for a file that has more."""
+    return FormatError(source.path, position, f"expected at most {_most(source)} records, got more")
+
+
 def _records(source: Source, position: int) -> Iterator[Piece]:
     """Yield the records up to END; bodies are not read."""
-    while True:
+    for _ in range(_most(source)):
         kind, length = source.unpack("<2I", position)
         if kind == END:
             return
@@ -193,6 +210,7 @@ def _records(source: Source, position: int) -> Iterator[Piece]:
                 f"expected record {kind:#x} to end at {source.size} or before, got {position}",
             )
         yield Piece(kind, body, length)
+    raise _crowded(source, position)
 
 
 def _take(source: Source, found: Found, piece: Piece) -> None:
@@ -228,7 +246,7 @@ def _number(source: Source, piece: Piece, number: int) -> int:
 def _take_context(source: Source, found: Found, piece: Piece, body: bytes) -> None:
     """Add the entries of an HVM context: type, instance and length before each."""
     at = 0
-    while True:
+    for _ in range(ENTRY_LIMIT):
         if at + 8 > len(body):
             raise FormatError(source.path, piece.offset + at, "expected END of the HVM context")
         kind, number, length = struct.unpack_from("<2HI", body, at)
@@ -260,6 +278,7 @@ def _take_context(source: Source, found: Found, piece: Piece, body: bytes) -> No
             rows = data[8 : 8 + (length - 8) // MSR.size * MSR.size]
             found.msrs[number] = {index: value for index, _, value in MSR.iter_unpack(rows)}
         at += 8 + length
+    raise FormatError(source.path, piece.offset + at, f"found over {ENTRY_LIMIT} HVM entries")
 
 
 def _cpuid(source: Source, piece: Piece, body: bytes) -> Cpuid:

@@ -72,6 +72,8 @@ class Source:
         What was taken off so far, outermost first.
     bytes_read : int
         How much was asked for until now (decompression reads are not counted).
+    lifted : bool
+        Whether somebody said to what it may expand, so that state may pack as well as it does.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Source:
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
         self._head = os.pread(fd, HEAD, 0)
         self.bytes_read = 0
+        self.lifted = False
         self.container: tuple[str, ...] = ()
         if outer:
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
@@ -167,6 +170,7 @@ class Source:
                     return source
                 fd = _expand(source, codec, body, limit)
                 source = Source(self.path, fd, source, codec, body)
+                source.lifted = limit != EXPAND_LIMIT
             raise FormatError(self.path, 0, f"expected fewer layers, got {source.container}")
         except BaseException:
             source.close()
@@ -217,7 +221,25 @@ class Source:
 
         Holes, and what packs well, cost nothing to make, and count nothing.
         """
-        return os.fstat(self.base.fd).st_blocks * 512
+        base = self.base
+        return base.size if base.is_device else os.fstat(base.fd).st_blocks * 512
+
+    def require_stored(self, total: int, least: int, ratio: float, offset: int | None) -> None:
+        """Check that state takes no more bytes than `least`, or `ratio` times the file's own.
+
+        Raises
+        ------
+        FormatError
+            If it does, and nobody gave an --expand-limit: it was made of holes, or packs too well
+            to be anybody's.
+        """
+        if total > max(least, ratio * self.stored) and not self.lifted:
+            raise FormatError(
+                self.path,
+                offset,
+                f"expected state that is stored, got {total} bytes of it in a file that takes "
+                f"{self.stored} on the disk" + "; see --expand-limit" * bool(self.outer),
+            )
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`.
@@ -402,6 +424,10 @@ class View(Source):
     def stored(self) -> int:
         """How many bytes the source truly takes; see `Source.stored`."""
         return self.source.stored
+
+    def require_stored(self, total: int, least: int, ratio: float, offset: int | None) -> None:
+        """Check that state takes no more bytes than it can; see `Source.require_stored`."""
+        self.source.require_stored(total, least, ratio, offset)
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         while length:

@@ -16,7 +16,7 @@ from xfast.snapshots.model import Splice
 BLOCK = 512
 MAGIC_OFFSET = 257
 NAME_LIMIT = 1 << 16
-MEMBER_LIMIT = 1 << 20
+MEMBER_LIMIT = 1 << 16
 
 REGULAR = (b"0", b"\0")
 GNU_LONG_NAME = b"L"

@@ -36,6 +36,11 @@ CORE_MAGIC = 0x55053847
 CPUINFO_MAGIC = 0x61404013
 PSTREE_MAGIC = 0x50273030
 IMAGE_LIMIT = 4 << 20
+PSTREE_LIMIT = 1 << 20
+"""Bytes of pstree.img: a thread takes up to 6."""
+IMAGES_LEAST, IMAGES_RATIO = 512 << 10, 0.5
+"""Bytes of the images in an archive that are looked at: so many, or half of what the archive takes
+on the disk. Those of memory, which are not, take the most of it."""
 CORE_NAME = re.compile(r"core-(\d{1,10})\.img")
 CPUINFO_NAME = "cpuinfo.img"
 PSTREE_NAME = "pstree.img"
@@ -161,8 +166,11 @@ def _members(source: Source | Folder, packed: bool) -> Iterator[tuple[Source, Me
         yield source, Member(os.path.basename(source.path), 0, source.size)
         return
     seen = set()
+    total = 0
     for member in tar.members(source):
         if _wanted(member.name):
+            total += member.size
+            source.require_stored(total, IMAGES_LEAST, IMAGES_RATIO, member.offset)
             if member.name in seen:
                 raise FormatError(
                     source.path, member.offset, f"expected each image once, got {member.name} twice"
@@ -203,6 +211,8 @@ def _entries(source: Source, member: Member, magic: int) -> Iterator[tuple[int, 
         raise Broken(f"expected an image with the magic {magic:#x}, got {found:#x}")
     position += 4
     end = member.offset + member.size
+    if found == PSTREE_MAGIC and member.size > PSTREE_LIMIT:
+        raise Broken(f"expected at most {PSTREE_LIMIT} bytes, got {member.size}")
     while True:
         (length,) = source.unpack("<I", position)
         if length > IMAGE_LIMIT or position + 4 + length > end:

@@ -72,18 +72,20 @@ def _lay_out(
     `whole`: each of them has to be there, with all its numbers.
     """
     counts: dict[int, int] = {}
+    rows = {number: (*row, np.dtype(row[2]).itemsize) for number, row in table.items()}
+    image = area.data
     for number, value, _ in message:
-        if number not in table:
+        if number not in rows:
             continue
-        name, offset, dtype, most = table[number]
-        item = np.dtype(dtype).itemsize
+        name, offset, _, most, item = rows[number]
         index = counts.get(number, 0)
         if not isinstance(value, int) or index >= most or value >> 8 * item:
             raise Broken(
                 f"expected {most} numbers of {item} bytes, got {name}[{index}] out of range"
             )
         counts[number] = index + 1
-        area[offset + index * item :][:item] = list(value.to_bytes(item, "little"))
+        at = offset + index * item
+        image[at : at + item] = value.to_bytes(item, "little")
     for number, (name, _, _, most) in table.items() if whole else ():
         if counts.get(number, 0) != most:
             raise Broken(f"expected {most} numbers of {name}, got {counts.get(number, 0)}")

@@ -39,6 +39,9 @@ MAGIC = b"QEVM\0\0\0\3"
 CONFIGURATION = 7
 DESCRIPTION_LIMIT = 16 << 20
 """No description is longer (bytes): it takes about 8 KB a vCPU."""
+DESCRIBED_LEAST, DESCRIBED_RATIO = 4 << 20, 4
+"""Nor than so many bytes, or so many times what the file takes on the disk: guest memory, which
+packs worse, lies beside it."""
 CONFIGURATION_PARTS = 8
 """The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
@@ -232,6 +235,7 @@ def _description(stream: Source) -> tuple[int, list[dict[str, Any]] | None]:
         for match in DESCRIPTION.finditer(tail):
             text = start + match.start() + 6
             if text + int.from_bytes(match[1], "big") == end:
+                stream.require_stored(end - text, DESCRIBED_LEAST, DESCRIBED_RATIO, text)
                 return text - 6, _devices(stream, text, tail[text - start : end - start])
         if start == 0 or size >= DESCRIPTION_LIMIT:
             return end, None
