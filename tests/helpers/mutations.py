@@ -201,6 +201,55 @@ def _minidump(rng):
     return {"x.dmp": _flipped(data, rng, _areas(data, size=416))}, "x.dmp"
 
 
+def _xen(rng):
+    """Flip bits, and lose, double or rename entries, of both ways in which vCPUs are saved."""
+    areas = [files.area(1), files.area(2)]
+    if rng.random() < 0.5:
+        entries = [files.xen_entry(2, i, area[:512] + bytes(488)) for i, area in enumerate(areas)]
+        for i, area in enumerate(areas):
+            entries.append(files.xen_entry(16, i, struct.pack("<3Q", 0, 7, 7) + area))
+        pack, domain = (lambda some: [files.xen_context(*some)]), 2
+    else:
+        entries = [files.xen_record(4, struct.pack("<2I", i, 0) + bytes(64)) for i in range(2)]
+        for i, area in enumerate(areas):
+            head = struct.pack("<2I2Q", i, 0, 7, 7)
+            entries.append(files.xen_record(6, head + area))
+        pack, domain = list, 1
+    how = rng.choice(("flip", "flip", "flip", "drop", "twice", "swap"))
+    at, other = rng.randrange(len(entries)), rng.randrange(len(entries))
+    if how == "drop":
+        del entries[at]
+    elif how == "twice":
+        entries.insert(other, entries[at])
+    elif how == "swap":
+        entries[at], entries[other] = entries[other], entries[at]
+    data = files.xen_image(*pack(entries), domain=domain)
+    if how == "flip":
+        data = _flipped(data, rng, _areas(data))
+    return {"guest": data}, "guest"
+
+
+def _crosvm(rng):
+    """Change what surrounds the registers in one of the files, or which file it is."""
+    found = {
+        f"vcpu{i}": files.cbor(files.crosvm_vcpu(i, files.area(i + 1, 4096))) for i in range(2)
+    }
+    name = rng.choice(sorted(found))
+    data = found[name]
+    how = rng.choice(("flip", "flip", "flip", "cut", "rename", "copy"))
+    start = data.index(b"\x64data")
+    end = data.index(b"\x63len", start)
+    if how == "flip":
+        found[name] = _flipped(data, rng, [(start + 5, end)])
+    elif how == "cut":
+        found[name] = data[: rng.randrange(len(data))]
+    elif how == "rename":
+        found[rng.choice(("vcpu2", "vcpu7", "vcpu01"))] = found.pop(name)
+    else:
+        found[f"vcpu{rng.randrange(3)}"] = data
+    return found, ""
+
+
 MUTATORS = {
     "qemu": _qemu,
     "elfcore": _elfcore,
@@ -208,5 +257,7 @@ MUTATORS = {
     "cloud-hypervisor": _cloud_hypervisor,
     "criu": _criu,
     "minidump": _minidump,
+    "xen": _xen,
+    "crosvm": _crosvm,
 }
 """Format -> its mutator. A raw file says nothing of the number of its areas."""

@@ -45,7 +45,7 @@ def test_structural_damage_loses_none_in_silence(tmp_path, name):
     answers = [try_one(tmp_path / "x", name, seed) for seed in range(RUNS)]
     assert any(found is None for found in answers)
     assert any(found and found[0] >= {1, 2} for found in answers)
-    if name != "minidump":
+    if name not in ("minidump", "crosvm"):  # which refuse what does not agree
         assert any(found and found[1] for found in answers)
 
 

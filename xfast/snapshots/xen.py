@@ -67,7 +67,7 @@ MSR = struct.Struct("<2IQ")
 VCPU_LIMIT = 8192
 """HVM_MAX_VCPUS is far less."""
 
-RECORD_LIMIT, RECORD_LEAST = 1 << 16, 1 << 12
+RECORD_LIMIT, RECORD_LEAST = 1 << 18, 1 << 12
 """Records: so many, or one for so many bytes that the file takes on the disk. Those of memory hold
 up to 1,024 pages each."""
 
@@ -93,6 +93,8 @@ class Found:
     areas: dict[int, tuple[int, int, bytes]] = field(default_factory=dict)
     msrs: dict[int, dict[int, int]] = field(default_factory=dict)
     cpuid: Cpuid | None = None
+    behind: bool = False
+    """Whether anything but zeros lies behind the HVM context's END."""
 
 
 def sniff(source: Source) -> bool:
@@ -133,7 +135,39 @@ def read(
         raise FormatError(source.path, start, "expected vCPUs in the Xen image, got none")
     vcpus = [_vcpu(source, i, found, layout) for i in sorted({*found.cpus, *found.areas})]
     facts = {"domain": domain, "xen": version}
-    return [Snapshot(source.path, "xen", "vm", "xen", vcpus, source.container, facts)]
+    return [
+        Snapshot(
+            source.path,
+            "xen",
+            "vm",
+            "xen",
+            vcpus,
+            source.container,
+            facts,
+            doubts=_doubts(found),
+        )
+    ]
+
+
+def _doubts(found: Found) -> tuple[str, ...]:
+    """Return what makes one doubt that the vCPUs are whole, and all that are online.
+
+    vCPU 0 always is. Each has its registers, and its XSAVE state if any has; how many are offline,
+    and so not saved, nothing tells.
+    """
+    doubts = []
+    if found.behind:
+        doubts.append("expected END to end the HVM context, got more behind it")
+    if 0 not in found.cpus and 0 not in found.areas:
+        doubts.append(f"expected vCPU 0, got {min([*found.cpus, *found.areas])} as the first")
+    for what, some, others in (
+        ("the registers", found.cpus, found.areas),
+        ("the XSAVE state", found.areas, found.cpus),
+    ):
+        missing = sorted(others.keys() - some.keys())
+        if missing and some:
+            doubts.append(f"expected {what} of vCPU {missing[0]}, got none")
+    return tuple(doubts)
 
 
 def _image(source: Source) -> int:
@@ -251,6 +285,7 @@ def _take_context(source: Source, found: Found, piece: Piece, body: bytes) -> No
             raise FormatError(source.path, piece.offset + at, "expected END of the HVM context")
         kind, number, length = struct.unpack_from("<2HI", body, at)
         if kind == 0:
+            found.behind = any(body[at + 8 :])
             return
         data = body[at + 8 : at + 8 + length]
         if len(data) < length:
