@@ -584,38 +584,9 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
         return os.dup(spool.fileno())
 
 
-@contextlib.contextmanager
-def private_copy(source: Source) -> Iterator[int]:
-    """Yield a descriptor of a source's bytes that nobody else can change while they are mapped.
-
-    What was expanded is such a copy already; of a file, an anonymous temporary one is made, which
-    costs no data where the file system shares blocks.
-
-    Raises
-    ------
-    XfastError
-        If it shrinks meanwhile, or there is no room.
-    """
-    import tempfile
-
-    if source.outer is not None:
-        yield source.fd
-        return
-    with tempfile.TemporaryFile() as copy:
-        try:
-            copy_bytes(source.fd, copy.fileno(), source.size)
-        except OSError as problem:
-            raise XfastError(
-                f"{source.path}: no room to copy it in {tempfile.gettempdir()}: {problem.strerror}"
-            ) from None
-        except XfastError as problem:
-            raise FormatError(source.path, None, str(problem)) from None
-        yield copy.fileno()
-
-
 def _moving(edits: list[Splice]) -> bool:
     """Tell whether edits move what lies behind them."""
     return any(len(edit.old) != len(edit.new) for edit in edits)
 
 
-__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View", "private_copy"]
+__all__ = ["EXPAND_LIMIT", "JOURNAL", "Source", "View"]
