@@ -72,7 +72,7 @@ def pass_through(args: argparse.Namespace, *, check_only: bool = False, refuse: 
         resolve(args.host), args.drop, args.even_if_live, args.level, not check_only, refuse
     )
     watch = Progress()
-    one = Filter(0, 1, wanted, watch) if watch.shown else Filter(0, 1, wanted)
+    one = Filter(0, 1, wanted, watch if watch.shown else None)
     try:
         plan = one.run()
     except PolicyError as problem:
