@@ -26,7 +26,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/xfast fix examples/snapshots/q72-kvm-pkru-leak-bv207.qemustate --host intel-broadwell@6.12 --dry-run
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --benchmark-disable
+	$(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -78,7 +78,7 @@ cdef class Table:
         for slot in slots:
             i = slot[0]
             if not 2 <= i <= 62:
-                raise ValueError(f"slots: got component {i}, needed 2 to 62")
+                raise ValueError(f"slots: expected components 2 to 62, got {i}")
             s.size[i] = slot[1]
             s.offset[i] = slot[2]
             s.known |= bit(i)
@@ -303,7 +303,7 @@ def diff(
     cdef Rows other
     check_rows(&other, two, "two", False)
     if other.n != scan.n:
-        raise ValueError(f"two: got {other.n} areas, needed {scan.n}, as many as one")
+        raise ValueError(f"two: expected {scan.n} areas, as many as one has, got {other.n}")
     scan.other = other.data
     scan.other_size = other.size
     scan.other_stride = other.stride
@@ -332,29 +332,29 @@ cdef int check_rows(Rows *r, cnp.ndarray array, str name, bint writes) except -1
     """Check an array of areas, (n, size) or (size,), and fill in its rows."""
     cdef int ndim
     if array is None:
-        raise ValueError(f"{name}: got None, needed an array of areas")
+        raise ValueError(f"{name}: expected an array of areas, got None")
     ndim = cnp.PyArray_NDIM(array)
     if cnp.PyArray_TYPE(array) != cnp.NPY_UINT8:
-        raise ValueError(f"{name}: got dtype {array.dtype}, needed uint8")
+        raise ValueError(f"{name}: expected dtype uint8, got {array.dtype}")
     if ndim != 1 and ndim != 2:
-        raise ValueError(f"{name}: got {ndim} dimensions, needed (n, size) or (size,)")
+        raise ValueError(f"{name}: expected shape (n, size) or (size,), got {ndim} dimensions")
     r.data = <uint8_t *>cnp.PyArray_DATA(array)
     r.n = cnp.PyArray_DIM(array, 0) if ndim == 2 else 1
     r.size = cnp.PyArray_DIM(array, ndim - 1)
     r.stride = cnp.PyArray_STRIDE(array, 0) if ndim == 2 else r.size
     if r.size < EXTENDED:
-        raise ValueError(f"{name}: got rows of {r.size} bytes, needed {EXTENDED} or more")
+        raise ValueError(f"{name}: expected rows of {EXTENDED} bytes or more, got {r.size}")
     if cnp.PyArray_STRIDE(array, ndim - 1) != 1 and r.n:  # numpy gives empty arrays others
         raise ValueError(
-            f"{name}: got a byte stride of {cnp.PyArray_STRIDE(array, ndim - 1)}, "
-            "needed 1 inside a row"
+            f"{name}: expected a byte stride of 1 inside a row, "
+            f"got {cnp.PyArray_STRIDE(array, ndim - 1)}"
         )
     if writes:
         if not cnp.PyArray_ISWRITEABLE(array):
-            raise ValueError(f"{name}: got a read-only array, needed a writable one")
+            raise ValueError(f"{name}: expected a writable array, got a read-only one")
         if r.n > 1 and -r.size < r.stride < r.size:
             raise ValueError(
-                f"{name}: got a row stride of {r.stride}, needed {r.size} or more: "
+                f"{name}: expected a row stride of {r.size} or more, got {r.stride}: "
                 "rows may not overlap"
             )
     return 0
@@ -367,11 +367,11 @@ cdef void *check_vector(cnp.ndarray array, str name, int typenum, Py_ssize_t n) 
         or not cnp.PyArray_IS_C_CONTIGUOUS(array) or not cnp.PyArray_ISWRITEABLE(array)
     ):
         raise ValueError(
-            f"{name}: got {None if array is None else array.dtype}, needed a contiguous, "
-            "writable 1-D array of the documented type"
+            f"{name}: expected a contiguous, writable 1-D array of the documented type, "
+            f"got {None if array is None else array.dtype}"
         )
     if cnp.PyArray_DIM(array, 0) != n:
-        raise ValueError(f"{name}: got {cnp.PyArray_DIM(array, 0)} values, needed {n}")
+        raise ValueError(f"{name}: expected {n} values, got {cnp.PyArray_DIM(array, 0)}")
     return cnp.PyArray_DATA(array)
 
 

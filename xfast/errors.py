@@ -1,4 +1,4 @@
-"""What xfast raises: every error says what was found, what was needed, and where.
+"""What xfast raises: every error says what was expected, what came, and where.
 
 And how names of files and hosts are written wherever they are shown.
 """

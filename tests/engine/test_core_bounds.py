@@ -124,12 +124,15 @@ BAD = [
     (np.zeros((4, 2752), np.int8), "areas: expected dtype uint8, got int8"),
     (np.zeros((4, 2752), np.uint16), "areas: expected dtype uint8, got uint16"),
     (np.zeros((2, 2, 2752), np.uint8), "areas: expected (n, size) or (size,), got 3 dimensions"),
-    (np.zeros((4, 575), np.uint8), "areas: got rows of 575 bytes, needed 576 or more"),
-    (np.zeros((4, 5504), np.uint8)[:, ::2], "areas: got a byte stride of 2, needed 1"),
-    (np.zeros((2752, 4), np.uint8).T, "areas: got a byte stride of 4, needed 1"),
+    (np.zeros((4, 575), np.uint8), "areas: expected rows of 576 bytes or more, got 575"),
+    (
+        np.zeros((4, 5504), np.uint8)[:, ::2],
+        "areas: expected a byte stride of 1 inside a row, got 2",
+    ),
+    (np.zeros((2752, 4), np.uint8).T, "areas: expected a byte stride of 1 inside a row, got 4"),
     ("text", "areas: expected areas, got str"),
     (None, "areas: expected areas, got NoneType"),
-    (b"", "areas: got rows of 0 bytes"),
+    (b"", "areas: expected rows of 576 bytes or more, got 0"),
 ]
 
 
@@ -154,12 +157,12 @@ def test_bad_areas(areas, words):
 def test_bad_targets():
     short = np.zeros((4, 500), np.uint8)
     for out, words in (
-        (read_only(), "out: got a read-only array"),
+        (read_only(), "out: expected a writable array, got a read-only one"),
         (np.zeros((3, 2752), np.uint8), "out: expected 4 areas.*, got 3"),
-        (short, "out: got rows of 500 bytes"),
+        (short, "out: expected rows of 576 bytes or more, got 500"),
         (np.lib.stride_tricks.as_strided(GOOD.copy(), (4, 2752), (64, 1)), "rows may not overlap"),
-        (GOOD, "out: got memory that src uses too"),
-        (GOOD[::-1], "out: got memory that src uses too"),
+        (GOOD, "out: expected memory of its own, got memory that src uses too"),
+        (GOOD[::-1], "out: expected memory of its own, got memory that src uses too"),
         (np.zeros((4, 2752), np.uint16), "out: expected dtype uint8, got uint16"),
     ):
         before = out.tobytes()
@@ -168,22 +171,22 @@ def test_bad_targets():
         assert out.tobytes() == before
     with pytest.raises(ValueError, match=r"into: expected 4 areas.*, got 3"):
         area.set_uabi(GOOD, INTEL, GOOD[:3].copy(), user_xfeatures=7, mxcsr_mask=0)
-    with pytest.raises(ValueError, match="into: got memory that src uses too"):
+    with pytest.raises(ValueError, match=r"into: expected .* own, got memory that src uses too"):
         area.set_uabi(GOOD, INTEL, GOOD, user_xfeatures=7, mxcsr_mask=0)
     with pytest.raises(ValueError, match=r"two: expected 4 areas.*, got 2"):
         area.diff(GOOD, GOOD[:2], INTEL)
-    with pytest.raises(ValueError, match="areas: got a read-only array"):
+    with pytest.raises(ValueError, match="areas: expected a writable array, got a read-only one"):
         area.keep(bytes(2752), INTEL, 7)
-    with pytest.raises(ValueError, match="foreign_pkru: got compacted results"):
+    with pytest.raises(ValueError, match=r"foreign_pkru: expected .*, got compacted ones"):
         area.converter(INTEL, INTEL, xcomp_bv=0x207, foreign_pkru=True)
 
 
 def test_areas_that_plans_do_not_reach():
     huge = np.empty((1, 1 << 30), np.uint8)  # of which only the header is touched
     huge[0, 512:576] = 0
-    with pytest.raises(ValueError, match="out: got areas of 1073741824 bytes, needed less than"):
+    with pytest.raises(ValueError, match=r"out: expected areas of less than .*, got 1073741824"):
         area.relayout(GOOD[:1], INTEL, INTEL, out=huge)
-    with pytest.raises(ValueError, match="into: got areas of 1073741824 bytes, needed less than"):
+    with pytest.raises(ValueError, match=r"into: expected areas of less than .*, got 1073741824"):
         area.set_uabi(huge, INTEL, GOOD[:1].copy(), user_xfeatures=7, mxcsr_mask=0)
 
 
@@ -234,7 +237,7 @@ def test_bad_numbers():
         area.empty(1 << 60, 4096)
     unaligned = np.zeros(2752, np.uint8)
     moved = Layout((*ODD.slots[:3], ODD.slots[3]._replace(offset=1100)))
-    with pytest.raises(ValueError, match="target: got PKRU at 1100, needed a multiple of 8"):
+    with pytest.raises(ValueError, match="target: expected PKRU at a multiple of 8, got 1100"):
         area.get_uabi(unaligned, moved, mask=0x200, pkru=1)
 
 

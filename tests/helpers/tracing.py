@@ -12,6 +12,7 @@ import ctypes
 import os
 import platform
 import signal
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,6 +113,8 @@ def run(work: Callable[[], int], script: Script, calls: frozenset[str] = CHANGIN
             _libc.ptrace(TRACEME, 0, None, None)
             os.kill(os.getpid(), signal.SIGSTOP)
             os._exit(work())
+        except BaseException:  # no caller of the parent's may see it
+            traceback.print_exc()
         finally:
             os._exit(99)
     _, status = os.waitpid(pid, 0)

@@ -244,7 +244,7 @@ def test_template_takes_away_from_a_host(tmp_path):
     assert host.xcr0 == bare.xcr0 == 0x207
     assert bare.features is not None
     assert host.features == bare.features - {"pku"}
-    with pytest.raises(FormatError, match="expected a host, found a CPU template"):
+    with pytest.raises(FormatError, match="expected a host, got a CPU template"):
         load(template)
     template.write_text('{"cpuid_modifiers": 7}')
     with pytest.raises(FormatError, match="cpuid_modifiers"):
@@ -273,12 +273,12 @@ def test_damaged_fingerprint_is_one_clear_line(change):
 
 def test_a_dump_of_too_many_cpus_is_refused():
     row = CPUID_R.splitlines(True)[1]
-    with pytest.raises(FormatError, match="expected at most 8192 CPUs, found 100000"):
+    with pytest.raises(FormatError, match="expected at most 8192 CPUs, got 100000"):
         parse(row.encode() * 100_000)
 
 
 def test_binary_data_is_refused():
-    with pytest.raises(FormatError, match=r"offset 2: expected .*, found binary data"):
+    with pytest.raises(FormatError, match=r"offset 2: expected .*, got binary data"):
         parse(b"ab\0cd")
 
 

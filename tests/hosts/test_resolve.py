@@ -145,7 +145,8 @@ def test_bad_field_is_named(change, complaint):
     ("text", "complaint"),
     [
         ("{", "not JSON"),
-        ("{}", "expected schema 'xfast/1', found None"),
+        ("{}", r"expected a host in JSON \(schema 'xfast/1'\), got the keys none"),
+        ('{"error": 1}', "got the keys 'error'"),
         ('{"schema": "xfast/2", "hosts": []}', "expected schema 'xfast/1'"),
         ('{"schema": "xfast/1", "hosts": []}', "expected a list with a host in it"),
         ('{"schema": "xfast/1", "hosts": {}}', "expected a list with a host in it"),
@@ -158,8 +159,9 @@ def test_bad_field_is_named(change, complaint):
             "schema = 'xfast/1'\nhosts = " + "[" * 100_000,
             "expected at most 32 brackets in each other",
         ),
-        ("", "expected a host description"),
-        ("hello", "found 'hello'"),
+        ("", "expected a host, got an empty file"),
+        ("[1, 2]", r"expected a host, got '\[1, 2\]'"),
+        ("hello", "got 'hello'"),
         ("<a/>", "expected <cpudata>"),
         ("<a", "XML"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><cpudata arch="x86"/>', "DOCTYPE"),
@@ -327,7 +329,7 @@ def test_file_of_several_hosts_is_no_single_host(tmp_path):
     path = tmp_path / "pool.toml"
     path.write_text(to_toml([Host("a"), Host("b")]))
     assert [host.name for host in resolve_all(f"{path}@6.6")] == ["a@6.6", "b@6.6"]
-    with pytest.raises(XfastError, match="expected one, found 2 hosts"):
+    with pytest.raises(XfastError, match="expected one, got 2 hosts"):
         resolve(str(path))
 
 

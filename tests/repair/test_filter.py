@@ -94,7 +94,7 @@ def test_cut_off_anywhere_it_never_ends_like_a_whole_stream(stream):
     for cut in (0, 7, first - 1, first, first + 99, text - 7, text - 6, text + 99, len(stream) - 1):
         code, passed, words = filtered(stream[:cut])
         assert code == 3, cut
-        assert re.fullmatch(r"xfast: -: offset \d+: .*found.*, expected .*\n", words), words
+        assert re.fullmatch(r"xfast: -: offset \d+: .*expected .*, got .*\n", words), words
         assert passed == stream[: len(passed)]
         assert len(passed) < text - 5  # the EOF record, at which a destination starts the VM
 
@@ -104,7 +104,8 @@ def test_what_is_not_known_is_named(stream):
     code, passed, words = filtered(stream[:first] + b"\1\0\0\1\0\4VFIO" + bytes(8) + stream[first:])
     assert code == 3
     assert stream[:first].startswith(passed)
-    assert f"offset {first}: can't be judged: found the section 'VFIO'" in words
+    assert f"offset {first}: can't be judged: expected ram" in words
+    assert "got the section 'VFIO'" in words
     assert filtered(random.Random(1).randbytes(9999))[0] == 3
 
 

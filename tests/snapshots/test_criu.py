@@ -149,7 +149,7 @@ class TestImages:
             if entry[:1] == number(2, 0)[:1]:
                 assert snapshots.read(tmp_path / "images")[0].facts["cpuinfo"]
                 continue
-            with pytest.raises(FormatError, match="of another type"):
+            with pytest.raises(FormatError, match=r"expected a number for .*, got another type"):
                 snapshots.read(tmp_path / "images")
 
     def test_more_threads_than_open_files(self, tmp_path):
@@ -233,7 +233,7 @@ class TestArchives:
                 info = tarfile.TarInfo("core-1.img")
                 info.type, info.linkname = kind, "/etc/passwd"
                 tar.addfile(info)
-        with pytest.raises(FormatError, match=r"found no core-TID\.img"):
+        with pytest.raises(FormatError, match=r"expected a core-TID\.img .*, got none"):
             read(tmp_path / "checkpoint.tar", out.getvalue())
 
     def test_an_edited_archive_is_a_good_archive(self, tmp_path):
@@ -259,9 +259,9 @@ class TestArchives:
         ("change", "words"),
         [
             ({148: b"0000000\0"}, "wrong checksum"),
-            ({124: b"9" * 11}, "needed octal digits"),
-            ({124: b"\xff" * 12}, "found a member of"),
-            ({124: b"77777777777"}, "found a member of 8589934591 bytes"),
+            ({124: b"9" * 11}, "expected octal digits"),
+            ({124: b"\xff" * 12}, "expected a member of at most"),
+            ({124: b"77777777777"}, "expected a member of at most .* got 8589934591"),
         ],
     )
     def test_headers_that_lie(self, tmp_path, change, words):
@@ -277,12 +277,12 @@ class TestArchives:
     def test_truncated(self, tmp_path):
         data = archive(sample_files(""))
         for length in (600, 1000, 5000):
-            with pytest.raises(FormatError, match="needed"):
+            with pytest.raises(FormatError, match="expected"):
                 read(tmp_path / "checkpoint.tar", data[:length])
 
     def test_an_image_twice_is_refused(self, tmp_path):
         files = {**sample_files("a/"), **sample_files("b/")}
-        with pytest.raises(FormatError, match=r"found core-23807\.img twice"):
+        with pytest.raises(FormatError, match=r"got core-23807\.img twice"):
             read(tmp_path / "checkpoint.tar", archive(files))
 
 
@@ -322,7 +322,7 @@ class TestEdits:
         new[2688] = 4
         with pytest.raises(PolicyError, match="no field for"):
             snapshots.splices(None, snapshot, {0: new})
-        with pytest.raises(PolicyError, match="needed at most 2696"):
+        with pytest.raises(PolicyError, match="expected an area of at most 2696"):
             snapshots.splices(None, snapshot, {0: np.zeros(4096, np.uint8)})
 
     @given(st.integers(0, (1 << 64) - 1))
@@ -363,19 +363,22 @@ class TestBadInput:
         ("data", "words"),
         [
             (b"", "it is empty"),
-            (struct.pack("<2I", criu.IMG_COMMON_MAGIC, 1), "found an image with the magic 0x1"),
-            (image(b"")[:-4], "needed 4"),
-            (image(core(fpregs()))[:-9], "found an entry of"),
-            (image(b"\x80" * 11), "no end of the number"),
-            (image(b"\x0b\x00"), "a field of type 3"),
-            (image(b"\x12\x7f"), "needed it within the data"),
-            (image(core(fpregs(), machine=3)), "machine type 3"),
-            (image(b""), "machine type None"),
-            (image(core(None)), "found no core-TID.img with registers"),
+            (
+                struct.pack("<2I", criu.IMG_COMMON_MAGIC, 1),
+                "with the magic .*, got 0x1",
+            ),
+            (image(b"")[:-4], "expected 4 bytes"),
+            (image(core(fpregs()))[:-9], "expected an entry of at most"),
+            (image(b"\x80" * 11), "expected the end of the number"),
+            (image(b"\x0b\x00"), "expected a field .*, got one of type 3"),
+            (image(b"\x12\x7f"), "expected a field within the data"),
+            (image(core(fpregs(), machine=3)), "expected machine type .*, got 3"),
+            (image(b""), "expected machine type .*, got None"),
+            (image(core(None)), "expected a core-TID.img with registers for each thread, got none"),
             (image(core(fpregs(mxcsr=1 << 32))), r"mxcsr\[0\] out of range"),
             (image(core(fpregs() + number(1, 1))), r"cwd\[1\] out of range"),
             (image(core(fpregs() + message(9, b"\1\2"))), r"st_space\[32\] out of range"),
-            (image(core(fpregs()), magic=criu.CPUINFO_MAGIC), "found an image with the magic"),
+            (image(core(fpregs()), magic=criu.CPUINFO_MAGIC), "expected an image with the magic"),
         ],
     )
     def test_one_clear_line(self, tmp_path, data, words):
@@ -418,13 +421,13 @@ class TestCost:
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)
         start = time.process_time()
-        with pytest.raises(FormatError, match=r"found no core-TID\.img"):
+        with pytest.raises(FormatError, match=r"expected a core-TID\.img .*, got none"):
             read(tmp_path / "x.tar", bytes(header) + b"1" * 65536 + bytes(1024))
         assert time.process_time() - start < 1
 
     def test_the_hostile_archive(self, shared):
         start = time.process_time()
-        with pytest.raises(FormatError, match=r"found no core-TID\.img"):
+        with pytest.raises(FormatError, match=r"expected a core-TID\.img .*, got none"):
             snapshots.read(shared / "cases/hostile/pax-digits.tar")
         assert time.process_time() - start < 1
 
@@ -432,5 +435,5 @@ class TestCost:
 def test_a_task_without_registers_whose_state_is_damaged_is_one_line(tmp_path):
     """The fuzzer's: whether a task is dead was asked where damage was not expected."""
     damaged = number(1, 1) + message(2, number(1, 5)) + message(3, b"\x0f")
-    with pytest.raises(FormatError, match=r"core-5\.img: found a field of type 7"):
+    with pytest.raises(FormatError, match=r"core-5\.img: expected a field .*, got one of type 7"):
         read(tmp_path / "core-5.img", image(damaged))

@@ -67,7 +67,7 @@ def test_a_file_that_becomes_a_link_after_it_was_found_is_not_followed(tree):
     path = next(snapshots.walk([tree]))
     os.unlink(path)
     os.symlink(tree.parent / "secret" / "one.xsave", path)
-    with pytest.raises(FormatError, match=r"a\.xsave: found a symbolic link"):
+    with pytest.raises(FormatError, match=r"a\.xsave: expected .*, got a symbolic link"):
         snapshots.read(path)
 
 
@@ -87,7 +87,7 @@ def test_the_images_of_a_checkpoint_may_be_no_links(tmp_path):
     name = min(folder.glob("core-*.img"))
     shutil.move(name, tmp_path / "elsewhere")
     name.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(FormatError, match="found a symbolic link, which is followed only where"):
+    with pytest.raises(FormatError, match="got a symbolic link, which is followed only where"):
         snapshots.read(folder)
 
 
@@ -95,7 +95,7 @@ def test_a_companion_of_a_found_area_may_be_no_link(tree):
     shutil.copy(DATA / "raw" / "kvm618-guestxcr0_e7.xcrs", tree.parent / "secret" / "a.xcrs")
     (tree / "a.xcrs").symlink_to(tree.parent / "secret" / "a.xcrs")
     path = next(snapshots.walk([tree]))
-    with pytest.raises(FormatError, match=r"a\.xcrs: found a symbolic link"):
+    with pytest.raises(FormatError, match=r"a\.xcrs: expected .*, got a symbolic link"):
         snapshots.read(path)
     assert snapshots.read(str(path))[0].vcpus[0].xcr0 == 0xE7  # named: followed
 
@@ -110,7 +110,7 @@ def test_a_file_that_vanishes_is_one_line(tree):
 def test_special_files_are_not_opened(tree):
     os.mkfifo(tree / "a.fifo")
     path = next(path for path in snapshots.walk([tree]) if path.endswith("fifo"))
-    with pytest.raises(FormatError, match="pipe or socket, expected a file"):
+    with pytest.raises(FormatError, match=r"expected a file .*, got .*pipe or socket"):
         snapshots.read(path)
 
 

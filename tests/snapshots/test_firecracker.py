@@ -62,7 +62,7 @@ class TestChecksum:
             image = bytearray(sealed(body))
             image[at] ^= 0x10
             path.write_bytes(image)
-            with pytest.raises(FormatError, match="found the CRC64 0x"):
+            with pytest.raises(FormatError, match=r"expected the CRC64 0x.*, got 0x"):
                 snapshots.read(path)
 
 
@@ -122,7 +122,7 @@ class TestVcpus:
         shorter[512] = 7
         with Source.open(path) as source:
             edits = firecracker.splices(source, snapshot, {0: shorter})
-            with pytest.raises(PolicyError, match="an area of 4160 bytes, needed at most 4096"):
+            with pytest.raises(PolicyError, match="area of at most 4096 bytes, got 4160"):
                 firecracker.splices(source, snapshot, {0: np.zeros(4160, np.uint8)})
         assert [(edit.field, len(edit.new)) for edit in edits] == [("vcpu 0 area", 1), ("crc64", 8)]
 
@@ -130,14 +130,16 @@ class TestVcpus:
 class TestOthers:
     def test_releases_are_named(self, tmp_path, body):
         path = tmp_path / "vmstate"
-        for major, words in ((1, "version 1.0.0"), (7, "version 7.0.0"), (9, "version 9.0.0")):
+        for major, words in ((1, "1.0.0"), (7, "7.0.0"), (9, "9.0.0")):
             image = body[:16] + str(major).encode() + body[17:]
-            with pytest.raises(FormatError, match=f"{words}, needed 2.x.*can't be judged"):
+            with pytest.raises(
+                FormatError, match=f"expected snapshot version 2.x.* got {words}.*can't be judged"
+            ):
                 snapshots.read(write(path, image))
         image = struct.pack("<QH", firecracker.MAGIC | 1, 5) + bytes(100)
         with pytest.raises(FormatError, match=r"versionize snapshot .Firecracker 1\.6 or before"):
             snapshots.read(write(path, image))
-        with pytest.raises(FormatError, match="an aarch64 snapshot"):
+        with pytest.raises(FormatError, match="expected a snapshot of x86_64, got one of aarch64"):
             snapshots.read(write(path, struct.pack("<Q", firecracker.MAGIC_ARM) + bytes(100)))
 
     def test_bitcode_is_known_by_its_checksum(self, tmp_path):
@@ -148,7 +150,7 @@ class TestOthers:
         path.write_bytes(bytes(400))
         with pytest.raises(FormatError, match="not a snapshot format that xfast knows"):
             snapshots.read(path)
-        with pytest.raises(FormatError, match=r"found no magic, needed 1\.8 to 1\.14"):
+        with pytest.raises(FormatError, match=r"expected Firecracker 1\.8 to 1\.14, got no magic"):
             snapshots.read(path, format="firecracker")
 
     @pytest.mark.parametrize(
@@ -156,15 +158,15 @@ class TestOthers:
     )
     def test_versions_that_are_none(self, tmp_path, body, offset, new):
         body[offset : offset + len(new)] = new
-        with pytest.raises(FormatError, match="found no version text"):
+        with pytest.raises(FormatError, match=r"expected the version as MAJOR.MINOR.PATCH"):
             snapshots.read(write(tmp_path / "vmstate", body))
 
     def test_a_file_without_vcpus(self, tmp_path, body):
         path = write(tmp_path / "vmstate", body[:3000])
-        with pytest.raises(FormatError, match="found no vCPU"):
+        with pytest.raises(FormatError, match=r"expected at least one vCPU .*, got none"):
             snapshots.read(path)
         path.write_bytes(body[:12])
-        with pytest.raises(FormatError, match="needed"):
+        with pytest.raises(FormatError, match="expected"):
             snapshots.read(path, format="firecracker")
 
     @given(st.data())

@@ -62,7 +62,7 @@ def test_a_whole_snapshot_raises_no_doubt(tmp_path, name):
     ("name", "words"),
     [
         ("lost-vcpu0.qemustate", "expected vCPUs 0 to 0, got 1"),
-        ("lost-vcpu1-no-description.qemustate", "cpu_common of vCPU 1"),
+        ("lost-vcpu1-no-description.qemustate", "vCPU 1, got only its section cpu_common"),
     ],
 )
 def test_the_cases_of_lost_vcpus_are_doubted(shared, name, words):

@@ -350,7 +350,7 @@ def test_old_vcpus_in_guest_memory_are_not_read(streams, tmp_path):
 def test_a_vcpu_with_unknown_parts_is_not_left_out_in_silence(streams, tmp_path):
     data = undescribed((streams / "q72-max-smp2-q35.qemustate").read_bytes())
     at = data.rindex(b"\x08cpu/pkru")
-    with pytest.raises(FormatError, match="found a cpu section with parts that are not known"):
+    with pytest.raises(FormatError, match="got a cpu section with parts that are not known"):
         read_bytes(tmp_path, data[:at] + b"\x08cpu/pkrX" + data[at + 9 :])
 
 
@@ -459,7 +459,7 @@ def test_what_the_stream_has_no_place_for_is_refused(streams):
         area[2688] = 4
         with pytest.raises(PolicyError, match="vCPU 0: the stream has no place for pkru"):
             qemu.splices(source, snapshot, {0: area})
-        with pytest.raises(ValueError, match=r"got shape \(4096,\), needed \(2696,\)"):
+        with pytest.raises(ValueError, match=r"expected shape \(2696,\), got \(4096,\)"):
             qemu.splices(source, snapshot, {0: np.zeros(4096, np.uint8)})
 
 

@@ -89,8 +89,8 @@ def test_memory_is_passed_over(tmp_path, stream):
 def test_what_stops_the_walk_is_named(tmp_path, stream):
     at = places_of(stream)[0]
     for record, words in (
-        (b"\1\0\0\1\0\4VFIO\0\0\0\0\0\0\0\1", "found the section 'VFIO', version 1, expected ram"),
-        (b"\x08\0\x08\0\4\0\0\0\0", "found the command that begins postcopy, expected a stream"),
+        (b"\1\0\0\1\0\4VFIO\0\0\0\0\0\0\0\1", "expected ram.*got the section 'VFIO', version 1"),
+        (b"\x08\0\x08\0\4\0\0\0\0", "expected a stream.*got the command that begins postcopy"),
     ):
         path = volume(tmp_path / "padded", stream[:at] + record + stream[at:], size=GIB)
         with pytest.raises(FormatError, match=f"offset {at}: can't be judged: {words}"):
@@ -102,7 +102,7 @@ def test_streams_that_are_cut_off(tmp_path, stream):
     for cut in (at - 3, at + 40, len(undescribed(stream)) - 3):
         for size in (cut, GIB):
             path = volume(tmp_path / "cut", stream[:cut], size=size)
-            with pytest.raises(FormatError, match=r"offset \d+: .*found"):
+            with pytest.raises(FormatError, match=r"offset \d+: .*(expected .*, got|found) "):
                 snapshots.read(path)
     for cut in (
         description_at(stream) + 50,
@@ -114,7 +114,7 @@ def test_streams_that_are_cut_off(tmp_path, stream):
 
 def test_without_description_old_data_make_it_unknown(tmp_path, stream, leak):
     path = volume(tmp_path / "old", undescribed(stream), leak, size=GIB)
-    with pytest.raises(FormatError, match="can't be judged: found a section of unknown length"):
+    with pytest.raises(FormatError, match=r"can't be judged: .*, got a section of unknown length"):
         snapshots.read(path)
 
 
@@ -156,7 +156,7 @@ LIES = {
 def test_devices_that_invite_endless_work(tmp_path, stream, lie):
     at = places_of(stream)[0]
     path = volume(tmp_path / "lie", stream[:at] + b"\4" + LIES[lie] * 50, size=GIB)
-    with pytest.raises(FormatError, match="found"):
+    with pytest.raises(FormatError, match=r"expected .*, got |found "):
         snapshots.read(path)
 
 
@@ -207,6 +207,6 @@ def test_a_stream_through_a_pipe_is_judged_whatever_its_size(stream, tmp_path):
     for cut in (first - 5, first + 50):
         done = subprocess.run(check, input=stream[:cut], capture_output=True, check=False)
         assert done.returncode == 3
-        assert b": offset " in done.stderr or b"found 0 vCPUs" in done.stderr
+        assert b": offset " in done.stderr or b"expected at least one vCPU" in done.stderr
     bare = subprocess.run(check, input=undescribed(stream), capture_output=True, check=False)
     assert bare.returncode == 0

@@ -44,6 +44,11 @@ def attempt(tmp_path_factory):
     return read
 
 
+def refused(result):
+    """Whether `attempt` came to an error that says what was expected, or what is wrong."""
+    return re.search(r": (can't be judged: )?(expected .*, got |found )", str(result)) is not None
+
+
 def described(stream, change):
     """Return a stream whose description was changed by a function or replaced by bytes."""
     start = description_at(stream)
@@ -56,16 +61,18 @@ def described(stream, change):
 
 @pytest.mark.parametrize("data", [b"", b"Q", b"QEVM", b"QEVM\0\0\0\3", b"\0" * 300_000])
 def test_too_little(attempt, data):
-    assert "found" in attempt(data)
+    assert refused(attempt(data))
 
 
 @pytest.mark.parametrize("size", [100, 5000, 300_000])
 def test_random_bytes(attempt, size):
     noise = random.Random(size).randbytes(size)
-    assert "found no QEMU stream" in attempt(noise)
+    assert "expected a QEMU stream (QEVM and version 3), got none" in attempt(noise)
     for record in range(256):
         result = attempt(b"QEVM\0\0\0\3" + bytes([record]) + noise)
-        needed = "needed 1024" if record == 7 else "needed at least one"
+        needed = (
+            "expected a machine name of at most 1024" if record == 7 else "expected at least one"
+        )
         assert needed in result, record
 
 
@@ -74,9 +81,11 @@ def test_truncated_anywhere(attempt, stream):
     bare = undescribed(stream)
     for size in [*range(0, len(stream), 1777), len(stream) - 1, len(bare) - 2]:
         result = attempt(stream[:size])
-        assert result == 2 or "found" in result
+        assert result == 2 or refused(result)
     first, _ = places(stream)
-    assert "found 0 vCPUs in the QEMU stream (cut off?" in attempt(stream[:first])
+    assert "expected at least one vCPU in the QEMU stream, got 0 (cut off?" in attempt(
+        stream[:first]
+    )
 
 
 def places(stream):
@@ -89,7 +98,7 @@ def test_a_stream_cut_off_before_its_end_is_no_snapshot(attempt, stream):
     first, eof = places(stream)
     assert stream[eof] == 0
     for size in [*range(first, eof, 97), eof - 1, eof]:
-        assert ": found" in str(attempt(stream[:size]))
+        assert refused(attempt(stream[:size]))
 
 
 def test_a_stream_cut_off_between_sections_is_no_snapshot(attempt, stream):
@@ -99,7 +108,7 @@ def test_a_stream_cut_off_between_sections_is_no_snapshot(attempt, stream):
     ends = [end for end in ends if first < end < eof]
     assert len(ends) > 20
     for size in ends:
-        assert "no EOF record" in attempt(stream[:size]) or "found 0 vCPUs" in attempt(
+        assert "no EOF record" in attempt(stream[:size]) or "expected at least one vCPU" in attempt(
             stream[:size]
         )
 
@@ -134,8 +143,8 @@ def test_without_footers_all_vcpus_up_to_the_last_are_needed(attempt, stream):
         data = data[: match.start()] + data[match.end() :]
     assert attempt(data) == 2
     for match in re.finditer(rb"\x04.{4}(?:\x03cpu|\x04apic|\x0acpu_common)", data, re.S):
-        assert ": found" in str(attempt(data[: match.start()] + b"\0"))
-        assert ": found" in str(attempt(data[: match.end() + 30] + b"\0"))
+        assert refused(attempt(data[: match.start()] + b"\0"))
+        assert refused(attempt(data[: match.end() + 30] + b"\0"))
     assert "no EOF record" in attempt(data + b"\1")
     at = data.rindex(b"\x03cpu\0\0\0\1")
     assert "no EOF record" in attempt(data[: at + 7] + b"\2" + data[at + 8 :])
@@ -204,11 +213,11 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 def test_descriptions_that_lie(attempt, stream, lie):
     result = attempt(described(stream, LIES[lie]))
-    assert result == 2 or "found" in result
+    assert result == 2 or refused(result)
     if lie.endswith("an object"):
         assert f"offset {places(stream)[1] + 6}: found a description that makes" in result
     if lie in ("a third vCPU", "many vCPUs"):
-        assert "found 2 vCPUs in the QEMU stream, needed" in result
+        assert "vCPUs in the QEMU stream, got 2" in result
 
 
 @pytest.mark.parametrize(
@@ -224,7 +233,7 @@ def test_descriptions_that_lie(attempt, stream, lie):
 )
 def test_descriptions_that_are_bombs(attempt, stream, text):
     result = attempt(described(stream, text))
-    assert result == 2 or "found" in result
+    assert result == 2 or refused(result)
 
 
 def test_nested_subsections_end_somewhere(attempt, stream):
@@ -250,7 +259,7 @@ def test_nested_subsections_end_somewhere(attempt, stream):
 def test_patterns_that_invite_endless_work(attempt, pattern):
     body = pattern * ((4 << 20) // len(pattern))
     for end in (b"}", b"\0"):
-        assert "found" in attempt(b"QEVM\0\0\0\3\x07\0\0\0\0" + body + end)
+        assert refused(attempt(b"QEVM\0\0\0\3\x07\0\0\0\0" + body + end))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,7 @@ def test_disk_images_that_lie(attempt, stream, offset, value):
     data = bytearray(qcow2_image([("one", stream)]))
     assert attempt(data) == 2
     data[offset : offset + len(value)] = value
-    assert "found" in attempt(data)
+    assert refused(attempt(data))
 
 
 def test_a_disk_image_cut_off_behind_its_vm_state(attempt, stream):
@@ -281,13 +290,13 @@ def test_a_disk_image_cut_off_behind_its_vm_state(attempt, stream):
     data[36:48] = struct.pack(">IQ", 1, 2048)
     data[2048:2056] = struct.pack(">Q", l2 | 1 << 63)
     assert attempt(data + bytes(512)) == 2
-    assert f"offset {l2 + 511}: found the end" in attempt(data + bytes(511))
+    assert f"offset {l2 + 511}: expected an L2 table" in attempt(data + bytes(511))
     data[36:40] = b"\xff" * 4
     assert "L1 entries" in attempt(data + bytes(512))
 
 
 def test_a_disk_image_without_snapshots(attempt):
-    assert "found no snapshot with a VM state" in attempt(qcow2_image([]))
+    assert "expected a snapshot with a VM state, got none" in attempt(qcow2_image([]))
 
 
 @pytest.mark.parametrize(

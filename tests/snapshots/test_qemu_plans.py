@@ -96,7 +96,7 @@ def test_a_known_description_costs_one_read_of_the_tail(tmp_path, monkeypatch):
         (plan,) = plans._plans
         limit = plan.size + len(plan.text) + plans.LOOK_BACK + plans.MARK
         assert source.bytes_read - before <= limit
-    assert [cpu.instance for cpu in found.cpus] == [0, 1]
+    assert [cpu.instance for cpu in found.sections().cpus] == [0, 1]
     assert len(snapshots.read(path)[0].vcpus) == 2
 
 

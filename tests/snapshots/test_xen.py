@@ -139,10 +139,10 @@ GOOD = image(context(cpu(0), xsave(0, 7, 832)))
     ("data", "words"),
     [
         (GOOD[:10], "not a snapshot format"),
-        (GOOD[:20], "needed"),
-        (GOOD[:-8], "needed 8"),
+        (GOOD[:20], "expected"),
+        (GOOD[:-8], "expected 8"),
         (GOOD[:100], "expected record 0x1 to end"),
-        (image(end=False), "needed 8"),
+        (image(end=False), "expected 8"),
         (image(), "expected vCPUs in the Xen image, got none"),
         (image(domain=4), "expected an x86 domain, got type 4"),
         (image(version=1), "expected image version 2 or 3"),

@@ -281,7 +281,7 @@ def test_a_journal_that_its_files_record_does_not_name(interrupted, forgery):
         os.link(place, place.with_name("second"))
     else:
         place.chmod(0o666 if forgery == "open" else 0o640)
-    with pytest.raises(XfastError, match="found no journal of ours"):
+    with pytest.raises(XfastError, match="expected a journal of ours"):
         journal.recover(str(interrupted))
     assert interrupted.read_bytes() == half
 
@@ -290,7 +290,7 @@ def test_a_record_renamed_to_the_journals_name_is_none(leak, tmp_path):
     plan(leak).apply(in_place=True)
     new = leak.read_bytes()
     Path(str(leak) + ".xfast.json").rename(str(leak) + ".xfast-journal")
-    with pytest.raises(XfastError, match="found no journal of ours"):
+    with pytest.raises(XfastError, match="expected a journal of ours"):
         journal.recover(str(leak))
     assert leak.read_bytes() == new
 

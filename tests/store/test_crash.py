@@ -306,6 +306,26 @@ def test_whatever_fails_there_is_the_old_or_the_new_file(tmp_path, mode, faults)
             (tmp_path / name).unlink(missing_ok=True)
 
 
+def test_a_result_that_has_its_place_keeps_its_record_if_the_last_sync_fails(tmp_path):
+    """The record went, and a new file without one was left: what was done to it was lost."""
+    _import_all(tmp_path / "first", "new")
+    path = tmp_path / "leak.xsave"
+    path.write_bytes(area())
+    old = digest(path)
+    names: list[str] = []
+    tracing.run(fixing(plan(path), path, "new"), lambda n, name: names.append(name), FAILING)
+    for one in ("leak.xsave.new", "leak.xsave.new.xfast.json"):
+        (tmp_path / one).unlink()
+    last = len(names) - 1
+    assert names[last - 1 :] == ["renameat2", "fsync"]
+
+    faults = {last: tracing.Fail(errno.EIO)}
+    ended = tracing.run(fixing(plan(path), path, "new"), lambda n, name: faults.get(n), FAILING)
+    assert os.WEXITSTATUS(ended.status) == 1
+    undo(str(tmp_path / "leak.xsave.new.xfast.json"))
+    assert digest(tmp_path / "leak.xsave.new") == old
+
+
 def shrinking(path: Path, step: int, what: str):
     def script(number: int, name: str) -> tracing.Action:
         if number == step and what == "gone":

@@ -272,7 +272,7 @@ def test_a_journal_that_another_may_have_written_is_refused(tmp_path, state, how
         journal.write_text(json.dumps(told | {"nonce": "0" * 32}))
     else:
         record_in(state).unlink()
-    with pytest.raises(XfastError, match="found no journal of ours"):
+    with pytest.raises(XfastError, match="expected a journal of ours"):
         recover(path, state)
     assert path.read_bytes() == found
 

@@ -27,6 +27,7 @@ from xfast.report import rows as report
 from xfast.report.matrix import UNBROKEN, Answer, Fleet, cell
 from xfast.report.progress import Bar
 from xfast.report.tally import Tally
+from xfast.snapshots.model import Snapshot
 
 ONLY = {
     "restorable": ("ok", "risk"),
@@ -132,19 +133,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _answers(
     args: argparse.Namespace, hosts: Sequence[Host], policy: Policy, tally: Tally
-) -> Iterator[tuple[Verdict, ...]]:
+) -> Iterator[Sequence[Verdict]]:
     """Yield the verdicts of all hosts for one snapshot after the other, as far as asked for."""
     streaming = args.format in ("json", "ndjson", "csv") and sys.stdout.isatty()
     total: int | None = None
     with Bar("check", quiet=args.quiet or streaming) as bar:
         for done, snapshot in enumerate(snapshots_of(args, tally), 1):
-            verdicts = list(check(snapshot, hosts, policy=policy))
-            for i, host in enumerate(hosts):
-                if args.live and host.source == "this machine":
-                    from xfast.judge.confirm import confirm
-
-                    verdicts[i] = confirm(snapshot, host, verdicts[i])
-                tally.count(verdicts[i])
+            verdicts: Sequence[Verdict] = check(snapshot, hosts, policy=policy)
+            if args.live:
+                verdicts = _confirmed(snapshot, hosts, verdicts)
+            tally.count_all(verdicts)
             if bar.due:
                 total = total or count(args.snapshots)
                 incompatible = tally.words["incompatible"]
@@ -152,10 +150,23 @@ def _answers(
                 text = f"{incompatible:,} incompatible, {failed:,} not judged"
                 bar.show(done + failed + tally.skipped, total, text)
             if not args.only or any(cell(verdict) in ONLY[args.only] for verdict in verdicts):
-                yield tuple(verdicts)
+                yield verdicts
 
 
-def _print_table(args: argparse.Namespace, answers: Iterator[tuple[Verdict, ...]]) -> None:
+def _confirmed(
+    snapshot: Snapshot, hosts: Sequence[Host], verdicts: Sequence[Verdict]
+) -> list[Verdict]:
+    """Return verdicts with what this machine's KVM says to those about itself."""
+    from xfast.judge.confirm import confirm
+
+    pairs = zip(hosts, verdicts, strict=True)
+    return [
+        confirm(snapshot, host, verdict) if host.source == "this machine" else verdict
+        for host, verdict in pairs
+    ]
+
+
+def _print_table(args: argparse.Namespace, answers: Iterator[Sequence[Verdict]]) -> None:
     """Print the answer for people."""
     fleet = Fleet(every_name=args.all)
     for verdicts in answers:

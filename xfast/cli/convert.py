@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_named(args.layout)
     found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
     if len(found) != 1:
-        raise XfastError(f"{args.snapshot}: expected one snapshot, found {len(found)}")
+        raise XfastError(f"{args.snapshot}: expected one snapshot, got {len(found)}")
     (snapshot,) = found
     wrapping = args.wrapping or _by_name(snapshot, args.output)
     if args.compacted and wrapping not in ("raw", "npy"):

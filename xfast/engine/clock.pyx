@@ -30,7 +30,7 @@ def copy(cnp.ndarray src not None, cnp.ndarray out not None, bint stream, Py_ssi
         cnp.PyArray_IS_C_CONTIGUOUS(src) and cnp.PyArray_IS_C_CONTIGUOUS(out)
         and cnp.PyArray_NBYTES(src) >= n and cnp.PyArray_ISWRITEABLE(out) and <size_t>d % 64 == 0
     ):
-        raise ValueError("copy: needed contiguous arrays, `out` writable and 64-byte aligned")
+        raise ValueError("copy: expected contiguous arrays, `out` writable and 64-byte aligned")
     with nogil:
         start = now()
         for _i in range(times):
@@ -47,7 +47,7 @@ def read(cnp.ndarray src not None):
     cdef double start
     cdef bint any
     if not cnp.PyArray_IS_C_CONTIGUOUS(src):
-        raise ValueError("read: needed a contiguous array")
+        raise ValueError("read: expected a contiguous array")
     with nogil:
         start = now()
         any = loops.read(s, n)

@@ -175,15 +175,15 @@ cdef void merge_rows(Job *job) noexcept nogil:
 
 cdef int check_pair(const Rows *src, str src_name, const Rows *dst, str dst_name) except -1:
     if dst.n != src.n:
-        raise ValueError(f"{dst_name}: got {dst.n} areas, needed {src.n}, as many as {src_name}")
+        raise ValueError(f"{dst_name}: expected {src.n} areas, as many as {src_name}, got {dst.n}")
     if max(src.size, dst.size) >= ROW_LIMIT:
         raise ValueError(
-            f"{dst_name}: got areas of {max(src.size, dst.size)} bytes, "
-            f"needed less than {ROW_LIMIT}"
+            f"{dst_name}: expected areas of less than {ROW_LIMIT} bytes, "
+            f"got {max(src.size, dst.size)}"
         )
     if overlap(src, dst):
         raise ValueError(
-            f"{dst_name}: got memory that {src_name} uses too, needed separate memory"
+            f"{dst_name}: expected memory of its own, got memory that {src_name} uses too"
         )
     return 0
 
@@ -225,10 +225,12 @@ cdef class Converter(Plans):
         self.config.mxcsr_mask = mxcsr_mask
         self.config.software = software
         if foreign_pkru and (xcomp_bv or ragged):
-            raise ValueError("foreign_pkru: got compacted results, needed the standard format")
+            raise ValueError(
+                "foreign_pkru: expected results in the standard format, got compacted ones"
+            )
         if foreign_pkru and target.slots.offset[9] % 8:
             raise ValueError(
-                f"target: got PKRU at {target.slots.offset[9]}, needed a multiple of 8"
+                f"target: expected PKRU at a multiple of 8, got {target.slots.offset[9]}"
             )
 
     def convert(
@@ -256,7 +258,7 @@ cdef class Converter(Plans):
         if lost is not None:
             job.lost = <uint64_t *>check_vector(lost, "lost", cnp.NPY_UINT64, r.n)
         if (pkru is not None) != self.config.foreign_pkru:
-            raise ValueError("pkru: needed with foreign_pkru, and only then")
+            raise ValueError("pkru: expected with foreign_pkru, and only then")
         if pkru is not None:
             job.pkru = <uint32_t *>check_vector(pkru, "pkru", cnp.NPY_UINT32, r.n)
         job.cache = acquire(self, r.size, w.size, True)

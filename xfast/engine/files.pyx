@@ -9,6 +9,9 @@ from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy, memset
 
+cdef extern from "string.h" nogil:
+    void* memmem(const void* data, size_t size, const void* piece, size_t length)
+
 cdef extern from "Python.h":
     int PyUnicode_KIND(object text)
     void* PyUnicode_DATA(object text)
@@ -518,6 +521,17 @@ def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not No
 
 
 # What is known of bytes already
+
+def holds(bytes data not None, bytes piece not None, Py_ssize_t start, Py_ssize_t end) -> bool:
+    """Tell whether `piece` lies in ``data[start:end]``."""
+    start, end = max(start, 0), min(end, PyBytes_GET_SIZE(data))
+    if start > end:
+        return False
+    return memmem(
+        PyBytes_AS_STRING(data) + start, end - start,
+        PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece),
+    ) != NULL
+
 
 cdef class Marks:
     """Bytes that must lie at certain places, and pairs of places that must hold the same.

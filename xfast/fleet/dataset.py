@@ -126,7 +126,7 @@ class Dataset:
             if foreign:
                 raise XfastError(
                     f"{self.folder}: expected an empty folder or a scan's results, "
-                    f"found {foreign[0]!r}"
+                    f"got {foreign[0]!r}"
                 )
             for name in (*TABLES, "_work"):
                 with contextlib.suppress(FileExistsError):
@@ -266,7 +266,7 @@ def tables(folder: str, *names: str) -> Iterator[Any]:
     from pyarrow import dataset
 
     if not os.path.exists(os.path.join(folder, "manifest.json")):
-        raise XfastError(f"{folder}: expected a finished scan, found no manifest.json")
+        raise XfastError(f"{folder}: expected a finished scan, got no manifest.json")
     for name in names:
         try:
             yield dataset.dataset(os.path.join(folder, name), format="parquet").to_table()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from xfast.fleet.inputs import is_url
 from xfast.hosts.description import to_json
 from xfast.hosts.model import Host
 from xfast.judge.judgement import check
-from xfast.judge.verdict import Judgement, Policy, Verdict
+from xfast.judge.verdict import PerClass, Policy, Verdict, Verdicts
 from xfast.report.rows import layout_name
 from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.snapshots.registry import read
@@ -101,7 +102,7 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
         try:
             found = read(_opened(name, question.options), **question.options)
             if not found:
-                fail(name, f"{name}: expected a snapshot, found none in it", result)
+                fail(name, f"{name}: expected a snapshot, got none in it", result)
             for snapshot in found:
                 _judge_snapshot(snapshot, question, result)
         except (XfastError, OSError) as problem:
@@ -130,11 +131,11 @@ def fail(name: str, message: str, result: Result) -> None:
 
 def _judge_snapshot(snapshot: Snapshot, question: Question, result: Result) -> None:
     """Judge one snapshot, and add a row for each of its vCPUs, or each class of a stack's."""
-    verdicts = check(snapshot, question.hosts, policy=question.policy)
-    name = _class_of(verdicts, result)
+    answers = _classes.of(check(snapshot, question.hosts, policy=question.policy))
     result.snapshots += 1
-    for verdict in verdicts:
-        result.words[verdict.verdict] = result.words.get(verdict.verdict, 0) + 1
+    result.classes.setdefault(answers.name, answers.verdicts)
+    for word, count in answers.words.items():
+        result.words[word] = result.words.get(word, 0) + count
     whole = (
         escape(snapshot.path),
         snapshot.part,
@@ -143,8 +144,8 @@ def _judge_snapshot(snapshot: Snapshot, question: Question, result: Result) -> N
         snapshot.producer,
         "/".join(snapshot.container),
     )
-    for vcpu, count in classes_of(snapshot.vcpus):
-        result.rows.append((*whole, *_carried(vcpu), count, name, None))
+    for carried in _carried(snapshot):
+        result.rows.append((*whole, *carried, answers.name, None))
 
 
 COLUMNS = (
@@ -155,7 +156,24 @@ COLUMNS = (
 """The columns of a row of `Result`; `count` is how many areas of a stack the row stands for."""
 
 
-def _carried(vcpu: Vcpu) -> tuple[Any, ...]:
+_rows: dict[tuple[Hashable, ...], list[tuple[Any, ...]]] = {}
+"""What the vCPUs of snapshots carry that nobody looked into, by `Snapshot.key`."""
+
+
+def _carried(snapshot: Snapshot) -> list[tuple[Any, ...]]:
+    """Return what each vCPU carries, or each class of a stack's: from `vcpu` to `count`."""
+    key = snapshot.key
+    found = None if key is None else _rows.get(key)
+    if found is None:
+        found = [(*_row_of(vcpu), count) for vcpu, count in classes_of(snapshot.vcpus)]
+        if key is not None:
+            if len(_rows) >= PerClass.LIMIT:
+                _rows.clear()
+            _rows[key] = found
+    return found
+
+
+def _row_of(vcpu: Vcpu) -> tuple[Any, ...]:
     """Return what a vCPU carries: the columns from `vcpu` to `mxcsr`."""
     head = headers(vcpu.area)
     found = classify(vcpu.area, vcpu.layout or Layout(()))
@@ -173,28 +191,26 @@ def _carried(vcpu: Vcpu) -> tuple[Any, ...]:
     )
 
 
-_names: dict[tuple[int, ...], tuple[str, tuple[Judgement, ...]]] = {}
-"""Names by the identity of the judgements, which are kept, so that none takes another's place."""
+class _Answers(NamedTuple):
+    """The answers of all hosts, their name, and how many of them are which word."""
 
-_NAMES_LIMIT = 10_000
+    name: str
+    verdicts: tuple[Verdict, ...]
+    words: Counter[str]
 
 
-def _class_of(verdicts: Sequence[Verdict], result: Result) -> str:
-    """Return the name of the class that these answers are, and keep it in the result."""
-    key = tuple(id(verdict.judgement) for verdict in verdicts)
-    if key not in _names:
-        if len(_names) >= _NAMES_LIMIT:
-            _names.clear()
-        _names[key] = _content_name(verdicts), tuple(verdict.judgement for verdict in verdicts)
-    name = _names[key][0]
-    if name not in result.classes:
-        result.classes[name] = tuple(verdicts)
-    return name
+def _answers_of(verdicts: Verdicts) -> _Answers:
+    found = tuple(Verdicts("", verdicts.hosts, verdicts.judgements))
+    words = Counter(verdict.verdict for verdict in found)
+    return _Answers(_content_name(found), found, words)
+
+
+_classes = PerClass(_answers_of)
 
 
 def _content_name(verdicts: Sequence[Verdict]) -> str:
     """Return a name that depends on what the answers say, and on nothing else."""
-    answers = [verdict.as_json() | {"snapshot": ""} for verdict in verdicts]
+    answers = [verdict.as_json() for verdict in verdicts]
     text = json.dumps(answers, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -137,9 +137,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
         if not isinstance(manifest["hosts"], list):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise XfastError(
-            f"{folder}: expected a finished scan (manifest.json), found none"
-        ) from None
+        raise XfastError(f"{folder}: expected a finished scan (manifest.json), got none") from None
     return manifest
 
 

@@ -28,7 +28,7 @@ def load(path: str | Path) -> list[Host]:
     """
     name = os.fspath(path)
     if not Path(name).is_file() and not is_snapshot_folder(name):
-        raise XfastError(f"{name}: expected a host description, found no regular file")
+        raise XfastError(f"{name}: expected a host description, got no regular file")
     from xfast.hosts import readers
 
     return readers.load(name)
@@ -138,7 +138,7 @@ def resolve(spec: str) -> Host:
     hosts = resolve_all(spec)
     if len(hosts) != 1:
         names = ", ".join(host.name for host in hosts)
-        raise XfastError(f"host: expected one, found {len(hosts)} hosts in {spec} ({names})")
+        raise XfastError(f"host: expected one, got {len(hosts)} hosts in {spec} ({names})")
     return hosts[0]
 
 

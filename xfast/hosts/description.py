@@ -200,7 +200,7 @@ def from_dict(data: object, path: str = "host", where: str = "host") -> Host:
 def parse_json(document: object, path: str) -> dict[str, Any]:
     """Return a JSON value that is an object. Raises FormatError if it is another."""
     if not isinstance(document, dict):
-        raise FormatError(path, None, f"expected a JSON object, found {document!r:.40}")
+        raise FormatError(path, None, f"expected a JSON object, got {document!r:.40}")
     return document
 
 
@@ -235,10 +235,10 @@ def hosts_of(document: dict[str, Any], path: str) -> list[Host]:
     """
     if document.get("schema") != SCHEMA:
         found = document.get("schema")
-        raise FormatError(path, None, f"expected schema {SCHEMA!r}, found {found!r:.40}")
+        raise FormatError(path, None, f"expected schema {SCHEMA!r}, got {found!r:.40}")
     hosts = document.get("hosts")
     if not isinstance(hosts, list) or not hosts:
-        raise FormatError(path, None, "expected a list with a host in it, found none")
+        raise FormatError(path, None, "expected a list with a host in it, got none")
     return [from_dict(host, path, f"hosts[{i}]") for i, host in enumerate(hosts)]
 
 

@@ -69,7 +69,7 @@ def by_cpu(rows: Iterable[Row]) -> list[Cpuid]:
 def of_cpus(cpus: list[Cpuid], name: str, path: str) -> Host:
     """Return the host of a dump: its first CPU, or what all kinds of its CPUs have in common."""
     if len(cpus) > CPU_LIMIT:
-        raise FormatError(path, None, f"expected at most {CPU_LIMIT} CPUs, found {len(cpus)}")
+        raise FormatError(path, None, f"expected at most {CPU_LIMIT} CPUs, got {len(cpus)}")
     seen: dict[frozenset[tuple[int, ...]], Cpuid] = {}
     for cpuid in cpus:
         seen.setdefault(frozenset(map(_telling, cpuid.entries)), cpuid)

@@ -73,7 +73,7 @@ def read(text: str, name: str, path: str) -> Host:
             if tags == place.path and place.mode in ("", attributes.get("name")):
                 host = _of_cpu(found[i:], texts[i:], place, name, path)
                 return _emulated(host) if emulated else host
-    raise FormatError(path, None, f"expected {ROOTS} with a CPU in it, found <{root:.40}>")
+    raise FormatError(path, None, f"expected {ROOTS} with a CPU in it, got <{root:.40}>")
 
 
 def _emulated(host: Host) -> Host:
@@ -101,7 +101,7 @@ def _of_cpudata(found: list[Element], name: str, path: str) -> Host:
             ) from None
         rows[leaf, subleaf] = registers
     if not rows:
-        raise FormatError(path, None, "expected <cpudata> with <cpuid> rows, found none of them")
+        raise FormatError(path, None, "expected <cpudata> with <cpuid> rows, got none of them")
     return from_cpuid(Cpuid.from_rows(rows), name, path)
 
 

@@ -11,10 +11,10 @@ an answer, because findings see nothing but State, Target and Policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
-from itertools import repeat
+from functools import lru_cache
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from xfast.judge.registry import FUNCTIONS
 from xfast.judge.rules import CALLS, FIXES, SEVERITIES
 from xfast.judge.subject import State, Subject, subject_of
 from xfast.judge.target import Facts, Target, target_of
-from xfast.judge.verdict import Failure, Finding, Judgement, Policy, Verdict, Verdicts
+from xfast.judge.verdict import Failure, Finding, Judgement, Policy, Verdicts
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.layout import Layout, layout_of
@@ -114,9 +114,7 @@ def _merged(findings: list[Finding]) -> list[Finding]:
     return sorted((key.of(*vcpus) for key, vcpus in found.items()), key=lambda f: f.vcpu)
 
 
-_verdict = partial(tuple.__new__, Verdict)
-"""Verdict._make without its checks: a hundred verdicts cost as much as one judgement."""
-
+_policy = lru_cache(maxsize=64)(Policy)
 _findings_of = lru_cache(maxsize=16_384)(findings_of)
 _target_of = lru_cache(maxsize=16_384)(target_of)
 
@@ -165,7 +163,10 @@ class _Pool:
 
 
 _CASES: dict[Subject, _Case] = {}
+_SEEN: dict[tuple[Hashable, ...], _Case] = {}
+"""Cases by what stands for snapshots that nobody has looked into (`Snapshot.key`)."""
 _POOLS: dict[tuple[int, ...], _Pool] = {}
+_LAST: list[_Pool] = []
 _FACTS: dict[tuple[Host, str], Facts] = {}
 
 
@@ -179,8 +180,9 @@ def _remember(table: dict[K, V], key: K, value: V, limit: int) -> V:
 
 def forget() -> None:
     """Empty the caches: for those who change the rules, or measure."""
-    for table in (_CASES, _POOLS, _FACTS):
+    for table in (_CASES, _SEEN, _POOLS, _FACTS):
         table.clear()
+    _LAST.clear()
     _findings_of.cache_clear()
     _target_of.cache_clear()
 
@@ -193,8 +195,16 @@ def facts_of(host: Host) -> Facts:
 
 
 def _pool_of(hosts: tuple[Host | str, ...]) -> _Pool:
-    ids = tuple(map(id, hosts))
-    return _POOLS.get(ids) or _new_pool(hosts)
+    """Return hosts as the judge keeps them; most often they are those of the call before."""
+    for last in _LAST:
+        if hosts is last.hosts:
+            return last
+        if len(hosts) == len(last.hosts) and all(map(is_, hosts, last.hosts)):
+            return last
+    pool = _POOLS.get(tuple(map(id, hosts))) or _new_pool(hosts)
+    if pool.hosts and all(map(is_, hosts, pool.hosts)):
+        _LAST[:] = [pool]
+    return pool
 
 
 def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
@@ -207,7 +217,16 @@ def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
     return _Pool(tuple(resolve(host) if isinstance(host, str) else host for host in hosts))
 
 
-def _case_of(subject: Subject) -> _Case:
+def _case_of(snapshot: Snapshot) -> _Case:
+    """Return the case of a snapshot; one whose like was seen is not looked into."""
+    key = snapshot.key
+    if key is None:
+        return _new_case(snapshot)
+    return _SEEN.get(key) or _remember(_SEEN, key, _new_case(snapshot), 4096)
+
+
+def _new_case(snapshot: Snapshot) -> _Case:
+    subject = subject_of(snapshot)
     return _CASES.get(subject) or _remember(_CASES, subject, _Case(subject), 4096)
 
 
@@ -236,7 +255,7 @@ def check(
     Returns
     -------
     Verdicts
-        A list: one Verdict for each host, in the hosts' order.
+        A sequence: one Verdict for each host, in the hosts' order.
 
     Raises
     ------
@@ -245,7 +264,7 @@ def check(
     PolicyError
         If the level does not exist.
     """
-    rules = policy if isinstance(policy, Policy) else Policy(policy)
+    rules = policy if isinstance(policy, Policy) else _policy(policy)
     if isinstance(subject, Snapshot):
         snapshot = subject
     else:
@@ -257,9 +276,7 @@ def check(
             vcpu = Vcpu(0, area, known, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
     pool = _pool_of((hosts,) if isinstance(hosts, Host | str) else tuple(hosts))
-    judgements = _case_of(subject_of(snapshot)).answer(pool, rules)
-    rows = zip(repeat(snapshot.name), pool.names, judgements, repeat(None))
-    return Verdicts(map(_verdict, rows))
+    return Verdicts(snapshot.name, pool.names, _case_of(snapshot).answer(pool, rules))
 
 
 __all__ = ["check", "facts_of", "findings_of", "forget", "judge"]

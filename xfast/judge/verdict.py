@@ -7,11 +7,16 @@ scheduler that asks about a hundred hosts gets a hundred verdicts and a handful 
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import repeat
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 from xfast.errors import PolicyError, escape
 from xfast.judge.rules import RULES
+
+T = TypeVar("T")
 
 LEVELS = ("xstate", "fpu", "isa", "strict")
 """How much is asked: live state and XCR0; also every component that the guest was promised;
@@ -40,11 +45,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
-            raise PolicyError(f"level: got {self.level!r}, needed one of: {', '.join(LEVELS)}")
+            raise PolicyError(f"level: expected one of: {', '.join(LEVELS)}, got {self.level!r}")
         unknown = self.ignore - RULES.keys()
         if unknown:
             raise PolicyError(
-                f"ignore: got {', '.join(sorted(unknown))}, needed some of: {', '.join(RULES)}"
+                f"ignore: expected some of: {', '.join(RULES)}, got {', '.join(sorted(unknown))}"
             )
 
     def asks(self, level: str) -> bool:
@@ -149,7 +154,7 @@ class KvmAnswer(NamedTuple):
             return f"KVM can't be asked: {self.error}"
         refused = f"KVM refuses ({self.error}, vCPU {self.vcpu})"
         said = "KVM accepts" if self.accepted else refused
-        return said if self.foretold else f"{said}, not as foretold"
+        return said if self.foretold else f"{said}, contrary to the prediction"
 
 
 class Verdict(NamedTuple):
@@ -217,8 +222,64 @@ class Verdict(NamedTuple):
         return answer
 
 
-class Verdicts(list[Verdict]):
-    """The answers to one snapshot: a list that prints as a table, and draws one in a notebook."""
+_verdict = partial(tuple.__new__, Verdict)
+"""Verdict._make without its checks."""
+
+
+class Verdicts(Sequence[Verdict]):
+    """The answers to one snapshot, host by host; prints as a table, and draws one in a notebook.
+
+    They are made when somebody asks for one: where a fleet asks about a hundred hosts, what the
+    answers share is most often all that counts.
+
+    Parameters
+    ----------
+    snapshot : str
+        Its name.
+    hosts : tuple of str
+        Their names.
+    judgements : tuple of Judgement
+        One for each host. Snapshots of one class share the tuple itself.
+    """
+
+    __slots__ = ("_made", "hosts", "judgements", "snapshot")
+
+    def __init__(
+        self, snapshot: str, hosts: tuple[str, ...], judgements: tuple[Judgement, ...]
+    ) -> None:
+        self.snapshot = snapshot
+        self.hosts = hosts
+        self.judgements = judgements
+        self._made: list[Verdict] | None = None
+
+    def _verdicts(self) -> list[Verdict]:
+        if self._made is None:
+            rows = zip(repeat(self.snapshot), self.hosts, self.judgements, repeat(None))
+            self._made = list(map(_verdict, rows))
+        return self._made
+
+    def __len__(self) -> int:
+        return len(self.judgements)
+
+    @overload
+    def __getitem__(self, index: int) -> Verdict: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Verdict]: ...
+    def __getitem__(self, index: int | slice) -> Verdict | list[Verdict]:
+        return self._verdicts()[index]
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self._verdicts())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return self._verdicts() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._verdicts())
 
     def __str__(self) -> str:
         width = max((len(verdict.host) for verdict in self), default=0)
@@ -234,6 +295,34 @@ class Verdicts(list[Verdict]):
             f"<th>{name}</th>" for name in ("snapshot", "host", "verdict", "fix", "why")
         )
         return f"<table><tr>{heads}</tr>{rows}</table>"
+
+
+class PerClass(Generic[T]):
+    """What is worked out once for all snapshots of a class, which share their judgements.
+
+    Parameters
+    ----------
+    make : callable
+        Works it out from the first snapshot's verdicts.
+    """
+
+    LIMIT = 10_000
+    """How many are kept; a table that is full begins anew."""
+
+    def __init__(self, make: Callable[[Verdicts], T]) -> None:
+        self._make = make
+        self._found: dict[int, tuple[T, object]] = {}
+
+    def of(self, verdicts: Verdicts) -> T:
+        """Return it for the class of these verdicts."""
+        key = id(verdicts.judgements)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= self.LIMIT:
+                self._found.clear()
+            # The judgements are kept, so that no others can take their place in memory.
+            found = self._found[key] = self._make(verdicts), verdicts.judgements
+        return found[0]
 
 
 def _html(text: str) -> str:

@@ -233,7 +233,7 @@ class _Job:
                 note.record["files"] = _rows(staged.tree, edits)
                 self._change_members(staged.tree, edits, None)
                 self._check(_Listed(staged.tree))
-                with note.standing(lambda: False):
+                with note.standing(lambda: staged.published):
                     staged.publish()
             return note.record
 

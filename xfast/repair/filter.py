@@ -141,7 +141,7 @@ class Filter:
         self.held = small if narrow else self.pipe_size
         if not walker.stopped:
             place = walker.position + have
-            words = "found the end of the stream, expected devices"
+            words = "expected devices, got the end of the stream"
             raise FormatError(self.flow.kept.path, place, words)
         self.flow.push(view[:0])
         return have
@@ -201,7 +201,7 @@ class Filter:
             raise FormatError(
                 kept.path,
                 kept.runs(kept.size - 1, 1)[0][0],
-                f"found the end of the stream, expected at least {self.end - kept.size} bytes more",
+                f"expected at least {self.end - kept.size} bytes more, got the end of the stream",
             )
 
     def _judge(self, sections: Sections) -> None:

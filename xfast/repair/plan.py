@@ -147,7 +147,7 @@ class Plan:
         elif finding.code == "LAYOUT":
             way = "the guest's own CPUID has the old places too; --layout NAME overrules it"
         raise PolicyError(
-            f"{self.snapshot.path}: {self.host.name} would refuse it all the same: vCPU "
+            f"{self.snapshot.path}: {self.host.name} would still refuse it: vCPU "
             f"{finding.vcpu}: {finding.code}: {finding.why}; {way}"
         )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from xfast.errors import escape
 from xfast.judge.advice import next_steps
 from xfast.judge.rules import RULES
-from xfast.judge.verdict import Finding, Verdict
+from xfast.judge.verdict import Finding, PerClass, Verdict, Verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,11 +71,19 @@ class Fleet:
     def __init__(self, *, every_name: bool = False) -> None:
         self.every_name = every_name
         self.groups: dict[tuple[tuple[object, ...], ...], Group] = {}
+        self._alike = PerClass(self._group)
+
+    def _group(self, verdicts: Sequence[Verdict]) -> Group:
+        """Return the group of such answers."""
+        key = tuple(verdict[1:] for verdict in verdicts)
+        return self.groups.setdefault(key, Group(tuple(verdicts)))
 
     def add(self, verdicts: Sequence[Verdict]) -> None:
         """Add the answers of all hosts to one snapshot."""
-        key = tuple(verdict[1:] for verdict in verdicts)
-        group = self.groups.setdefault(key, Group(tuple(verdicts)))
+        if isinstance(verdicts, Verdicts):
+            group = self._alike.of(verdicts)
+        else:
+            group = self._group(verdicts)
         group.count += 1
         if self.every_name or len(group.names) < NAMED:
             group.names.append(verdicts[0].snapshot)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from xfast.judge.verdict import Verdict
+    from xfast.judge.verdict import PerClass, Verdict
 
 VERDICTS = ("identical", "superset", "incompatible", "unknown")
 
@@ -28,6 +29,7 @@ class Tally:
         self.contradicted = False
         self.skipped = 0
         self.problems: list[Problem] = []
+        self._alike: PerClass[Tally] | None = None
 
     def count(self, verdict: Verdict) -> None:
         """Count a verdict."""
@@ -35,6 +37,18 @@ class Tally:
         self.fixable += verdict.verdict == "incompatible" and verdict.fixable == "safe"
         self.risky += verdict.risky
         self.contradicted |= verdict.kvm is not None and verdict.kvm.doubtful
+
+    def count_all(self, verdicts: Sequence[Verdict]) -> None:
+        """Count the verdicts of all hosts for a snapshot."""
+        from xfast.judge.verdict import PerClass, Verdicts  # which not every verb needs
+
+        if self._alike is None:
+            self._alike = PerClass(_counted)
+        alike = self._alike.of(verdicts) if isinstance(verdicts, Verdicts) else _counted(verdicts)
+        self.words.update(alike.words)
+        self.fixable += alike.fixable
+        self.risky += alike.risky
+        self.contradicted |= alike.contradicted
 
     def closing_line(self) -> str:
         """Say how many pairs of each kind there were, and what was not judged."""
@@ -48,3 +62,11 @@ class Tally:
         if self.skipped:
             text += f"; {self.skipped} other file{'s' * (self.skipped != 1)} skipped"
         return text
+
+
+def _counted(verdicts: Sequence[Verdict]) -> Tally:
+    """Return what one snapshot of a class adds."""
+    tally = Tally()
+    for verdict in verdicts:
+        tally.count(verdict)
+    return tally

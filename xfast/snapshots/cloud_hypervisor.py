@@ -198,10 +198,12 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
     members = file.members(0)
     for step in ("snapshots", "cpu-manager", "snapshots"):
         if step not in members:
-            raise FormatError(source.path, None, f"found no {step!r}, needed it for the vCPUs")
+            raise FormatError(
+                source.path, None, f"expected the vCPUs in {step!r}, got no such member"
+            )
         members = file.members(members[step][0])
     if not members:
-        raise FormatError(source.path, None, "found no vCPUs, needed one or more")
+        raise FormatError(source.path, None, "expected at least one vCPU, got none")
     for i, (key, span) in enumerate(members.items()):
         number = re.search(r"\d{1,9}$", key)
         data = file.members(span[0]).get("snapshot_data")
@@ -210,7 +212,7 @@ def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
         text = file.inner(data).checked()
         state = text.members(0)
         if "Mshv" in state:
-            raise file.error(span[0], "found a vCPU of the mshv hypervisor, needed one of KVM")
+            raise file.error(span[0], "expected a vCPU of KVM, got one of the mshv hypervisor")
         if "Kvm" in state:
             state = text.members(state["Kvm"][0])
         yield int(number.group()) if number else i, state, text
@@ -258,7 +260,7 @@ def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[lis
     commas = text.text.count(",", *span)
     if commas >= (count or raw.AREA_LIMIT // 4):
         raise text.error(
-            span[0], f"found {commas + 1} numbers, needed {count or raw.AREA_LIMIT // 4}"
+            span[0], f"expected at most {count or raw.AREA_LIMIT // 4} numbers, got {commas + 1}"
         )
     spans = [m.span() for m in NUMBER.finditer(text.text, *span)]
     try:
@@ -267,9 +269,9 @@ def _numbers(text: Text, span: Span, count: int | None, limit: int) -> tuple[lis
         raise text.error(span[0], str(problem)) from None
     rest = NUMBER.sub("", text.text[slice(*span)])
     if rest.strip("[], \t\r\n") or (count is not None and len(values) != count):
-        raise text.error(span[0], f"found {len(values)} numbers, needed {count or 'numbers'}")
+        raise text.error(span[0], f"expected {count or 'only'} numbers, got {len(values)}")
     if any(not 0 <= value < limit for value in values):
-        raise text.error(span[0], f"found a number out of range, needed 0 to {limit - 1:#x}")
+        raise text.error(span[0], f"expected numbers from 0 to {limit - 1:#x}, got another")
     return values, spans
 
 
@@ -318,7 +320,7 @@ def _xsave(text: Text, state: dict[str, Span]) -> tuple[Span, ...]:
     """Return where the lists lie that make up the XSAVE area."""
     xsave = text.members(state["xsave"][0]) if "xsave" in state else {}
     if "region" not in xsave:
-        raise text.error(0, "found no xsave.region, needed it of every vCPU")
+        raise text.error(0, "expected xsave.region of every vCPU, got none")
     return tuple(xsave[name] for name in ("region", "extra") if name in xsave)
 
 
@@ -333,10 +335,10 @@ def _rows(value: Any, fields: tuple[str, ...]) -> Iterator[dict[str, int]]:
     if isinstance(value, list) and len(value) == 2 and isinstance(value[1], list):
         value = value[1]
     if value is not None and not isinstance(value, list):
-        raise ValueError(f"found {str(value)[:60]}, needed a list")
+        raise ValueError(f"expected a list, got {str(value)[:60]}")
     for row in value or ():
         if not isinstance(row, dict) or not all(_is_u64(row.get(name)) for name in fields):
-            raise ValueError(f"found the row {str(row)[:60]}, needed numbers {', '.join(fields)}")
+            raise ValueError(f"expected numbers {', '.join(fields)}, got the row {str(row)[:60]}")
         yield row
 
 
@@ -348,7 +350,7 @@ def _cpuid_of(value: Any) -> Cpuid | None:
     fields = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
     rows = [[row[f] for f in fields] for row in _rows(value, fields)]
     if any(number >> 32 for row in rows for number in row):
-        raise ValueError("found a CPUID register out of range, needed 32 bits")
+        raise ValueError("expected CPUID registers of 32 bits, got a longer one")
     return Cpuid(tuple(Entry(*row) for row in rows)) if rows else None
 
 
@@ -371,7 +373,7 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v < 256 for v in value):
-        raise ValueError(f"found {str(value)[:60]}, needed an array of bytes")
+        raise ValueError(f"expected an array of bytes, got {str(value)[:60]}")
     return bytes(value)
 
 

@@ -159,16 +159,16 @@ def read(
         raise FormatError(
             source.path,
             segments[0][0] if segments else 0,
-            f"found no extended state (notes: {notes}), needed NT_X86_XSTATE or an FXSAVE area "
-            "of each thread",
+            "expected NT_X86_XSTATE or an FXSAVE area of each thread, "
+            f"got no extended state (notes: {notes})",
         )
     whole = sum(note.length for _, note in noted)
     if whole > max(AREAS_LEAST, AREAS_RATIO * source.stored):
         raise FormatError(
             source.path,
             noted[0][1].offset,
-            f"found areas of {whole} bytes in a file that takes {source.stored} on the disk, "
-            "needed areas that are stored",
+            f"expected areas that are stored, got {whole} bytes of them in a file that takes "
+            f"{source.stored} on the disk",
         )
     producer = _producer(found)
     vcpus = [_vcpu(source, tid, note, found.layout, layout) for tid, note in noted]
@@ -225,13 +225,15 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
     ident = source.read(0, 16)
     if ident[4] not in (1, 2) or ident[5] != 1:
         raise FormatError(
-            source.path, 4, f"found ELF class {ident[4]}, data {ident[5]}; needed x86's"
+            source.path,
+            4,
+            f"expected ELF class 1 or 2 and data 1 (x86), got {ident[4]} and {ident[5]}",
         )
     wide = ident[4] == 2
     kind, machine = source.unpack("<2H", 16)
     if kind != ET_CORE or machine not in MACHINES:
         raise FormatError(
-            source.path, 16, f"found ELF type {kind}, machine {machine}; needed an x86 core"
+            source.path, 16, f"expected an x86 core, got ELF type {kind}, machine {machine}"
         )
     if wide:
         table, sections, _, _, entry, count = source.unpack("<2QI3H", 32)
@@ -244,7 +246,7 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         raise FormatError(
             source.path,
             54 if wide else 42,
-            f"found program headers of {entry} bytes, needed {row.itemsize}",
+            f"expected program headers of {row.itemsize} bytes, got {entry}",
         )
     if count > SEGMENT_LIMIT:
         raise FormatError(source.path, table, f"found {count} segments, over {SEGMENT_LIMIT}")
@@ -252,8 +254,8 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
         raise FormatError(
             source.path,
             table,
-            f"found {max(0, source.size - table)} bytes, needed {entry * count} for "
-            f"{count} program headers",
+            f"expected {entry * count} bytes for {count} program headers, "
+            f"got {max(0, source.size - table)}",
         )
     segments = []
     for begin in range(0, count, SEGMENTS_AT_ONCE):
@@ -266,11 +268,13 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
                 raise FormatError(
                     source.path,
                     at + i * entry,
-                    f"found notes up to offset {start + length}, needed at most {source.size}",
+                    f"expected notes up to offset {source.size} at most, got {start + length}",
                 )
             segments.append((start, start + length))
     if sum(end - start for start, end in segments) > source.size:
-        raise FormatError(source.path, table, "found notes that overlap, needed each once")
+        raise FormatError(
+            source.path, table, "expected notes apart from each other, got some that overlap"
+        )
     abi = MACHINES[machine]
     return ("x32" if abi == "x86-64" and not wide else abi), 8 if wide else 4, segments
 
@@ -295,8 +299,8 @@ def _take(source: Source, found: Found, long_size: int, start: int, end: int) ->
                 raise FormatError(
                     source.path,
                     note.offset,
-                    f"found NT_X86_XSTATE of {note.length} bytes, "
-                    f"needed {EXTENDED_OFFSET} to {AREA_LIMIT}",
+                    f"expected NT_X86_XSTATE of {EXTENDED_OFFSET} to {AREA_LIMIT} bytes, "
+                    f"got {note.length}",
                 )
             if not found.threads or found.threads[-1].area:
                 found.threads.append(Thread(len(found.threads)))
@@ -327,7 +331,7 @@ def _notes(source: Source, start: int, end: int) -> Iterator[Note]:
             raise FormatError(
                 source.path,
                 start,
-                f"found a note of {name_size} + {length} bytes, needed at most {end - start - 12}",
+                f"expected a note of at most {end - start - 12} bytes, got {name_size} + {length}",
             )
         begin = start - base + 12
         name = window[begin : begin + min(name_size, NAME_LIMIT)].rstrip(b"\0")

@@ -137,13 +137,15 @@ def read(
     stored, counted = struct.unpack_from("<Q", data, len(data) - 8)[0], crc64(data[:-8])
     if stored != counted:
         raise FormatError(
-            source.path, len(data) - 8, f"found the CRC64 {stored:#x}, needed {counted:#x}"
+            source.path, len(data) - 8, f"expected the CRC64 {counted:#x}, got {stored:#x}"
         )
     hits = list(_hits(data))
     vcpus = [_vcpu(source.path, data, i, hit, layout) for i, hit in enumerate(hits)]
     if not vcpus:
         raise FormatError(
-            source.path, None, "found no vCPU (kvm_xcrs followed by kvm_xsave), needed one or more"
+            source.path,
+            None,
+            "expected at least one vCPU (kvm_xcrs followed by kvm_xsave), got none",
         )
     facts = {"version": version, "release": MAJORS[int(version.split(".")[0])]}
     return [
@@ -180,27 +182,31 @@ def _version(source: Source) -> str:
     """
     (magic,) = source.unpack("<Q", 0)
     if magic & ~0xFFFF == MAGIC_ARM:
-        raise FormatError(source.path, 0, "found an aarch64 snapshot, needed x86_64")
+        raise FormatError(source.path, 0, "expected a snapshot of x86_64, got one of aarch64")
     if magic & ~0xFFFF != MAGIC:
         what = "a bitcode snapshot (Firecracker 1.15 or later)" if _sealed(source) else "no magic"
-        raise FormatError(source.path, 0, f"found {what}, needed 1.8 to 1.14: {WAY_OUT}")
+        raise FormatError(
+            source.path, 0, f"expected Firecracker 1.8 to 1.14, got {what}: {WAY_OUT}"
+        )
     if magic != MAGIC:
         raise FormatError(
             source.path,
             0,
-            f"found a versionize snapshot (Firecracker 1.6 or before), needed 1.8 to 1.14: "
-            f"{WAY_OUT}",
+            "expected Firecracker 1.8 to 1.14, got a versionize snapshot (Firecracker 1.6 or "
+            f"before): {WAY_OUT}",
         )
     (length,) = source.unpack("<Q", 8)
     text = source.read(16, length).decode("latin-1") if length <= 64 else ""
     if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", text):
-        raise FormatError(source.path, 8, "found no version text, needed MAJOR.MINOR.PATCH")
+        raise FormatError(
+            source.path, 8, "expected the version as MAJOR.MINOR.PATCH, got another text"
+        )
     if int(text.split(".")[0]) not in MAJORS:
         raise FormatError(
             source.path,
             16,
-            f"found snapshot version {text}, needed {', '.join(f'{m}.x' for m in MAJORS)} "
-            f"(Firecracker 1.8 to 1.14): {WAY_OUT}",
+            f"expected snapshot version {', '.join(f'{m}.x' for m in MAJORS)} "
+            f"(Firecracker 1.8 to 1.14), got {text}: {WAY_OUT}",
         )
     if source.size > SIZE_LIMIT:
         raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")

@@ -5,7 +5,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
@@ -139,7 +139,8 @@ class Snapshot:
         Who wrote it, as far as the file tells: ``qemu-kvm``, ``qemu-tcg``, ``kvm``, ``kernel``,
         ``gdb``, ...; empty where it does not.
     vcpus : sequence of Vcpu
-        A list; of a file with very many areas, a `xfast.snapshots.model.Stack`.
+        A list; of a file with very many areas, a `xfast.snapshots.model.Stack`; where a format
+        could tell cheaply what is in them, an `Unseen`.
     container : tuple of str
         What was wrapped around it, outermost first: ``gzip``, ``libvirt-save``, ``mapped-ram`` ...
     facts : dict
@@ -172,6 +173,15 @@ class Snapshot:
     def name(self) -> str:
         """What to call it: its path, and which of several snapshots in that file it is."""
         return f"{self.path}#{self.part}" if self.part else self.path
+
+    @property
+    def key(self) -> tuple[Hashable, ...] | None:
+        """What stands for all that a judge looks at, besides names; see `Unseen`.
+
+        None where no format gave one, or somebody has looked at the vCPUs.
+        """
+        key = key_of(self.vcpus)
+        return None if key is None else (self.kind, self.producer, self.doubts, key)
 
 
 def misnumbered(indices: Iterable[int]) -> tuple[str, ...]:
@@ -287,6 +297,77 @@ class Stack(Sequence[Vcpu]):
         return all(one == two for one, two in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+class Unseen(Sequence[Vcpu]):
+    """The vCPUs of one file, made when somebody looks; until then a small value stands for them.
+
+    A fleet's files hold the same few things again and again. A format that finds cheaply what is
+    in a file says so in `key`, and whoever worked something out of such vCPUs before (a judge, a
+    scan's rows) keeps the answer under the key, and does not look.
+
+    Parameters
+    ----------
+    key : hashable
+        All that these vCPUs tell, besides the bytes of their areas, `origin` and `facts`: each
+        one's number, the other fields of `Vcpu`, the size of its area, and the area's
+        `xfast.xsave.area.FACTS` by its layout. Vcpus with equal keys may differ in nothing of
+        that; `tests/helpers/keys.py` holds every format to it.
+    count : int
+        How many vCPUs there are.
+    make : callable
+        Returns them, as a list. It can't fail, and needs no open file.
+    """
+
+    __slots__ = ("_count", "_key", "_made", "_make")
+
+    def __init__(self, key: Hashable, count: int, make: Callable[[], list[Vcpu]]) -> None:
+        self._key = key
+        self._count = count
+        self._make = make
+        self._made: list[Vcpu] | None = None
+
+    @property
+    def key(self) -> Hashable | None:
+        """The key; None once somebody looked, who may have changed a vCPU since."""
+        return self._key if self._made is None else None
+
+    def _vcpus(self) -> list[Vcpu]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Vcpu: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Vcpu]: ...
+    def __getitem__(self, index: int | slice) -> Vcpu | list[Vcpu]:
+        return self._vcpus()[index]
+
+    def __iter__(self) -> Iterator[Vcpu]:
+        return iter(self._vcpus())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return self._vcpus() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._vcpus())
+
+    def __reduce__(self) -> tuple[type[list[Vcpu]], tuple[list[Vcpu]]]:
+        """Copies, and what goes to another process, are lists."""
+        return list, (self._vcpus(),)
+
+
+def key_of(vcpus: Sequence[Vcpu]) -> Hashable | None:
+    """Return the value that stands for vCPUs that nobody has looked at; None where none does."""
+    return vcpus.key if isinstance(vcpus, Unseen) else None
 
 
 def classes_of(vcpus: Sequence[Vcpu]) -> Iterator[tuple[Vcpu, int]]:

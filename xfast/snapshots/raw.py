@@ -102,10 +102,10 @@ def xcr0_of(data: bytes) -> int | None:
         If the bytes are no such structure.
     """
     if len(data) < 392:
-        raise ValueError(f"found {len(data)} bytes, needed struct kvm_xcrs: 392")
+        raise ValueError(f"expected struct kvm_xcrs (392 bytes), got {len(data)}")
     (count,) = struct.unpack_from("<I", data)
     if count > 16:
-        raise ValueError(f"found {count} registers, needed at most 16")
+        raise ValueError(f"expected at most 16 registers, got {count}")
     for i in range(count):
         register, _, value = struct.unpack_from("<2IQ", data, 8 + 16 * i)
         if register == 0:
@@ -122,12 +122,12 @@ def cpuid_of(data: bytes) -> Cpuid:
         If the bytes are no such structure.
     """
     if len(data) < 8:
-        raise ValueError(f"found {len(data)} bytes, needed struct kvm_cpuid2: 8 or more")
+        raise ValueError(f"expected struct kvm_cpuid2 (8 bytes or more), got {len(data)}")
     (count,) = struct.unpack_from("<I", data)
     if count > CPUID_LIMIT or len(data) < 8 + ENTRY.size * count:
         raise ValueError(
-            f"found {count} entries in {len(data)} bytes, needed 40 bytes each, "
-            f"at most {CPUID_LIMIT}"
+            f"expected at most {CPUID_LIMIT} entries of 40 bytes each, "
+            f"got {count} in {len(data)} bytes"
         )
     return _cpuid_in(data[8 : 8 + ENTRY.size * count])
 
@@ -240,7 +240,7 @@ def _fxsave(source: Source) -> Snapshot:
     data = source.read(0, fxsave.SIZE)
     if not fxsave.plausible(data):
         raise FormatError(
-            source.path, 0, "found no FCW and MXCSR as a CPU writes them, needed an FXSAVE area"
+            source.path, 0, "expected an FXSAVE area, got no FCW and MXCSR as a CPU writes them"
         )
     origin = Origin((0, fxsave.SIZE))
     vcpu = Vcpu(0, fxsave.as_area(data), fxsave.LAYOUT, "format", origin=origin)
@@ -262,14 +262,14 @@ def _place(
         raise FormatError(
             source.path,
             offset,
-            "found no FCW, MXCSR and header as a CPU writes them, needed known components in an "
-            "XSAVE area; see --size",
+            "expected known components in an XSAVE area, got no FCW, MXCSR and header as a CPU "
+            "writes them; see --size",
         )
     if infer.blank(area):
         raise FormatError(
             source.path,
             offset,
-            "found no FCW, MXCSR nor XSTATE_BV, needed an XSAVE area; see --size",
+            "expected an XSAVE area, got no FCW, MXCSR nor XSTATE_BV; see --size",
         )
     try:
         return infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
@@ -297,11 +297,11 @@ def _plain(source: Source, size: int | None, beside: Beside) -> tuple[sorts.Rows
             whole = whole if any(rest) else size
     if not EXTENDED_OFFSET <= size <= AREA_LIMIT:
         raise FormatError(
-            source.path, None, f"found areas of {size} bytes, needed {EXTENDED_OFFSET} to 1 MiB"
+            source.path, None, f"expected areas of {EXTENDED_OFFSET} bytes to 1 MiB, got {size}"
         )
     if not source.size or source.size % size:
         raise FormatError(
-            source.path, 0, f"found {source.size} bytes, needed a multiple of {size}; see --size"
+            source.path, 0, f"expected a multiple of {size} bytes, got {source.size}; see --size"
         )
     return _areas(source, 0, whole, size), 0
 
@@ -330,19 +330,21 @@ def _stack(source: Source) -> tuple[sorts.Rows, int]:
         raise FormatError(source.path, 0, f"found a damaged .npy header: {reason}") from None
     if dtype != np.uint8 or fortran or len(shape) not in (1, 2):
         raise FormatError(
-            source.path, 0, f"found an array {shape} of {dtype}, needed (n, size) of uint8, by rows"
+            source.path, 0, f"expected (n, size) of uint8, by rows, got an array {shape} of {dtype}"
         )
     size = shape[-1]
     offset = start.tell()
     if not EXTENDED_OFFSET <= size <= AREA_LIMIT or min(shape) < 1:
         raise FormatError(
-            source.path, 0, f"found an array {shape}, needed rows of {EXTENDED_OFFSET} to 1 MiB"
+            source.path,
+            0,
+            f"expected rows of {EXTENDED_OFFSET} bytes to 1 MiB, got an array {shape}",
         )
     if math.prod(shape) != source.size - offset:
         raise FormatError(
             source.path,
             offset,
-            f"found {source.size - offset} bytes, needed {math.prod(shape)} for {shape}",
+            f"expected {math.prod(shape)} bytes for {shape}, got {source.size - offset}",
         )
     return _areas(source, offset, math.prod(shape), size), offset
 
@@ -405,7 +407,7 @@ def splices(
     size = snapshot.vcpus[0].area.size
     sizes = {areas[i].size if i in areas else size for i in range(len(snapshot.vcpus))}
     if len(sizes) > 1:
-        raise PolicyError(f"{source.path}: got areas of {sorted(sizes)} bytes, needed one size")
+        raise PolicyError(f"{source.path}: expected areas of one size, got {sorted(sizes)} bytes")
     if sizes == {size}:
         return [
             splice

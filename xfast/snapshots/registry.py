@@ -72,7 +72,7 @@ def format_named(name: str) -> Format:
         return cast(Format, importlib.import_module(FORMATS[name]))
     if name in _others():
         return cast(Format, _others()[name].load())
-    raise XfastError(f"format: got {name!r}, needed one of: {', '.join([*FORMATS, *_others()])}")
+    raise XfastError(f"format: expected one of: {', '.join([*FORMATS, *_others()])}, got {name!r}")
 
 
 def _names() -> list[str]:
@@ -147,7 +147,7 @@ def _claimed(folder: Folder) -> tuple[str, str]:
     raise FormatError(
         folder.path,
         None,
-        "found a directory, needed a snapshot (core-*.img, state.json, vcpu0) in it",
+        "expected a snapshot (core-*.img, state.json, vcpu0) in it, got a directory",
     )
 
 
@@ -291,5 +291,11 @@ def _is_whole(folder: Folder) -> bool:
 
 def _is_companion(folder: Folder, name: str) -> bool:
     """Tell whether a file only goes with a snapshot."""
-    forms = (format_named(one) for one in _names())
-    return any(isinstance(form, Accompanied) and form.companion(folder, name) for form in forms)
+    return any(form.companion(folder, name) for form in _accompanied())
+
+
+@cache
+def _accompanied() -> tuple[Accompanied, ...]:
+    """Return the formats with files that only go with a snapshot."""
+    forms = [format_named(name) for name in _names()]
+    return tuple([form for form in forms if isinstance(form, Accompanied)])

@@ -87,7 +87,7 @@ class FileRows:
 
     def _shrunk(self, offset: int) -> FormatError:
         return FormatError(
-            self.path, offset, "found the end, needed what was there when it was opened"
+            self.path, offset, "expected what was there when the file was opened, got the end"
         )
 
 

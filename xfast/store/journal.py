@@ -187,7 +187,7 @@ def read_journal(site: Site) -> tuple[int, list[Splice], dict[str, str]]:
     except (ValueError, KeyError, TypeError, RecursionError):
         why = "it does not parse"
     if why:
-        raise XfastError(f"{site.journal_path}: found no journal of ours: {why}")
+        raise XfastError(f"{site.journal_path}: expected a journal of ours: {why}")
     return size, edits, row
 
 

@@ -121,7 +121,7 @@ def open_in(folder: Directory, name: str) -> int:
         raise XfastError(f"{path}: is no regular file, which alone can be changed in place")
     if folder.status(name + JOURNAL) is not None:
         raise XfastError(
-            f"{path}: found an interrupted edit ({JOURNAL} beside it), expected a whole file: "
+            f"{path}: expected a whole file, got an interrupted edit ({JOURNAL} beside it): "
             "xfast fix --in-place undoes it first"
         )
     fd = folder.open_file(name)
@@ -193,7 +193,7 @@ class Put:
             if not self.note:
                 self._publish(staged)
                 return
-            with self.note.standing(self._is_done):
+            with self.note.standing(lambda: staged.published):
                 self._publish(staged)
 
     def _publish(self, staged: Staged) -> None:
@@ -251,8 +251,7 @@ class Put:
 
     def _is_done(self) -> bool:
         """Tell whether the file is already what it is to be, or a journal waits for its record."""
-        if not self.in_place or self.row is None:
-            return False
+        assert self.row is not None
         if self.folder.status(self.name + JOURNAL) is not None:
             return True
         with open(self.folder.open_file(self.name), "rb") as file:

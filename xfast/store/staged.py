@@ -60,6 +60,11 @@ class Staged:
                 break
         raise XfastError(f"{self.path}: another process is writing it")
 
+    @property
+    def published(self) -> bool:
+        """Whether the file has its place, even if a step after that failed."""
+        return not self.temporary
+
     def flush(self) -> int:
         """Hand over what Python holds back; return the descriptor, to read it again."""
         self.file.flush()

@@ -56,6 +56,11 @@ class StagedTree:
             self.__exit__()
             raise
 
+    @property
+    def published(self) -> bool:
+        """Whether the copy has its place, even if a step after that failed."""
+        return not self.temporary
+
     def publish(self) -> None:
         """Give the copy its place, with the original's permissions as far as they are safe.
 

@@ -19,6 +19,8 @@ from xfast.errors import XfastError
 HEAD_SIZE = 4096
 """Bytes that hold a compressed file's header, whatever name is in it."""
 
+MISSING = "{0}: expected a package that reads it, got none: pip install 'xfast[{0}]'"
+
 LZOP = ("/usr/bin/lzop", "/bin/lzop", "/usr/local/bin/lzop")
 
 GZIP_FEXTRA, GZIP_FNAME = 4, 8
@@ -63,7 +65,7 @@ def _zstd(file: Any, mode: Any, head: bytes = b"", size: int | None = None) -> A
         else:
             from backports import zstd
     except ImportError:
-        raise XfastError("zstd: nothing here reads it; needed: pip install 'xfast[zstd]'") from None
+        raise XfastError(MISSING.format("zstd")) from None
     if mode == "rb":
         return zstd.open(file)
     options = {int(zstd.CompressionParameter.checksum_flag): int(bool(head[4] & ZSTD_CHECKSUM))}
@@ -82,7 +84,7 @@ def _lz4(file: Any, mode: Any, head: bytes = b"", size: int | None = None) -> An
     try:
         import lz4.frame
     except ImportError:
-        raise XfastError("lz4: nothing here reads it; needed: pip install 'xfast[lz4]'") from None
+        raise XfastError(MISSING.format("lz4")) from None
     if mode == "rb":
         return lz4.frame.open(file)
     info = lz4.frame.get_frame_info(head)
@@ -113,8 +115,8 @@ def _lzop_program() -> str:
         if not status.st_uid and not status.st_mode & 0o022:
             return path
     raise XfastError(
-        f"lzop: no such program at {' or '.join(LZOP)} that only root can write; "
-        "needed: install lzop"
+        f"lzop: expected a program that only root can write, got none at {' or '.join(LZOP)}: "
+        "install lzop"
     )
 
 
@@ -136,7 +138,7 @@ def _lzop(file: IO[bytes], mode: str, head: bytes = b"", size: int | None = None
             process.kill()
             raise
     if process.returncode:
-        raise XfastError(f"lzop: ended with status {process.returncode}, needed 0")
+        raise XfastError(f"lzop: expected status 0, ended with {process.returncode}")
 
 
 CODECS: dict[str, Callable[..., Any]] = {

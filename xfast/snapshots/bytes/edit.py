@@ -35,7 +35,7 @@ def fitted(area: NDArray[np.uint8], size: int, where: str) -> NDArray[np.uint8]:
         If it is longer: nothing is cut off here.
     """
     if area.size > size:
-        raise PolicyError(f"{where}: got an area of {area.size} bytes, needed at most {size}")
+        raise PolicyError(f"{where}: expected an area of at most {size} bytes, got {area.size}")
     whole = np.zeros(size, np.uint8)
     whole[: area.size] = area
     return whole

@@ -113,16 +113,16 @@ class Text(NamedTuple):
         else:
             return self._closed(start)
         if match is None:
-            raise self.error(start, "found damaged JSON, needed a value")
+            raise self.error(start, "expected a value, got damaged JSON")
         return match.end()
 
     def _closed(self, start: int) -> int:
         """Return where the list or object at `start` ends, over all that is in it."""
         end = files.closed(self.text, start)
         if end < 0 and self.text[~end] == '"':
-            raise self.error(~end, "found damaged JSON, needed a value")
+            raise self.error(~end, "expected a value, got damaged JSON")
         if end < 0:
-            raise self.error(start, "found damaged JSON: a list or object has no end")
+            raise self.error(start, "expected the end of a list or object, got damaged JSON")
         return end
 
     def members(self, start: int) -> dict[str, Span]:
@@ -133,7 +133,7 @@ class Text(NamedTuple):
         found: dict[str, Span] = {}
         position = self._skip(start)
         if self.text[position : position + 1] != "{":
-            raise self.error(position, "found another value, needed an object {...}")
+            raise self.error(position, "expected an object {...}, got another value")
         position = self._skip(position + 1)
         while self.text[position : position + 1] == '"':
             key, position = self.value(position)
@@ -143,13 +143,13 @@ class Text(NamedTuple):
             begin = self._skip(position + 1)
             position = self.end(begin)
             if key in found:
-                raise self.error(begin, f"found {key[:SHOWN]!r} twice, needed it once")
+                raise self.error(begin, f"expected each key once, got {key[:SHOWN]!r} twice")
             found[key] = (begin, position)
             position = self._skip(position)
             if self.text[position : position + 1] == ",":
                 position = self._skip(position + 1)
         if self.text[position : position + 1] != "}":
-            raise self.error(position, "found damaged JSON, needed a key or }")
+            raise self.error(position, "expected a key or }, got damaged JSON")
         return found
 
     def _skip(self, position: int) -> int:
@@ -171,7 +171,7 @@ class Text(NamedTuple):
             return self._string(whole, span[0])
         if whole.startswith("["):
             return self._bytes(whole, span[0])
-        raise self.error(span[0], "found no state of a vCPU, needed JSON text")
+        raise self.error(span[0], "expected the state of a vCPU as JSON text, got none")
 
     def _string(self, whole: str, start: int) -> Text:
         """Return the text in the string at `start`."""
@@ -189,7 +189,7 @@ class Text(NamedTuple):
             raise self.error(start, f"found an array of over {STATE_LIMIT} bytes")
         values = self.value(start)[0] if BYTES.fullmatch(whole) else []
         if not values or max(values) > 255:
-            raise self.error(start, "found an array, needed one of bytes")
+            raise self.error(start, "expected an array of bytes, got another array")
         codes = np.frombuffer(whole.encode("latin-1"), np.uint8)
         digits = (codes >= 48) & (codes <= 57)
         edges = np.flatnonzero(np.diff(digits.astype(np.int8)))

@@ -55,24 +55,24 @@ def header(source: Readable) -> Header | None:
         return None
     magic = source.read(0, 16)
     if magic == MAGIC_PARTIAL:
-        raise FormatError(source.path, 0, "found an unfinished libvirt save, needed a whole one")
+        raise FormatError(source.path, 0, "expected a whole libvirt save, got an unfinished one")
     if magic != MAGIC:
         return None
     order = "<" if source.unpack("<I", 16)[0] <= 0xFFFF else ">"
     version, length, _, compression, cookie = source.unpack(order + "5I", 16)
     if version != 2:
-        raise FormatError(source.path, 16, f"found libvirt save version {version}, needed 2")
+        raise FormatError(source.path, 16, f"expected libvirt save version 2, got {version}")
     if compression not in COMPRESSION:
         raise FormatError(
-            source.path, 28, f"found libvirt save format {compression}, needed 0 to 6"
+            source.path, 28, f"expected libvirt save format 0 to 6, got {compression}"
         )
     if length > XML_LIMIT:
         raise FormatError(
-            source.path, 20, f"found {length} bytes of XML, needed at most {XML_LIMIT}"
+            source.path, 20, f"expected at most {XML_LIMIT} bytes of XML, got {length}"
         )
     if cookie > length:
         raise FormatError(
-            source.path, 32, f"found a cookie at {cookie}, needed it within {length} bytes"
+            source.path, 32, f"expected the cookie within {length} bytes, got it at {cookie}"
         )
     data = source.read(HEADER_SIZE, length)
     xml = data[: cookie or length].split(b"\0", 1)[0]

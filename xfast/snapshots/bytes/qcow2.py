@@ -55,10 +55,12 @@ def internals(source: Source) -> list[Internal]:
     active_size, active = source.unpack(">IQ", 36)
     count, at = source.unpack(">IQ", 60)
     if not 9 <= cluster_bits <= 21:
-        raise FormatError(source.path, 20, f"found clusters of 2^{cluster_bits}, needed 9 to 21")
+        raise FormatError(
+            source.path, 20, f"expected clusters of 2^9 to 2^21, got 2^{cluster_bits}"
+        )
     if count > SNAPSHOT_LIMIT:
         raise FormatError(
-            source.path, 60, f"found {count} snapshots, needed at most {SNAPSHOT_LIMIT}"
+            source.path, 60, f"expected at most {SNAPSHOT_LIMIT} snapshots, got {count}"
         )
     _check_tables(source, active, active_size, 1 << cluster_bits)
     found = []
@@ -91,7 +93,7 @@ def _check_tables(source: Source, offset: int, count: int, cluster: int) -> None
     end = int(entries.max(initial=0)) + cluster
     if entries.any() and end > source.size:
         raise FormatError(
-            source.path, source.size, f"found the end, needed an L2 table up to offset {end}"
+            source.path, source.size, f"expected an L2 table up to offset {end}, got the end"
         )
 
 
@@ -145,7 +147,7 @@ class _Clusters:
             raise FormatError(
                 self.source.path,
                 self.l1_offset,
-                f"found {self.l1_size} L1 entries, needed {index + 1}",
+                f"expected {index + 1} L1 entries, got {self.l1_size}",
             )
         table = self.source.unpack(">Q", self.l1_offset + 8 * index)[0] & OFFSET_MASK
         if not table:
@@ -156,11 +158,11 @@ class _Clusters:
             length = max(0, min(1 << self.bits, self.source.size - table))
             self.table_at, self.table = table, self.source.read(table, length)
         if within_table + 8 > len(self.table):
-            raise FormatError(self.source.path, place, "found the end, needed an L2 entry")
+            raise FormatError(self.source.path, place, "expected an L2 entry, got the end")
         entry = int.from_bytes(self.table[within_table : within_table + 8], "big")
         if entry & COMPRESSED:
             raise FormatError(
-                self.source.path, place, "found a compressed cluster, needed a VM state without"
+                self.source.path, place, "expected a plain VM state, got a compressed cluster"
             )
         if entry & ZERO or not entry & OFFSET_MASK:
             return None, left

@@ -167,7 +167,7 @@ class Source:
                     return source
                 fd = _expand(source, codec, body, limit)
                 source = Source(self.path, fd, source, codec, body)
-            raise FormatError(self.path, 0, f"found {source.container}, needed fewer layers")
+            raise FormatError(self.path, 0, f"expected fewer layers, got {source.container}")
         except BaseException:
             source.close()
             raise
@@ -228,7 +228,7 @@ class Source:
             raise FormatError(
                 self.path,
                 offset,
-                f"found {max(0, self.size - max(0, offset))} bytes, needed {length} "
+                f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
                 f"(of {self.size} in all)",
             )
         if offset + length <= len(self._head):
@@ -243,7 +243,7 @@ class Source:
             raise FormatError(
                 self.path,
                 offset + len(data),
-                f"found the end, needed {length - len(data)} bytes more",
+                f"expected {length - len(data)} bytes more, got the end",
             )
         return data
 
@@ -331,8 +331,8 @@ class Source:
             raise FormatError(
                 self.path,
                 None,
-                f"found {self.codec or 'edits that change its length'}, "
-                "needed a file to edit in place",
+                "expected a file to edit in place, "
+                f"got {self.codec or 'edits that change its length'}",
             )
         for edit in edits:
             write_all(fd, edit.new, edit.offset)
@@ -342,7 +342,7 @@ class Source:
         end = 0
         for edit in edits:
             if edit.offset < end:
-                raise ValueError(f"splices: got {edit}, needed edits apart from each other")
+                raise ValueError(f"splices: expected edits apart from each other, got {edit}")
             if self.read(edit.offset, len(edit.old)) != edit.old:
                 raise FormatError(
                     self.path, edit.offset, f"found other bytes than {edit.field} had when read"
@@ -462,7 +462,7 @@ def _opened(name: str, folder: int | None, last: str, flags: int) -> tuple[int, 
         raise FormatError(
             name,
             None,
-            f"found an interrupted edit ({JOURNAL} beside it), needed a whole file: "
+            f"expected a whole file, got an interrupted edit ({JOURNAL} beside it): "
             "xfast fix --in-place undoes it first",
         )
     fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
@@ -480,11 +480,11 @@ def _check_kind(name: str, mode: int) -> None:
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         return
     if stat.S_ISDIR(mode):
-        raise DirectoryError(name, None, "found a directory, expected a file or a block device")
+        raise DirectoryError(name, None, "expected a file or a block device, got a directory")
     kind = "a character device, pipe or socket"
     if stat.S_ISLNK(mode):
         kind = "a symbolic link, which is followed only where it is named"
-    raise FormatError(name, None, f"found {kind}, expected a file or a block device")
+    raise FormatError(name, None, f"expected a file or a block device, got {kind}")
 
 
 def _stdin(limit: int) -> int:
@@ -540,8 +540,8 @@ def _spool(path: str, file: IO[bytes], limit: int) -> int:
                 raise FormatError(
                     path,
                     limit,
-                    f"expands to more than {limit} bytes, the limit; needed a smaller file, "
-                    "or a higher limit (--expand-limit)",
+                    f"expected at most {limit} bytes, got more: "
+                    "raise the limit with --expand-limit",
                 )
             try:
                 spool.write(chunk)

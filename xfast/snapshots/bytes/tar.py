@@ -61,7 +61,7 @@ def members(source: Source) -> Iterator[Member]:
             raise FormatError(
                 source.path,
                 position,
-                f"found a member of {size} bytes, needed at most {source.size - data}",
+                f"expected a member of at most {source.size - data} bytes, got {size}",
             )
         kind = header[156:157]
         if kind in (GNU_LONG_NAME, PAX_HEADER):
@@ -83,7 +83,7 @@ def _number(source: Source, offset: int, digits: bytes) -> int:
         return int.from_bytes(digits, "big") & (1 << 8 * len(digits) - 1) - 1
     text = digits.strip(b" \0") or b"0"
     if not re.fullmatch(rb"[0-7]+", text):
-        raise FormatError(source.path, offset, f"found {digits!r}, needed octal digits")
+        raise FormatError(source.path, offset, f"expected octal digits, got {digits!r}")
     return int(text, 8)
 
 

@@ -60,7 +60,9 @@ def cpus_of(message: bytes) -> list[CpuInfo]:
             name = CPUINFO_FIELDS.get(item.number, "")
             value = item.value
             if name and isinstance(value, bytes) is not (name == "model_id"):
-                raise Broken(f"found {name} of another type, needed a number (a text of model_id)")
+                raise Broken(
+                    f"expected a number for {name} (a text for model_id), got another type"
+                )
             if name == "capability":
                 assert isinstance(value, int)
                 words.append(value)

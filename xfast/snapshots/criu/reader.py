@@ -126,7 +126,7 @@ def read(
             threads.append(_vcpu(tid, thread, Origin(member, offset, entry, packed, single)))
     if not threads:
         raise FormatError(
-            source.path, None, "found no core-TID.img with registers, needed one a thread"
+            source.path, None, "expected a core-TID.img with registers for each thread, got none"
         )
     threads.sort(key=lambda vcpu: vcpu.index)
     if cpus:
@@ -165,7 +165,7 @@ def _members(source: Source | Folder, packed: bool) -> Iterator[tuple[Source, Me
         if _wanted(member.name):
             if member.name in seen:
                 raise FormatError(
-                    source.path, member.offset, f"found {member.name} twice, needed it once"
+                    source.path, member.offset, f"expected each image once, got {member.name} twice"
                 )
             seen.add(member.name)
             yield source, member
@@ -200,13 +200,13 @@ def _entries(source: Source, member: Member, magic: int) -> Iterator[tuple[int, 
         position += 4
         (found,) = source.unpack("<I", position)
     if found != magic:
-        raise Broken(f"found an image with the magic {found:#x}, needed {magic:#x}")
+        raise Broken(f"expected an image with the magic {magic:#x}, got {found:#x}")
     position += 4
     end = member.offset + member.size
     while True:
         (length,) = source.unpack("<I", position)
         if length > IMAGE_LIMIT or position + 4 + length > end:
-            raise Broken(f"found an entry of {length} bytes, needed at most {end - position - 4}")
+            raise Broken(f"expected an entry of at most {end - position - 4} bytes, got {length}")
         yield position, source.read(position, 4 + length)
         position += 4 + length
         if position == end:

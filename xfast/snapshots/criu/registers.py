@@ -80,13 +80,13 @@ def _lay_out(
         index = counts.get(number, 0)
         if not isinstance(value, int) or index >= most or value >> 8 * item:
             raise Broken(
-                f"found {name}[{index}] out of range, needed {most} numbers of {item} bytes"
+                f"expected {most} numbers of {item} bytes, got {name}[{index}] out of range"
             )
         counts[number] = index + 1
         area[offset + index * item :][:item] = list(value.to_bytes(item, "little"))
     for number, (name, _, _, most) in table.items() if whole else ():
         if counts.get(number, 0) != most:
-            raise Broken(f"found {counts.get(number, 0)} numbers of {name}, needed {most}")
+            raise Broken(f"expected {most} numbers of {name}, got {counts.get(number, 0)}")
     return {table[number][0] for number in counts}
 
 
@@ -108,7 +108,7 @@ def area_of(core: bytes) -> Thread | None:
     """
     machine = next((f.value for f in fields(core) if f.number == 1), None)
     if machine != MARCH_X86_64:
-        raise Broken(f"found machine type {machine!r}, needed {MARCH_X86_64} (x86-64)")
+        raise Broken(f"expected machine type {MARCH_X86_64} (x86-64), got {machine!r}")
     info = inner(fields(core), THREAD_INFO)
     fpregs = None if info is None else inner(fields(info), FPREGS)
     if fpregs is None:
@@ -162,6 +162,6 @@ def check_holds(core: bytes, area: NDArray[np.uint8], where: str) -> None:
     found = area_of(core)
     if found is None or not np.array_equal(found.area, area):
         raise PolicyError(
-            f"{where}: got registers that the image has no field for, needed those that the "
-            "dumping machine had"
+            f"{where}: expected registers that the dumping machine had, got some that the "
+            "image has no field for"
         )

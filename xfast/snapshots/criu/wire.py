@@ -37,7 +37,7 @@ def varint(data: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
             return value, position + shift + 1
-    raise Broken(f"found no end of the number at {position}, needed one in 10 bytes")
+    raise Broken(f"expected the end of the number at {position} in 10 bytes, got none")
 
 
 def encoded(value: int) -> bytes:
@@ -80,7 +80,7 @@ def fields(data: bytes, limit: int = FIELD_LIMIT) -> Iterator[Field]:
         if kind == 2:
             size, position = varint(data, position)
         if size is None or position + size > end:
-            raise Broken(f"found a field of type {kind} at {start}, needed it within the data")
+            raise Broken(f"expected a field within the data, got one of type {kind} at {start}")
         position += size
         yield Field(tag >> 3, data[position - size : position], data[start:position])
     if position < end:

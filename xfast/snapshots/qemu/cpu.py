@@ -284,7 +284,7 @@ class Section:
         """
         size = self.shape.area_size(self.xstate_bv)
         if image.shape != (size,):
-            raise ValueError(f"area: got shape {image.shape}, needed {(size,)}")
+            raise ValueError(f"area: expected shape {(size,)}, got {image.shape}")
         image = image.copy()
         header = image[HEADER_OFFSET : HEADER_OFFSET + 8].view("<u8")
         xstate_bv = int(header[0])
@@ -302,7 +302,7 @@ class Section:
         lost = engine.diff(result.area(), image, INTEL) & INTEL.user_mask
         if lost:
             raise PolicyError(
-                f"the stream has no place for {names_of(lost)}; needed an area that has "
+                f"the stream has no place for {names_of(lost)}: expected an area that has "
                 "only what the stream already holds"
             )
         return result

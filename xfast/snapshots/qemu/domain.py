@@ -105,7 +105,7 @@ class _Wanted:
             raise ValueError(str(problem)) from None
 
     def _doctype(self, *_: object) -> None:
-        raise ValueError("got a DOCTYPE, expected none")
+        raise ValueError("expected XML without a DOCTYPE, got one")
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         self._depth += 1

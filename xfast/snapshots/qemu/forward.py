@@ -23,7 +23,7 @@ from xfast.engine.walk import Walker
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source, View
 from xfast.snapshots.model import Stamp
-from xfast.snapshots.qemu.plans import Sections, follow
+from xfast.snapshots.qemu.plans import Sections
 from xfast.snapshots.qemu.search import (
     FOOTER,
     FULL,
@@ -245,8 +245,8 @@ class Hold:
         return FormatError(
             self.stream.path,
             offset,
-            f"can't be judged: found over {CANDIDATES_LIMIT} bytes of descriptions behind the "
-            "devices that fit none of them, expected one that fits",
+            "can't be judged: expected a description that fits the devices before it, "
+            f"got over {CANDIDATES_LIMIT} bytes of others",
         )
 
     def _follow(self, devices: list[dict[str, Any]], eof: int) -> tuple[int, Sections] | None:
@@ -288,11 +288,11 @@ def stuck(path: str, walker: Walker) -> FormatError:
     """Return the error for a stream whose walk came to no device."""
     if walker.trouble:
         offset, found, expected = walker.trouble
-        return FormatError(path, offset, f"can't be judged: found {found}, expected {expected}")
+        return FormatError(path, offset, f"can't be judged: expected {expected}, got {found}")
     return FormatError(
         path,
         walker.position,
-        f"found the end of the {'stream' if walker.ended else 'file'}, expected devices",
+        f"expected devices, got the end of the {'stream' if walker.ended else 'file'}",
     )
 
 
@@ -312,7 +312,7 @@ def walk(source: Source, start: int) -> tuple[int, int]:
         if size <= 0 or not (walker.feed(source.read(walker.position, size)) or walker.stopped):
             missing = max(1, walker.position - source.size)
             raise FormatError(
-                source.path, source.size, f"found the end, expected {missing} bytes more at least"
+                source.path, source.size, f"expected at least {missing} bytes more, got the end"
             )
     if walker.devices < 0:
         raise stuck(source.path, walker)
@@ -334,7 +334,7 @@ def extent(source: Source, start: int, *, bare: bool = True) -> Extent:
     hold = Hold(source.view(0, limit), devices)
     found = hold.whole()
     if not found and not bare:
-        raise FormatError(source.path, devices, "found no end of the devices, expected one")
+        raise FormatError(source.path, devices, "expected an end of the devices, got none")
     return Extent(start, head, devices, found[0] if found else bare_end(source, devices))
 
 
@@ -360,8 +360,8 @@ def bare_end(source: Source, devices: int) -> int:
     raise FormatError(
         source.path,
         devices + at,
-        "can't be judged: found a section of unknown length, expected the description that QEMU "
-        "writes behind the devices, or sections with footers up to the end",
+        "can't be judged: expected the description that QEMU writes behind the devices, or "
+        "sections with footers up to the end, got a section of unknown length",
     )
 
 
@@ -394,9 +394,6 @@ def located(source: Source, start: int) -> tuple[Source, Sections, int]:
     FormatError
         If they are not to be found.
     """
-    known = None if source.is_device else follow(source)
-    if known is not None:
-        return source, known, source.size
     tail = None
     end = source.read(max(0, source.size - PADDING), min(PADDING, source.size))
     if any(end) and not source.is_device:
@@ -527,7 +524,7 @@ def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
             have += count
         if flow.hold is None:
             place = flow.walker.position + have
-            raise FormatError(path, place, "found the end of the stream, expected devices")
+            raise FormatError(path, place, "expected devices, got the end of the stream")
         return flow.kept
     except BaseException:
         flow.kept.close()

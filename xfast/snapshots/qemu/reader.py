@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, PolicyError
 from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes import libvirt, qcow2
-from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
+from xfast.snapshots.bytes.source import Source, View
+from xfast.snapshots.model import Snapshot, Span, Splice, Unseen, Vcpu, kept
 from xfast.snapshots.qemu.cpu import INTEL, Section
 from xfast.snapshots.qemu.domain import Domain, domain
 from xfast.snapshots.qemu.forward import located
-from xfast.snapshots.qemu.plans import Sections, cpu_shape
-from xfast.snapshots.qemu.search import CpuSection
+from xfast.snapshots.qemu.plans import Followed, Sections, cpu_shape, follow
 from xfast.snapshots.qemu.stream import MAGIC, configuration, start_of
 from xfast.xsave.layout import Layout
 
@@ -171,7 +170,7 @@ def _streams(source: Source) -> list[_Stream]:
             for one in qcow2.internals(source)
         ]
         if not found:
-            raise FormatError(source.path, 60, "found no snapshot with a VM state, needed one")
+            raise FormatError(source.path, 60, "expected a snapshot with a VM state, got none")
         return found
     stream = _libvirt(source)
     if stream is None:
@@ -188,12 +187,19 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     source, guest = stream.source, stream.domain
     config = configuration(source, stream.start)
     size = end = source.size
+    known = None
     if found is None:
-        source, found, end = located(source, stream.start)
-    data = found.data or [source.read(place.offset, place.size) for place in found.cpus]
-    shapes = found.shapes or map(cpu_shape, found.cpus)
-    sections = [Section(section, shape, True) for section, shape in zip(data, shapes, strict=True)]
-    kvm, basis = _is_kvm(found, sections, guest)
+        known = None if source.is_device else follow(source, guest.kvm if guest else None)
+        if known is None:
+            source, found, end = located(source, stream.start)
+        else:
+            found = known.plan.found
+    vcpus: Sequence[Vcpu]
+    if known is not None and known.key is not None:
+        vcpus, told = _unseen(source, known, guest)
+    else:
+        vcpus, told = _seen(source, known, known.sections() if known else found, guest)
+    kvm, basis = told
     facts: dict[str, Any] = {
         "machine": config.machine,
         "capabilities": config.capabilities,
@@ -206,14 +212,9 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
         facts["internal_snapshot"] = stream.internal
     if guest:
         facts |= {"domain": guest.name, "cpu_model": guest.model}
-    mapped_ram = ("mapped-ram",) if "mapped-ram" in config.capabilities else ()
-    vcpus = []
-    for place, section in zip(found.cpus, sections, strict=True):
-        section.kvm = kvm
-        vcpu = _vcpu(source, place, section)
-        vcpu.guest_mask = guest.components if guest else None
-        vcpus.append(vcpu)
-    container = (*source.container, *stream.container, *mapped_ram)
+    container = (*source.container, *stream.container)
+    if "mapped-ram" in config.capabilities:
+        container += ("mapped-ram",)
     doubts = found.doubts
     if guest and guest.vcpus not in (None, len(vcpus)):
         doubts += (f"expected {guest.vcpus} vCPUs, as the domain has, got {len(vcpus)}",)
@@ -230,27 +231,72 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     )
 
 
-def _is_kvm(found: Sections, sections: list[Section], guest: Domain | None) -> tuple[bool, str]:
-    """Tell whether KVM wrote the stream, and what tells so: the stream itself does not say."""
+def _unseen(
+    source: Source, known: Followed, guest: Domain | None
+) -> tuple[Sequence[Vcpu], tuple[bool, str]]:
+    """Return the vCPUs that a plan found, made when somebody looks, and who wrote them."""
+    cpus = known.plan.found.cpus
+    places = [(known.start + cpu.offset, cpu.size) for cpu in cpus]
+    runs: list[Sequence[tuple[int | None, int]]] = [
+        source.runs(*place) if isinstance(source, View) else (place,) for place in places
+    ]
+    mask = guest.components if guest else None
+
+    def make() -> list[Vcpu]:
+        parts = zip(cpus, known.data, known.plan.shapes, runs, strict=True)
+        return [
+            _vcpu(cpu.instance, Section(data, shape, known.kvm), place, mask)
+            for cpu, data, shape, place in parts
+        ]
+
+    return Unseen((known.key, mask), len(cpus), make), _is_kvm(known.plan.found, known.kvm, guest)
+
+
+def _seen(
+    source: Source, known: Followed | None, found: Sections, guest: Domain | None
+) -> tuple[list[Vcpu], tuple[bool, str]]:
+    """Return the vCPUs of sections, and who wrote them."""
+    data = known.data if known else [source.read(one.offset, one.size) for one in found.cpus]
+    shapes = known.plan.shapes if known else map(cpu_shape, found.cpus)
+    sections = [Section(section, shape, True) for section, shape in zip(data, shapes, strict=True)]
+    told = _is_kvm(found, any(section.stream_xstate_bv for section in sections), guest)
+    mask = guest.components if guest else None
+    vcpus = []
+    for place, section in zip(found.cpus, sections, strict=True):
+        if section.shape.overlaps:
+            raise FormatError(
+                source.path,
+                place.offset,
+                "expected cpu/mpx or cpu/apx, got both, which share a place",
+            )
+        section.kvm = told[0]
+        runs = source.runs(place.offset, place.size)
+        vcpus.append(_vcpu(place.instance, section, runs, mask))
+    return vcpus, told
+
+
+def _is_kvm(found: Sections, headed: bool, guest: Domain | None) -> tuple[bool, str]:
+    """Tell whether KVM wrote the stream, and what tells so: the stream itself does not say.
+
+    `headed`: whether a section has an XSTATE_BV other than 0.
+    """
     if guest:
         return guest.kvm, "the domain's type"
     if found.kvmclock:
         return True, "a kvmclock device"
     if any("cpu/tsc_khz" in place.subsections for place in found.cpus):
         return True, "a cpu/tsc_khz subsection"
-    if any(section.stream_xstate_bv for section in sections):
+    if headed:
         return True, "an XSTATE_BV that is not 0"
     return False, "no trace of KVM"
 
 
-def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:
-    if section.shape.overlaps:
-        raise FormatError(
-            source.path, place.offset, "found cpu/mpx and cpu/apx, which share a place; needed one"
-        )
+def _vcpu(
+    number: int, section: Section, runs: Sequence[tuple[int | None, int]], guest_mask: int | None
+) -> Vcpu:
     xcr0, stream_xstate_bv, cr4, xss, xfd = section.control()
     return Vcpu(
-        index=place.instance,
+        index=number,
         area=section.area(),
         layout=INTEL,
         layout_source="format",
@@ -258,9 +304,10 @@ def _vcpu(source: Source, place: CpuSection, section: Section) -> Vcpu:
         xcr0=xcr0,
         xss=xss or 0,
         xfd=xfd,
+        guest_mask=guest_mask,
         pkru_enabled=bool(cr4 & CR4_PKE),
         mode=64 if section.form.registers == 16 else 32,
-        origin=Origin(section, tuple(source.runs(place.offset, place.size))),
+        origin=Origin(section, tuple(runs)),
         facts={
             "stream_xstate_bv": stream_xstate_bv,
             "cr4": cr4,

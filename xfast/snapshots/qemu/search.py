@@ -204,8 +204,8 @@ def search(stream: Source) -> Found:
             raise FormatError(
                 stream.path,
                 offset,
-                f"found a cpu section {why}, needed the description that QEMU writes at the end "
-                "of a stream",
+                "expected the description that QEMU writes at the end of a stream, "
+                f"got a cpu section {why}",
             )
     earlier = max(
         (cpu for cpu in cpus if cpu.offset < first), key=lambda cpu: cpu.offset, default=None
@@ -221,7 +221,7 @@ def search(stream: Source) -> Found:
         raise FormatError(
             stream.path,
             stream.size,
-            f"found {len(cpus)} vCPUs and no EOF record behind the devices, needed a whole stream",
+            f"expected a whole stream, got {len(cpus)} vCPUs and no EOF record behind the devices",
         )
     begin = max(0, min(cpu.offset for cpu in cpus) - CPU_HEADER - COMMON_SIZE - start)
     return Found(

@@ -81,14 +81,16 @@ def configuration(stream: Source, start: int) -> Configuration:
         if start + len(record) <= stream.size and stream.read(start, len(record)) == record:
             return known
     if stream.read(start, len(MAGIC)) != MAGIC:
-        raise FormatError(stream.path, start, "found no QEMU stream, needed QEVM and version 3")
+        raise FormatError(
+            stream.path, start, "expected a QEMU stream (QEVM and version 3), got none"
+        )
     at = start + len(MAGIC)
     if stream.read(at, 1)[0] != CONFIGURATION:
         return Configuration()
     (length,) = stream.unpack(">I", at + 1)
     if length > 1024:
         raise FormatError(
-            stream.path, at + 1, f"found a machine name of {length} bytes, needed 1024"
+            stream.path, at + 1, f"expected a machine name of at most 1024 bytes, got {length}"
         )
     machine = stream.read(at + 5, length).decode("ascii", "replace")
     at += 5 + length
@@ -106,7 +108,9 @@ def configuration(stream: Source, start: int) -> Configuration:
             (count,) = stream.unpack(">I", at)
             at += 4
             if count > 256:
-                raise FormatError(stream.path, at - 4, f"found {count} capabilities, needed 256")
+                raise FormatError(
+                    stream.path, at - 4, f"expected at most 256 capabilities, got {count}"
+                )
             for _ in range(count):
                 word = stream.read(at + 1, stream.read(at, 1)[0])
                 capabilities.append(word.decode("ascii", "replace"))
@@ -141,7 +145,7 @@ def find_cpus(stream: Source) -> Sections:
     """
     known = plans.follow(stream)
     if known is not None:
-        return known
+        return known.sections()
     end, devices = _description(stream)
     walked: list[plans.Section] = []
     if devices is None:
@@ -157,11 +161,11 @@ def find_cpus(stream: Source) -> Sections:
         )
     if not found.cpus or len(found.cpus) < described:
         hint = "" if devices else " (cut off? it does not end with its description)"
-        needed = described or "at least one"
+        least = f"{described} vCPUs" if described else "at least one vCPU"
         raise FormatError(
             stream.path,
             stream.size,
-            f"found {len(found.cpus)} vCPUs in the QEMU stream{hint}, needed {needed}",
+            f"expected {least} in the QEMU stream, got {len(found.cpus)}{hint}",
         )
     result = checked(found, devices)
     if devices is not None and found.cpus == cpus:
@@ -195,7 +199,9 @@ def checked(found: Found, devices: Sequence[Mapping[str, Any]] | None) -> Sectio
         apics = max(apics, names.count("apic"))
     alone = sorted(commons - {cpu.instance for cpu in found.cpus})
     if alone:
-        doubts.append(f"got a section cpu_common of vCPU {alone[0]}, expected its cpu section")
+        doubts.append(
+            f"expected the cpu section of vCPU {alone[0]}, got only its section cpu_common"
+        )
     if apics > count:
         doubts.append(f"expected {apics} vCPUs, as many as have an apic, got {count}")
     return Sections(sorted(found.cpus), found.kvmclock, found.description, (*doubts, *found.doubts))
@@ -353,8 +359,8 @@ def described_cpu(
         raise FormatError(
             stream.path,
             offset,
-            f"found a cpu section of version {version} with {fixed} bytes, needed version "
-            f"{CPU_VERSION} with {FIXED_SIZES[0]} (x86_64) or {FIXED_SIZES[1]} (i386)",
+            f"expected a cpu section of version {CPU_VERSION} with {FIXED_SIZES[0]} (x86_64) or "
+            f"{FIXED_SIZES[1]} (i386) bytes, got version {version} with {fixed} bytes",
         )
     subsections = {}
     at = offset + fixed

@@ -1,0 +1,263 @@
+"""vCPUs that nobody looks at are judged by their key, and the answers are those of a look."""
+
+import copy
+import lzma
+import pickle
+import random
+
+import numpy as np
+import pytest
+import snapshot_files as files
+from helpers.one_by_one import judge_one_by_one
+from keys import Keys
+from mutations import mutated
+
+import xfast
+from xfast.hosts.catalogue import catalogue
+from xfast.judge import judgement
+from xfast.judge.judgement import check
+from xfast.judge.verdict import PerClass
+from xfast.kernels.behaviour import of_release
+from xfast.snapshots.model import Snapshot, Unseen, Vcpu, key_of
+from xfast.snapshots.qemu import plans
+from xfast.xsave.layout import preset
+
+INTEL = preset("intel")
+HOSTS = [
+    host if release is None else host.with_kernel(of_release(release))
+    for host in list(catalogue().values())[::3]
+    for release in (None, "5.15", "6.0", "6.12")
+]
+KEYS = Keys()
+FIELDS = [(8, 0), (156, 88), (488, 8), (564, 4), (568, 256), (1553, 16), (1569, 256)]
+"""Where a section has what tells: anywhere, x87, CR4, MXCSR, XMM, XCR0 and XSTATE_BV, YMM."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen():
+    plans.forget()
+    judgement.forget()
+    yield
+    plans.forget()
+
+
+def compare(path, rng) -> bool:
+    """Judge a file by its key and by looking; False where no key stands for its vCPUs."""
+    try:
+        (quick,) = xfast.read(path, format="qemu")
+        (slow,) = xfast.read(path, format="qemu")
+    except xfast.XfastError:
+        return False
+    if key_of(quick.vcpus) is None:
+        return False
+    hosts = rng.sample(HOSTS, 4)
+    level = rng.choice(["xstate", "fpu", "isa", "strict"])
+    verdicts = check(quick, hosts, policy=level)
+    assert KEYS.see(slow)
+    for host, verdict in zip(hosts, verdicts, strict=True):
+        expected = judge_one_by_one(slow, host, level)
+        assert (verdict.verdict, verdict.fixable, verdict.findings) == expected
+    return True
+
+
+def shapes(rng):
+    """Return devices: of KVM or TCG, with one subsection or another."""
+    kvm = rng.random() < 0.6
+    devices = []
+    for number in range(rng.choice((1, 2, 3))):
+        more = [("cpu/xss", bytes(8))] if rng.random() < 0.5 else []
+        if kvm:
+            more.append(("cpu/tsc_khz", bytes(8)))
+        if rng.random() < 0.5:
+            more.append(("cpu/pkru", rng.choice((bytes(4), b"UUUT", b"\0\0\0\1"))))
+        if rng.random() < 0.4:
+            more.append(("cpu/avx512", rng.choice((bytes(1600), bytes([1]) * 1600))))
+        if rng.random() < 0.2:
+            tiles = rng.choice((bytes(8256), bytes(64) + b"\1" * 8192))
+            more += [("cpu/intel_amx_xtile", tiles), ("cpu/msr_xfd", bytes(16))]
+        bv = rng.choice((0, 3, 7, 0x207, 0xE7)) if kvm else 0
+        devices.append(files.qemu_device("cpu_common", bytes(5), number))
+        content = files.qemu_cpu(rng.randrange(3), xstate_bv=bv)
+        devices.append(files.qemu_device("cpu", content, number, 12, more))
+    return devices
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_streams_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
+    """Registers, control registers and headers of every kind, in streams with one description."""
+    rng = random.Random(f"unseen {seed}")
+    path = tmp_path / "stream"
+    devices = shapes(rng)
+    path.write_bytes(files.qemu_stream(devices))
+    xfast.read(path, format="qemu")
+    planned = 0
+    for _ in range(6):
+        changed = []
+        for entry, content in devices:
+            data = bytearray(content)
+            if entry["name"] == "cpu":
+                for _ in range(rng.choice((0, 1, 2, 20))):
+                    start, length = rng.choice(FIELDS)
+                    place = start + rng.randrange(length or len(data) - 8)
+                    data[place] = rng.choice((0, 1, 2, 7, 0xFF, rng.randrange(256)))
+            changed.append((entry, bytes(data)))
+        path.write_bytes(files.qemu_stream(changed, ram=rng.randbytes(rng.randrange(900))))
+        planned += compare(path, rng)
+    assert planned
+
+
+@pytest.mark.parametrize("kvm", [True, False])
+def test_each_bit_that_tells_is_in_the_key(tmp_path, kvm):
+    """CR4, XCR0, XSTATE_BV, IA32_XSS and IA32_XFD, and a bit of each register, one at a time."""
+    path = tmp_path / "stream"
+    more = [("cpu/xss", bytes(8)), ("cpu/msr_xfd", bytes(16)), ("cpu/pkru", bytes(4))]
+    more += [("cpu/tsc_khz", bytes(8))] * kvm
+    content = files.qemu_cpu(0, xstate_bv=7 * kvm)
+    cpu = files.qemu_device("cpu", content, 0, 12, more)
+    devices = [files.qemu_device("cpu_common", bytes(5)), cpu]
+    path.write_bytes(files.qemu_stream(devices))
+    xfast.read(path, format="qemu")
+    keys = Keys()
+    entry, whole = cpu
+    assert whole[8 + 1817 :].count(b"\x05") >= len(more)
+    ends = [whole.index(name.encode()) + len(name) + 4 for name, _ in more[:3]]
+    places = [488, 489, 490, 491, 492, 493, 494, 495, *range(1553, 1569), 564, 566, 580, 1580, 160]
+    places += [end + at for end in ends for at in range(8 if end != ends[2] else 4)]
+    for place in places:
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            path.write_bytes(files.qemu_stream([devices[0], (entry, bytes(data))]))
+            found = keys.see(xfast.read(path, format="qemu")[0])
+            assert found or place in range(1561, 1569)  # an XSTATE_BV with more than was planned
+    assert len(keys.met) > 100
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_damaged_streams_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
+    path = tmp_path / "stream"
+    for apics in (True, False):
+        path.write_bytes(files.qemu_stream(files.qemu_devices(apics=apics)))
+        xfast.read(path)
+    rng = random.Random(f"unseen damage {seed}")
+    path.write_bytes(mutated("qemu", rng)[0]["vm"])
+    compare(path, rng)
+
+
+def test_samples_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, data):
+    path = tmp_path / "stream"
+    for sample in sorted((data / "qemu").glob("*.qemustate.xz")):
+        path.write_bytes(lzma.decompress(sample.read_bytes()))
+        assert not compare(path, random.Random(0)) or plans._plans
+        for seed in range(4):
+            assert compare(path, random.Random(seed)), sample.name
+
+
+def test_a_class_that_was_judged_is_not_looked_into(tmp_path, monkeypatch):
+    path = tmp_path / "stream"
+    path.write_bytes(files.qemu_stream())
+    hosts = HOSTS[:3]
+    xfast.read(path)
+    first = check(xfast.read(path)[0], hosts)
+    path.write_bytes(files.qemu_stream(ram=bytes(77)))
+    monkeypatch.setattr(judgement, "subject_of", None)
+    (snapshot,) = xfast.read(path)
+    monkeypatch.setattr(snapshot.vcpus, "_make", None)
+    again = check(snapshot, hosts)
+    assert [v.judgement for v in again] == [v.judgement for v in first]
+    assert all(a.judgement is b.judgement for a, b in zip(again, first, strict=True))
+
+
+def test_what_was_looked_at_is_judged_as_it_is_now(tmp_path):
+    path = tmp_path / "stream"
+    path.write_bytes(files.qemu_stream())
+    xfast.read(path)
+    (snapshot,) = xfast.read(path)
+    host = catalogue()["intel-haswell"]
+    before = check(snapshot, host)[0]
+    snapshot.vcpus[0].area[512:520].view("<u8")[0] |= 1 << 9
+    after = check(snapshot, host)[0]
+    assert after.verdict == "incompatible" != before.verdict
+    assert (after.verdict, after.fixable, after.findings) == judge_one_by_one(snapshot, host)
+
+
+def test_other_snapshots_of_one_key_are_other_cases():
+    """Who wrote it, what consumes it and what is doubtful count besides the key."""
+    area = files.area(1, 4096, 0x207)
+    answers = set()
+    for kind, producer, doubts in (
+        ("vm", "kvm", ()), ("vm", "qemu-kvm", ()), ("process", "kernel", ()), ("vm", "kvm", ("x",)),
+    ):  # fmt: skip
+        row = np.frombuffer(area, np.uint8)
+        vcpus = Unseen("key", 1, lambda row=row: [Vcpu(0, row, INTEL, "given", xcr0=7)])
+        snapshot = Snapshot("s", "raw", kind, producer, vcpus, doubts=doubts)
+        verdicts = check(snapshot, HOSTS)
+        answers.add(tuple((v.verdict, v.findings) for v in verdicts))
+    assert len(answers) == 4
+
+
+def test_unseen_vcpus_are_a_sequence():
+    made = []
+
+    def make():
+        made.append(1)
+        return [Vcpu(i, None) for i in range(3)]
+
+    vcpus = Unseen("key", 3, make)
+    assert len(vcpus) == 3
+    assert not made
+    assert key_of(vcpus) == "key"
+    assert [v.index for v in vcpus] == [0, 1, 2]
+    assert key_of(vcpus) is None
+    assert vcpus[-1].index == 2
+    assert [v.index for v in vcpus[1:]] == [1, 2]
+    assert vcpus == [Vcpu(i, None) for i in range(3)]
+    assert vcpus != []
+    assert (vcpus == 3) is False
+    assert repr(vcpus) == repr(list(vcpus))
+    assert copy.deepcopy(vcpus) == list(vcpus) == pickle.loads(pickle.dumps(vcpus))
+    assert made == [1]
+
+
+def test_verdicts_are_made_once_and_print_as_a_list():
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    verdicts = check(row, HOSTS[:3], layout=INTEL, xcr0=7)
+    assert len(verdicts) == 3
+    assert verdicts[0] is next(iter(verdicts))
+    assert [v.host for v in verdicts[1:]] == [host.name for host in HOSTS[1:3]]
+    assert verdicts == list(verdicts)
+    assert verdicts != list(verdicts)[:2]
+    assert repr(verdicts) == repr(list(verdicts))
+    with pytest.raises(IndexError):
+        verdicts[3]
+
+
+def test_what_a_class_shares_is_worked_out_once(monkeypatch):
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    judged = [
+        check(row, hosts, layout=INTEL, xcr0=7) for hosts in (HOSTS[:3], HOSTS[:3], HOSTS[:2])
+    ]
+    asked = []
+    shared = PerClass(lambda verdicts: asked.append(1) or len(verdicts))
+    assert [shared.of(verdicts) for verdicts in judged] == [3, 3, 2]
+    assert len(asked) == 2
+    monkeypatch.setattr(PerClass, "LIMIT", 2)
+    other = check(row, HOSTS[:1], layout=INTEL, xcr0=7)
+    assert [shared.of(other), *map(shared.of, judged)] == [1, 3, 3, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hosts_of_every_list_get_their_own_answers(seed):
+    """Lists of equal length one after the other, the same one again, tuples and single hosts."""
+    rng = random.Random(f"pools {seed}")
+    row = np.frombuffer(files.area(1, 4096, 0x207), np.uint8)
+    snapshot = Snapshot("s", "raw", "vm", "kvm", [Vcpu(0, row, INTEL, "given", xcr0=7)])
+    for _ in range(12):
+        hosts = rng.sample(HOSTS, rng.choice((1, 2, 2, 3)))
+        hosts = rng.choice([hosts, tuple(hosts), [host.name for host in hosts]])
+        for _ in range(rng.choice((1, 2))):
+            for verdict, host in zip(check(snapshot, hosts), hosts, strict=True):
+                one = xfast.resolve(host) if isinstance(host, str) else host
+                assert verdict.host == one.name
+                expected = judge_one_by_one(snapshot, one)
+                assert (verdict.verdict, verdict.fixable, verdict.findings) == expected
