@@ -49,7 +49,7 @@ def with_pages(stream: bytes, devices: int, count: int, file: BinaryIO) -> None:
     """
     ram = re.search(b"\x01(.{4})\x03ram\0{7}\x04", stream[:devices], re.DOTALL)
     if not ram:
-        raise XfastError("bench filter: expected a stream with guest memory, found none")
+        raise XfastError("bench filter: expected a stream with guest memory, got none")
     pages = np.zeros((PATTERN, 8 + PAGE), np.uint8)
     pages[:, 7] = FULL_PAGE | SAME_BLOCK
     pages[:, 8:] = np.frombuffer(os.urandom(PATTERN * PAGE), np.uint8).reshape(PATTERN, PAGE)
@@ -149,7 +149,7 @@ def delays(stream: bytes, devices: int, wanted: Wanted | None) -> tuple[float, f
     if number:
         _await(number)
     if passed != len(stream):
-        raise XfastError(f"bench filter: expected {len(stream)} bytes, {passed} came through")
+        raise XfastError(f"bench filter: expected {len(stream)} bytes to come through, got {passed}")
     return (last - times[1]) * 1e3, (last - times[0]) * 1e3
 
 

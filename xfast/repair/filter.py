@@ -18,7 +18,7 @@ qemu_loadvm_state(); pipe(7), "Pipe capacity"; fcntl(2), F_SETPIPE_SZ.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from xfast.errors import FormatError, PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.verdict import Policy, Verdict
 from xfast.repair.plan import Plan, plan_fix
+from xfast.snapshots.bytes.source import Watch
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu.cpu import INTEL
 from xfast.snapshots.qemu.forward import CHUNK, Flow, bare_end
@@ -41,9 +42,6 @@ DESCRIBED = b"\x06"
 
 SLACK = 4096
 """How much more than the pipe holds is still to come when the verdict falls (bytes)."""
-
-Watch = Callable[[int, int], None]
-"""Called before each read, with the descriptor and the bytes so far; it may wait."""
 
 
 @dataclass(frozen=True)
