@@ -42,8 +42,16 @@ PLUGINS = "XFAST_PLUGINS"
 """The environment's word (1) that formats of other packages may be loaded by root."""
 
 
-MAGICS = {b"\x7fELF": "elfcore", b"MDMP": "minidump", b"QEVM": "qemu"}
-"""The first bytes of files that are of one format for certain: no other is asked."""
+MAGICS = {
+    b"\x7fELF": "elfcore",
+    b"MDMP": "minidump",
+    b"QEVM": "qemu",
+    b"\x00\x00\x64\x86\x84\x19\x10\x07": "firecracker",
+}
+"""The first 4 or 8 bytes of files that are of one format for certain: no other is asked."""
+
+JSON = "cloud-hypervisor", "crosvm"
+"""The formats that are asked first of a file that begins with a brace."""
 
 
 @cache
@@ -122,10 +130,12 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     """
     if isinstance(source, Folder):
         return _claimed(source)[0]
-    name = MAGICS.get(source.read(0, min(4, source.size)), "")
+    start = source.read(0, min(8, source.size))
+    name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    for name in _names():
+    names = _names()
+    for name in [*JSON, *names] if start.startswith(b"{") else names:
         if format_named(name).sniff(source):
             return name
     if default:

@@ -249,6 +249,8 @@ class Source:
                 offset + len(data),
                 f"expected {length - len(data)} bytes more, got the end",
             )
+        if not offset and length <= CHUNK:
+            self._head = data  # whoever tells formats apart reads this, and the format again
         return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
