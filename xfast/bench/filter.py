@@ -149,7 +149,7 @@ def delays(stream: bytes, devices: int, wanted: Wanted | None) -> tuple[float, f
     if number:
         _await(number)
     if passed != len(stream):
-        raise XfastError(f"bench filter: expected {len(stream)} bytes to come through, got {passed}")
+        raise XfastError(f"bench filter: expected {len(stream)} bytes out, got {passed}")
     return (last - times[1]) * 1e3, (last - times[0]) * 1e3
 
 
