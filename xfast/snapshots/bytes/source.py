@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from xfast.engine import files
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
@@ -41,6 +42,9 @@ JOURNAL = ".xfast-journal"
 PACKED = (libvirt.MAGIC, libvirt.MAGIC_PARTIAL, *MAGICS)
 """What files begin with whose bytes are packed, or may be."""
 
+Found = tuple[int, "Stamp", bytes]
+"""What is known of a file when it is opened: its mode, its stamp, and its head."""
+
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
 
@@ -61,8 +65,8 @@ class Source:
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
-    status : stat_result, optional
-        The descriptor's, where it is known already.
+    found : tuple, optional
+        Its mode, stamp and head, where they are known already; see `files.opened`.
 
     Attributes
     ----------
@@ -81,18 +85,17 @@ class Source:
         outer: Source | None = None,
         codec: str = "",
         body: int = 0,
-        status: os.stat_result | None = None,
+        found: Found | None = None,
     ) -> None:
         self.path = path
         self.fd = fd
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.status = status or os.fstat(fd)
-        self.size = self.status.st_size
+        self.mode, self._stamp, self._head = found or _found(fd)
+        self.size = self._stamp[2]
         if self.is_device:
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
-        self._head = os.pread(fd, HEAD, 0)
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -124,10 +127,13 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        status = None
-        if fd is None:
-            fd, status = (_stdin(expand_limit), None) if name == "-" else _regular(name)
-        return cls(name, fd, status=status).expanded(expand_limit)
+        found = None
+        if fd is None and name == "-":
+            fd = _stdin(expand_limit)
+        elif fd is None:
+            fd, mode, stamp, head = _regular(name)
+            found = mode, stamp, head
+        return cls(name, fd, found=found).expanded(expand_limit)
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -198,7 +204,7 @@ class Source:
     @property
     def is_device(self) -> bool:
         """Whether the bytes lie on a block device, which has room behind them."""
-        return stat.S_ISBLK(self.status.st_mode)
+        return stat.S_ISBLK(self.mode)
 
     @property
     def base(self) -> Source:
@@ -208,8 +214,7 @@ class Source:
     @property
     def stamp(self) -> Stamp:
         """What tells that the file is the same one, unchanged: as it was when it was opened."""
-        status = self.base.status
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return self.base._stamp
 
     @property
     def stored(self) -> int:
@@ -435,7 +440,14 @@ class View(Source):
         self.source.patch(splices, fd)
 
 
-def _regular(name: str) -> tuple[int, os.stat_result]:
+def _found(fd: int) -> Found:
+    """Return what is to be known of a file from the start: its mode, stamp and head."""
+    status = os.fstat(fd)
+    stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_mode, stamp, os.pread(fd, HEAD, 0)
+
+
+def _regular(name: str) -> files.Opened:
     """Open a regular file or a block device; anything else might never end, or act when opened.
 
     Raises
@@ -445,9 +457,10 @@ def _regular(name: str) -> tuple[int, os.stat_result]:
     """
     try:
         if not isinstance(name, Entry):
-            return _opened(name, None, name, 0)
+            return files.opened(name, name + JOURNAL) or _opened(name, None, name, 0)
         with way_to(name) as (folder, last, flags):
-            return _opened(name, folder, last, flags)
+            quick = files.opened(last, name + JOURNAL, folder)
+            return quick or _opened(name, folder, last, flags)
     except (OSError, ValueError) as problem:
         if isinstance(problem, XfastError):
             raise
@@ -455,7 +468,7 @@ def _regular(name: str) -> tuple[int, os.stat_result]:
         raise XfastError(f"{name}: can't be opened: {reason}") from None
 
 
-def _opened(name: str, folder: int | None, last: str, flags: int) -> tuple[int, os.stat_result]:
+def _opened(name: str, folder: int | None, last: str, flags: int) -> files.Opened:
     """Open `last` in a folder, after a look at what it is; see `way_to`."""
     _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
     if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
@@ -467,12 +480,12 @@ def _opened(name: str, folder: int | None, last: str, flags: int) -> tuple[int, 
         )
     fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     try:
-        status = os.fstat(fd)
-        _check_kind(name, status.st_mode)  # it may be another one by now
+        mode, stamp, head = _found(fd)
+        _check_kind(name, mode)  # it may be another one by now
     except FormatError:
         os.close(fd)
         raise
-    return fd, status
+    return fd, mode, stamp, head
 
 
 def _check_kind(name: str, mode: int) -> None:
