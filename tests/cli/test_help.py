@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from xfast.cli.main import VERBS, parser_for
+from xfast.hosts.readers import READERS
 
 
 def parsers(parser=None):
@@ -47,3 +48,12 @@ def test_every_option_is_described(name):
         if not isinstance(action, argparse._SubParsersAction):
             assert action.help, f"{name}: {action.option_strings or action.dest}"
             assert len(action.help.split()) > 1
+
+
+def test_the_help_of_host_names_every_kind_of_file():
+    text = " ".join(PARSERS["xfast host show"].format_help().split())
+    refused = {"a Firecracker CPU template"}
+    shown = {"a host description in JSON": "in JSON", "a host description in TOML": "TOML"}
+    for reader in READERS:
+        if reader.title not in refused:
+            assert shown.get(reader.title, reader.title) in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import textwrap
 
 import pytest
 from hypothesis import given
@@ -422,7 +423,7 @@ def test_context_that_does_not_fit_is_said():
     (host,) = parse(log.encode())
     assert host.layout == PRESETS["intel"].restricted(0x2FF)
     assert "2688 bytes" in host.notes[0]
-    assert "as without pkru" in host.notes[0]
+    assert "the size without pkru" in host.notes[0]
 
 
 def test_vendor_and_family_of_a_boot_log_place_pkru():
@@ -597,3 +598,63 @@ def test_wrong_types_deeper_in_json(value, key):
         {"cpuid_modifiers": [row]},
     ):
         one_line_or_hosts(json.dumps({key: inner}).encode())
+
+
+WHOLE = """\
+processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 1
+flags\t\t: fpu vme de pse tsc msr pae fxsr sse sse2 ht syscall nx lm xsave avx avx2 pku
+bugs\t\t: spectre_v1
+bogomips\t: 4890.84
+"""
+
+
+@pytest.mark.parametrize("cut", [90, 100, 120, 140])
+def test_flags_that_are_cut_off_are_no_fact(cut):
+    """A file cut within its flags told of a machine without AVX, as a fact."""
+    assert WHOLE.index(" vme") < cut < WHOLE.index("\nbugs")
+    with pytest.raises(FormatError, match="got the end within them"):
+        parse(WHOLE[:cut].encode(), "cut.txt")
+    (host,) = parse((WHOLE + "\n" + WHOLE[:cut]).encode(), "cut.txt")
+    assert host.xcr0 == 0x207
+
+
+def test_flags_at_the_end_of_a_text_may_be_cut_off():
+    flags = WHOLE.splitlines()[4]
+    (host,) = parse(flags.encode(), "pasted.txt")
+    assert any("cut off" in note for note in host.notes)
+    (host,) = parse(f"{flags}\n".encode(), "pasted.txt")
+    assert not any("cut off" in note for note in host.notes)
+
+
+@pytest.mark.parametrize("width", [20, 40, 70])
+def test_flags_that_a_mail_wrapped_are_read_to_their_end(width):
+    head, flags = WHOLE.partition("flags")[0], WHOLE.splitlines()[4][9:]
+    wrapped = "\n".join(textwrap.wrap(flags, width))
+    (whole,) = parse(WHOLE.encode(), "cpuinfo")
+    (host,) = parse(f"{head}flags\t\t: {wrapped}\nbugs\t\t: none\n".encode(), "cpuinfo")
+    assert (host.features, host.xcr0) == (whole.features, whole.xcr0)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("Architektur:", "Anbieterkennung:", "Markierungen:"),
+        ("Architecture :", "Identifiant constructeur :", "Drapaux :"),
+        ("\u67b6\u6784\uff1a", "\u5382\u5546 ID\uff1a", "\u6807\u8bb0\uff1a"),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lscpu_in_any_language(labels, form):
+    flags = WHOLE.splitlines()[4][9:]
+    fields = dict(zip(labels, ("x86_64", "AuthenticAMD", flags), strict=True))
+    text = "".join(f"{key:<30}{value}\n" for key, value in fields.items())
+    if form == "json":
+        rows = [{"field": key, "data": value} for key, value in fields.items()]
+        text = json.dumps({"lscpu": rows})
+    (host,) = parse(text.encode(), "lscpu")
+    assert host.vendor == "AuthenticAMD"
+    assert host.xcr0 == 0x207
+    assert {"avx2", "pku"} <= host.features

@@ -81,7 +81,7 @@ def test_no_rows_and_one_row():
 
 
 def test_what_is_no_area_is_refused():
-    with pytest.raises(ValueError, match="500 bytes"):
+    with pytest.raises(ValueError, match="expected rows of 576 bytes or more, got 500"):
         area.group(np.zeros((3, 500), np.uint8), INTEL)
 
 

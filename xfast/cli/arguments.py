@@ -24,9 +24,10 @@ exit codes: 0 all can be restored, or nothing to do; 1 something blocks; 2 usage
 """The exit codes of every verb; what blocks counts for more than what could not be judged."""
 
 
-def epilog(*examples: str, codes: str = EXIT_CODES) -> str:
-    """Return what ends a help: examples, a line each, and the exit codes."""
-    return "\n  ".join(("examples:", *examples)) + f"\n\n{codes}"
+def epilog(*examples: str, codes: str = EXIT_CODES, kinds: str = "") -> str:
+    """Return what ends a help: examples, a line each, the kinds of input, and the exit codes."""
+    parts = ["\n  ".join(("examples:", *examples)), *filter(None, [kinds]), codes]
+    return "\n\n".join(parts)
 
 
 NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK

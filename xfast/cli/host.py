@@ -49,6 +49,16 @@ EXAMPLES = {
 }
 """Commands that work, for each action's help."""
 
+KINDS = """\
+files read as hosts: what `xfast host dump` prints, in JSON or TOML; cpuid and
+cpuid -r; an InstLatx64 dump; struct kvm_cpuid2; /proc/cpuinfo or lscpu, and
+lscpu -J; a kernel's boot log; libvirt's XML (capabilities, domcapabilities,
+dumpxml); QMP query-cpu-model-expansion; a Firecracker fingerprint; VBox.log;
+xe host-cpu-info; CRIU's cpuinfo.img; any snapshot (the machine that wrote it).
+names: xfast host show lists the catalogue; CPU models of QEMU and libvirt,
+CPUs (Xeon Platinum 8259CL) and cloud instances (m5.metal) are known as well."""
+"""What HOST can be, in the help of `show`; the tests hold it against the table of readers."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``xfast host``."""
@@ -60,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            epilog=epilog(*EXAMPLES[name]),
+            epilog=epilog(*EXAMPLES[name], kinds=KINDS if name == "show" else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 

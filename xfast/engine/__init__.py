@@ -28,7 +28,7 @@ Where things are, from below::
     simd.h       a line in the widest registers: SSE2, AVX2, AVX-512, or portable C
     area.pxd     one area: offsets, where components lie, Facts
     plan.pxd     what a plan is          planner.pxi  makes them      cache.pxd  keeps them
-    follow.h     follows one at one go   loops*.pxi   follow them over rows; read and trim rows
+    follow.h     follows one at one go   loops*.pxi   find and follow them over rows; read, trim
     trial.pxd    measures how to fetch ahead
     convert.pyx  Converter, Merger, swap: calls that follow plans     _core  calls that read or trim
     group.pyx    equal areas counted     memory.pyx   aligned memory  hw.pyx the real instructions

@@ -4,6 +4,8 @@ Open addressing with linear probing over `PROBES` neighbours; the last plan foun
 since areas of one machine come in runs. Where all neighbours are taken the first one is replaced:
 it is retired, not freed, as a loop that looks ahead may still hold it (at most `RING` plans).
 
+`loops_find.pxi` looks plans up, since that has to be compiled with each of the loops.
+
 Rejected: an index by XSTATE_BV alone (XCOMP_BV and the place in the line are part of the key),
 and a chained table (a second cache miss at each row of a mixed batch).
 """
@@ -29,13 +31,6 @@ cdef struct Cache:
     const void *config  # what `make` works from
     Plan *(*make)(const Cache *cache, const Key *key) noexcept nogil  # NULL if memory is out
 
-cdef extern from *:
-    """
-    #define ODD 0x9E3779B97F4A7C15ull /* 2**64 / golden ratio: spreads bits upwards */
-    """
-    const uint64_t ODD
-
-
 cdef inline bint is_for(
     const Plan *plan, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
 ) noexcept nogil:
@@ -60,40 +55,6 @@ cdef inline void keep_plan(Cache *cache, uint64_t home, Plan *plan) noexcept nog
         retired[0] = slot[0]
         cache.retirements += 1
     slot[0] = plan
-
-
-cdef inline Plan *search(
-    Cache *cache, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
-) noexcept nogil:
-    """Look a plan up in the table, and make it if it is not there."""
-    cdef uint64_t turned = target << 32 | target >> 32
-    cdef uint64_t home = (xstate_bv ^ xcomp_bv * ODD ^ turned * ODD) * ODD >> 54
-    cdef Plan *plan = NULL
-    cdef Key key
-    cdef int i
-    for i in range(PROBES):
-        plan = cache.plan[(home + i) & (CACHE - 1)]
-        if plan == NULL or is_for(plan, xstate_bv, xcomp_bv, target):
-            break
-    else:
-        plan = NULL
-    if plan == NULL:
-        key = Key(xstate_bv, xcomp_bv, target)
-        plan = cache.make(cache, &key)
-        if plan:
-            keep_plan(cache, home, plan)
-    cache.last = plan
-    cache.followable = plan if plan and plan.followable else NULL
-    return plan
-
-
-cdef inline Plan *find_plan(
-    Cache *cache, uint64_t xstate_bv, uint64_t xcomp_bv, uint64_t target
-) noexcept nogil:
-    """Return the plan for a header; NULL only if memory is out."""
-    if cache.last and is_for(cache.last, xstate_bv, xcomp_bv, target):
-        return cache.last
-    return search(cache, xstate_bv, xcomp_bv, target)
 
 
 cdef inline void clear(Cache *cache) noexcept nogil:

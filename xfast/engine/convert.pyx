@@ -225,7 +225,9 @@ cdef class Converter(Plans):
         self.config.mxcsr_mask = mxcsr_mask
         self.config.software = software
         if foreign_pkru and (xcomp_bv or ragged):
-            raise ValueError("foreign_pkru: expected results in the standard format, got compacted ones")
+            raise ValueError(
+                "foreign_pkru: expected results in the standard format, got compacted ones"
+            )
         if foreign_pkru and target.slots.offset[9] % 8:
             raise ValueError(
                 f"target: expected PKRU at a multiple of 8, got {target.slots.offset[9]}"

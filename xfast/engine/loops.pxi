@@ -12,9 +12,9 @@ from xfast.engine.area cimport (
     load64, locate, store32, store64, take_lowest,
 )
 from xfast.engine.follow cimport ZERO, blend_into, blend_line, blend_t, follow, step_t
-from xfast.engine.cache cimport RING, Cache, find_plan, is_for
+from xfast.engine.cache cimport CACHE, PROBES, RING, Cache, is_for, keep_plan
 from xfast.engine.loops cimport Job, Loops, Scan
-from xfast.engine.plan cimport PACKED, Plan, Range
+from xfast.engine.plan cimport PACKED, Key, Plan, Range
 from xfast.engine.simd cimport (
     LINE, PORTABLE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
     line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
@@ -31,6 +31,7 @@ cdef enum:
     SSE_LINES = 0x38  # those of which XMM registers are all
 
 include "loops_lines.pxi"
+include "loops_find.pxi"
 include "loops_write.pxi"
 include "loops_read.pxi"
 include "loops_trim.pxi"

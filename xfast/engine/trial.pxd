@@ -4,11 +4,12 @@ Lines that a row needs can be fetched one by one, or whole rows, holes and all. 
 Zen 4 and Sapphire Rapids picking wins; on Zen 3 a software prefetch costs 7 ns against 4 of linear
 reading, and the hardware goes on into the next page only after one that was read to its end, so
 whole rows win by a third where more than half of them is needed. The first large batch is
-therefore its own measurement: a dozen slices of it run in turn this way and that, each result
-counts, and the quicker way stays.
+therefore its own measurement: slices of it run in turn this way and that, each result counts, and
+whole rows stay if they win most of the pairs.
 
 Rejected: a table of vendors and families (unknown for the next CPU, and hypervisors disguise
-them), and a measurement on memory of its own (64 MiB to be beyond the caches: 50 ms).
+them), a measurement on memory of its own (64 MiB to be beyond the caches: 50 ms), and the quickest
+slice each way (a single one that found its rows in a cache decided for all that followed).
 """
 
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
@@ -25,12 +26,14 @@ cdef extern from *:
 cdef enum:
     UNKNOWN = -1
     SLICE = 256  # rows timed at a time: 1 MiB, so that a clock and an interruption weigh little
-    SAMPLES = 16  # slices, both ways together
+    SAMPLES = 16  # slices, both ways together: two a pair
+    WINS = 6  # pairs that whole rows have to win
 
 cdef struct Trial:
     int choice  # 1: whole rows, 0: the lines needed, or UNKNOWN
     int taken  # samples
-    double best[2]  # seconds of the quickest slice each way
+    int wins  # pairs in which whole rows were quicker
+    double seconds[2]  # of the pair at hand
     int busy  # a thread measures
 
 
@@ -57,13 +60,14 @@ cdef inline bint next_way(const Trial *trial) noexcept nogil:
 
 cdef inline void note(Trial *trial, bint way, double seconds) noexcept nogil:
     """Take a sample of a way, and choose once there are enough; a tie goes to picking lines."""
-    if trial.taken < 2 or seconds < trial.best[way]:
-        trial.best[way] = seconds
+    trial.seconds[way] = seconds
     trial.taken += 1
+    if trial.taken & 1 == 0:
+        trial.wins += trial.seconds[1] < 0.92 * trial.seconds[0]
     if trial.taken == SAMPLES:
-        trial.choice = trial.best[1] < 0.92 * trial.best[0]
+        trial.choice = trial.wins >= WINS
 
 
 cdef inline void force(Trial *trial, int choice) noexcept nogil:
     trial.choice = choice
-    trial.taken = 0
+    trial.taken = trial.wins = 0

@@ -155,8 +155,11 @@ def _of_enabled(
         provenance.pop("layout")
     elif expected != size:
         without = [nr for nr in layout.by_nr if layout.standard_size(xcr0 & ~(1 << nr)) == size]
-        hint = f", as without {name_of(without[0])}" if without else ""
-        notes = (f"the kernel's context is {size} bytes; {names_of(xcr0)} takes {expected}{hint}",)
+        hint = f": that is the size without {name_of(without[0])}" if without else ""
+        notes = (
+            f"{names_of(xcr0)} takes {expected} bytes, and this kernel's context is {size} bytes"
+            + hint,
+        )
     if vendor:
         provenance["vendor"] = "derived"
     kvm_xcr0 = kvm_supported_xcr0(NEWEST, xcr0, vendor)

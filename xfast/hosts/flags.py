@@ -30,11 +30,16 @@ FIELDS = {
 """{a tool's name of a field, in lower case: ours}."""
 
 _LINE = re.compile(
-    r"^[ \t]{0,40}([A-Za-z][A-Za-z_ ]{0,30}?)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?: ?(.*)$", re.M
+    r"[ \t]{0,40}([^\W\d][^:\uff1a]{0,40}?)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?[:\uff1a](.*)"
 )
 _IS_FLAGS = re.compile(
-    r"^[ \t]{0,40}(?:flags|features_hvm)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?:", re.M | re.I
+    r"^[ \t]{0,40}(?:flags|features_hvm)[ \t]{0,40}(?:\([ A-Z]{2,4}\))?:"
+    r"|[:\uff1a][ \t]{0,40}fpu (?:vme|de|pse|tsc) ",
+    re.M | re.I,
 )
+_STARTS_FLAGS = re.compile(r"fpu (?:vme|de|pse|tsc) ")
+_MORE_FLAGS = re.compile(r"[ \t]{0,80}[a-z0-9_]+(?: [a-z0-9_]+)*[ \t]{0,80}")
+_VENDORS = frozenset({"GenuineIntel", "AuthenticAMD", "HygonGenuine", "CentaurHauls", "Shanghai"})
 _FOREIGN = re.compile(r"^(?:Architecture:[ \t]*(?!x86|i[3-6]86)\S+|Features[ \t]*: )", re.M)
 
 KIND_LIMIT = 64
@@ -49,6 +54,7 @@ XEN_WORDS = (
 """Leaf, sub-leaf and register of each word of a Xen feature set."""
 
 OLD_KERNEL = "flags that this kernel is too old to know are missing from its list"
+ENDS_HERE = "the text ends with its flags: if it was cut off there, the last ones are missing"
 
 
 _BARE = re.compile(r"\s*fpu [a-z0-9_ \n]+\Z")
@@ -70,14 +76,19 @@ def read(text: str, name: str, path: str) -> Host:
     FormatError
         If there are no flags, or they are of another architecture.
     """
-    kinds = {tuple(sorted(cpu.items())): cpu for cpu in _cpus(text)}
+    kinds = {
+        tuple(sorted((k, v) for k, v in cpu.items() if k != "processor")): cpu
+        for cpu in _cpus(text)
+    }
     hosts = [of_fields(cpu, name, path) for cpu in list(kinds.values())[: KIND_LIMIT + 1]]
     if len(hosts) > KIND_LIMIT:
         raise FormatError(path, None, f"expected at most {KIND_LIMIT} kinds of CPU, got more")
     if not hosts:
-        raise FormatError(path, None, "expected the flags of an x86 CPU, got another machine's")
+        why = "the end within them" if _IS_FLAGS.search(text) else "another machine's"
+        raise FormatError(path, None, f"expected the flags of an x86 CPU, got {why}")
     if len(hosts) == 1:
-        return hosts[0]
+        cut = _STARTS_FLAGS.search(text[text.rfind("\n") + 1 :]) is not None
+        return hosts[0].replace(notes=(*hosts[0].notes, *[ENDS_HERE] * cut))
     source = f"{path} (common to {len(hosts)} kinds of CPU)"
     return common(hosts, name).replace(source=source, notes=hosts[0].notes)
 
@@ -92,16 +103,36 @@ def _cpus(text: str) -> Iterator[dict[str, str]]:
     elif _ONE_LINE.search(text):
         text = text.replace("; ", "\n").replace("cpu_info (MRO): ", "\n")
     cpu: dict[str, str] = {}
-    for key, value in _LINE.findall(text):
+    field = ""
+    for line in text.splitlines():
+        if field == "flags" and _MORE_FLAGS.fullmatch(line):  # a mail's lines are shorter
+            cpu["flags"] += f" {line.strip()}"
+            continue
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        key, value = match[1], match[2].strip()
         if key == "processor":
             if "flags" in cpu:
                 yield cpu
-            cpu = {}
-        field = FIELDS.get(key.lower())
+            cpu = {"processor": value}
+        field = field_of(key, value)
         if field:
-            cpu.setdefault(field, value.strip())
+            cpu.setdefault(field, value)
+    if field == "flags" and "processor" in cpu and not text.endswith("\n"):
+        return  # /proc/cpuinfo has more behind the flags: these are cut off
     if "flags" in cpu or "features_hvm" in cpu:
         yield cpu
+
+
+def field_of(key: str, value: str) -> str:
+    """Return our name of a field, by its own name or by what it holds; empty if none is known.
+
+    `lscpu` speaks the user's language, and calls its flags ``Markierungen`` or ``Drapaux``.
+    """
+    if _STARTS_FLAGS.match(value):
+        return "flags"
+    return FIELDS.get(key.lower(), "vendor" if value in _VENDORS else "")
 
 
 def read_lscpu(document: Mapping[str, Any], name: str, path: str) -> Host:
@@ -121,7 +152,7 @@ def read_lscpu(document: Mapping[str, Any], name: str, path: str) -> Host:
         elif isinstance(item, dict):
             key, value = item.get("field"), item.get("data")
             if isinstance(key, str) and isinstance(value, str):
-                field = FIELDS.get(key.rstrip(":").lower())
+                field = field_of(key.rstrip(":\uff1a "), value)
                 if field:
                     fields.setdefault(field, value)
             waiting.append(item.get("children"))

@@ -238,11 +238,15 @@ def parse(data: bytes, path: str) -> list[Host]:
     if reader is not None:
         return reader.read(document)
     if document.documents:
-        return hosts_of(document.one(), path)
+        keys = ", ".join(map(repr, document.one())) or "none"
+        raise FormatError(
+            path, None, f"expected a host in JSON (schema 'xfast/1'), got the keys {keys:.60}"
+        )
     if b"\0" in data and not document.text:
         found = data.index(b"\0")
         raise FormatError(path, found, "expected a struct kvm_cpuid2 or text, got binary data")
-    kinds = ", ".join(reader.title for reader in READERS)
+    first = document.text.strip().partition("\n")[0][:20]
+    got = repr(first) if first else "an empty file"
     raise FormatError(
-        path, 0, f"expected a host description (one of {kinds}), got {document.text[:20]!r}"
+        path, 0, f"expected a host, got {got}: xfast host show --help lists the kinds of file"
     )

@@ -10,7 +10,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from xfast.messages.names import INSTRUCTION, STATE, UNKNOWN, Sorted, describe, sort_names
+from xfast.messages.names import (
+    CET,
+    INSTRUCTION,
+    STATE,
+    UNKNOWN,
+    Sorted,
+    describe,
+    sort_names,
+)
+from xfast.messages.reading import lines_in, listed_names, names_among
 from xfast.messages.table import ELSEWHERE, SCOPES, Message, message_of
 from xfast.messages.table import STATE as ABOUT_STATE
 from xfast.messages.values import (
@@ -19,17 +28,16 @@ from xfast.messages.values import (
     describe_masks,
     describe_offsets,
     describe_sizes,
+    is_elsewhere,
     msrs_in,
     register_in,
 )
 
-LINE_LIMIT = 2000
-"""Of a longer line only so many characters are looked at."""
-
 NOTHING_KNOWN = "There is no message known here that this text matches."
 
 HINTS = (
-    (r"kvm_set_\w+|os error 22|\beinval\b|error\(22\)", "LEAK HOST-MISSING XCR0 KERNEL MXCSR",
+    (r"kvm_set_(?!msr)\w+|os error 22|\beinval\b|error\(22\)",
+     "LEAK HOST-MISSING XCR0 KERNEL MXCSR",
      "A KVM call answered EINVAL. KVM_SET_XSAVE stands for LEAK, HOST-MISSING, KERNEL, FORMAT or "
      "MXCSR, KVM_SET_XCRS for XCR0, KVM_SET_SREGS for CR4.PKE on a host without PKU, and "
      "KVM_SET_MSRS is not extended state. The VMM's log or strace tells which call it was."),
@@ -46,12 +54,14 @@ HINTS = (
     (r"\bmpx\b|bndregs|bndcsr|bndcfg", "HOST-MISSING XCR0", "MPX is components 3 and 4."),
     (r"\bcet\b|shstk|shadow.?stack|\bxss\b", "XSS",
      "CET is supervisor state, enabled by IA32_XSS."),
+    (r"(?=.*(?:restor|snapshot|migrat))(?:\bintel\b.*\bamd\b|\bamd\b.*\bintel\b)", "LAYOUT ISA",
+     "Intel and AMD place AVX-512 and PKRU at different offsets of the standard format."),
     (r"mxcsr", "MXCSR", "MXCSR bits that MXCSR_MASK does not allow are refused."),
 )  # fmt: skip
 """What words in an unknown text hint at: pattern, rules (the likeliest first), a sentence."""
 
-_LIST = re.compile(r"features?\s*[:=]\s*\[?([\w.,;'\" +\-\n]+)", re.IGNORECASE)
-_QUOTED = re.compile(r"feature:? '?([\w.\-]+)'?\s+(?:required|is|not)", re.IGNORECASE)
+LISTED = "Each feature below says what its absence means."
+UNLISTED = "This line names no feature; the hypervisor's own log on the target does."
 
 
 class Answer(NamedTuple):
@@ -82,18 +92,27 @@ class Answer(NamedTuple):
 
 def answers(text: str) -> list[Answer]:
     """Return the answers to a text: one for a line, those that matter for a log."""
-    lines = [line.strip()[:LINE_LIMIT] for line in text.splitlines() if line.strip()]
+    lines = list(lines_in(text))
     if len(lines) == 1:
         return [answer(lines[0])]
     found: dict[tuple[str, ...], Answer] = {}
-    for line in lines:
-        one = answer(line)
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        one = _whole(answer(line), after)
         if one.scope or one.codes:
             found.setdefault((one.text, *one.details), one)
     known = [one for one in found.values() if one.scope]
     about = [one for one in known if one.scope != ELSEWHERE]
     exact = [one for one in about if one.scope == ABOUT_STATE]
     return exact + [one for one in about if one not in exact] or known or list(found.values())
+
+
+def _whole(one: Answer, after: str) -> Answer:
+    """Return an answer whose line ran on into the next one, where that names what it lists."""
+    if UNLISTED in one.text:
+        whole, alone = answer(f"{one.line} {after}"), answer(after)
+        if LISTED in whole.text and alone.text in ("", whole.text):
+            return whole
+    return one
 
 
 def answer(line: str) -> Answer:
@@ -104,14 +123,17 @@ def answer(line: str) -> Answer:
         return _about_msrs(line, msrs)
     if message is None:
         return _about_words(line)
-    names = cpuid_bits_in(line) or _listed(line)
-    codes, scope = message.codes, message.scope
-    groups = sort_names(names)
+    codes, scope, text = message.codes, message.scope, message.text
+    groups = sort_names(cpuid_bits_in(line) or listed_names(line))
     if groups.keys() - {UNKNOWN}:
         codes = _codes_of(groups)
         scope = scope if codes else ELSEWHERE
         details = describe(groups)
+        text += f" {LISTED}" * message.lists
+    elif message.lists and is_elsewhere(line):
+        codes, scope, details = (), ELSEWHERE, [register_in(line)]
     else:
+        text += f" {UNLISTED}" * (message.lists and not register_in(line))
         details = [
             *describe_masks(line),
             *describe_components(line),
@@ -119,26 +141,27 @@ def answer(line: str) -> Answer:
             *(describe_sizes(line) if "SIZE" in codes else ()),
             *filter(None, [register_in(line)] if "ISA" in codes else ()),
         ]
-    return Answer(line, scope, codes, *_words(message), tuple(details))
+    return Answer(line, scope, codes, text, message.next, _source(message), tuple(details))
 
 
-def _words(message: Message) -> tuple[str, str, str]:
-    return message.text, message.next, f"{message.program}: {message.source}"
-
-
-def _listed(line: str) -> list[str]:
-    """Return the feature names that a line lists."""
-    quoted = _QUOTED.findall(line)
-    if quoted:
-        return quoted
-    listed = _LIST.search(line)
-    return [word for word in re.split(r"[\s,;'\"]+", listed[1]) if word] if listed else []
+def _source(message: Message) -> str:
+    """Say what an answer rests on, with the program's name where it does not tell that."""
+    if message.source.startswith(message.program.split(",")[0]):
+        return message.source
+    return f"{message.program}: {message.source}"
 
 
 def _codes_of(groups: dict[str, list[Sorted]]) -> tuple[str, ...]:
     """Return the rules that a list of features touches: none where it is of speed alone."""
-    state = ("HOST-MISSING", "XCR0") if STATE in groups else ()
-    return state + (("ISA",) if INSTRUCTION in groups else ())
+    state = groups.get(STATE, [])
+    codes: dict[str, None] = {}
+    if any(one.components & ~CET or not one.components for one in state):
+        codes |= dict.fromkeys(("HOST-MISSING", "XCR0"))
+    if any(one.components & CET for one in state):
+        codes |= dict.fromkeys(("XSS", "HOST-MISSING"))
+    if INSTRUCTION in groups:
+        codes["ISA"] = None
+    return tuple(codes)
 
 
 def _about_msrs(line: str, msrs: list[tuple[int, bool, str]]) -> Answer:
@@ -179,6 +202,12 @@ def _about_words(line: str) -> Answer:
         if re.search(pattern, line, re.IGNORECASE):
             codes.update(dict.fromkeys(rules.split()))
             details.append(sentence)
+    if names := cpuid_bits_in(line) or names_among(line):
+        groups = sort_names(names)
+        codes |= dict.fromkeys(_codes_of(groups))
+        details += describe(groups)
+    if "SIZE" in codes:
+        details += describe_sizes(line)
     return Answer(line, "", tuple(codes), "", "", "", tuple(details))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from xfast.xsave.cpuid import FEATURES, XSAVE_FEATURES
-from xfast.xsave.features import BY_NAME, COMPONENTS, names_of
+from xfast.xsave.features import BY_NAME, COMPONENTS, SUPERVISOR_MASK, names_of
 
 STATE = "state"
 INSTRUCTION = "instruction"
@@ -56,33 +56,38 @@ _SPEED = {
 """
 
 _FOREIGN = {
-    "amd_no_ssb", "amd_psfd", "amd_ssbd", "amd_stibp", "apic", "arch_capabilities", "auto_ibrs",
-    "avic", "bhi_ctrl", "bhi_no", "bus_lock_detect", "core_capability", "dca", "ddpd_u", "de",
-    "decodeassists", "fb_clear", "fbsdp_no", "flush_l1d", "flushbyasid", "gds_no", "hle_no",
-    "ibpb", "ibpb_brtype", "ibrs", "ibrs_all", "if_pschange_mc_no", "intel_psfd", "invtsc",
-    "ipred_ctrl", "ipt", "its_no", "l1d_flush", "la57", "la57_guest", "lbrv",
-    "lfence_always_serializing", "mca", "mcdt_no", "mce", "md_clear", "mds_no", "msr", "mtrr",
-    "no_nested_data_bp", "npt", "nrip_save", "nrips", "null_sel_clr_base", "nx",
-    "overflow_recov", "pae", "pat", "pause_filter", "pbrsb_no", "pdpe1gb", "perfctr",
-    "pfthreshold", "pge", "pks", "pschange_mc_no", "psdp_no", "pse", "pse36", "psn", "rdctl_no",
-    "rfds_clear", "rfds_no", "rrsba_ctrl", "rsba", "sbdr_ssdp_no", "sbpb", "sev", "sev_es",
-    "sev_snp", "sgx", "sgx1", "sgx2", "sgxlc", "skip_l1dfl_vmentry", "smap", "sme", "smep",
-    "spec_ctrl", "split_lock_detect", "srso_no", "srso_user_kernel_no", "ssbd", "stibp",
-    "stibp_always_on", "succor", "svm", "svm_lock", "svme_addr_chk", "taa_no", "tdx", "tsc",
-    "tsc_adjust", "tsc_deadline", "tsc_deadline_timer", "tsc_scale", "tsx_ctrl", "tsx_ldtrk",
-    "umip", "v_vmsave_vmload", "vgif", "virt_ssbd", "vmcb_clean", "vme", "vmx", "vnmi",
-    "x2apic", "xsaveerptr_no",
+    "amd_no_ssb", "amd_psfd", "amd_ssbd", "amd_stibp", "apic", "arch_capabilities", "arch_lbr",
+    "auto_ibrs", "avic", "bhi_ctrl", "bhi_no", "bus_lock_detect", "core_capability", "dca",
+    "ddpd_u", "de", "decodeassists", "fb_clear", "fbsdp_no", "flush_l1d", "flushbyasid", "gds_no",
+    "hle_no", "hybrid", "ibpb", "ibpb_brtype", "ibrs", "ibrs_all", "if_pschange_mc_no",
+    "intel_psfd", "intel_pt", "invtsc", "ipred_ctrl", "ipt", "its_no", "l1d_flush", "la57",
+    "la57_guest", "lbrv", "lfence_always_serializing", "mca", "mcdt_no", "mce", "md_clear",
+    "mds_no", "msr", "mtrr", "no_nested_data_bp", "npt", "nrip_save", "nrips", "null_sel_clr_base",
+    "nx", "overflow_recov", "pae", "pat", "pause_filter", "pbrsb_no", "pconfig", "pdpe1gb",
+    "perfctr", "pfthreshold", "pge", "pks", "pschange_mc_no", "psdp_no", "pse", "pse36", "psn",
+    "rdctl_no", "rfds_clear", "rfds_no", "rrsba_ctrl", "rsba", "rtm_always_abort", "sbdr_ssdp_no",
+    "sbpb", "sev", "sev_es", "sev_snp", "sgx", "sgx1", "sgx2", "sgxlc", "skip_l1dfl_vmentry",
+    "smap", "sme", "smep", "spec_ctrl", "split_lock_detect", "srso_no", "srso_user_kernel_no",
+    "ssbd", "stibp", "stibp_always_on", "succor", "svm", "svm_lock", "svme_addr_chk", "taa_no",
+    "tdx", "tme", "tsc", "tsc_adjust", "tsc_deadline", "tsc_deadline_timer", "tsc_scale",
+    "tsx_ctrl", "tsx_force_abort", "tsx_ldtrk", "umip", "v_vmsave_vmload", "vgif", "virt_ssbd",
+    "vmcb_clean", "vme", "vmx", "vnmi", "x2apic", "xsaveerptr_no",
 }  # fmt: skip
 """Features that belong to MSRs, mitigations, timers or nested virtualisation."""
 
 _FOREIGN_STARTS = ("vmx_", "svm_", "hv_", "kvm_", "kvmclock", "sgx_", "xen_", "cpuid_", "sev_")
 
 
+CET = BY_NAME["cet_u"].bit | BY_NAME["cet_s"].bit
+GUEST_MASK = ~SUPERVISOR_MASK | CET
+"""The components that KVM keeps in a guest's XSAVE area. It gives Processor Trace, PASID, user
+interrupts and LBR to guests by MSRs, if at all: KVM_SUPPORTED_XSS is 0x1800, from Linux 6.18 on."""
+
 BRINGS_STATE = {
     component.flag: sum(other.bit for other in COMPONENTS if other.flag == component.flag)
     for component in COMPONENTS
-    if component.flag and component.nr > 1
-} | {"ospke": BY_NAME["pkru"].bit, "ibt": BY_NAME["cet_u"].bit | BY_NAME["cet_s"].bit}
+    if component.flag and component.nr > 1 and component.bit & GUEST_MASK
+} | {"ospke": BY_NAME["pkru"].bit, "ibt": CET}
 """The features that bring state components (mask); all others only work on them."""
 
 
@@ -107,7 +112,7 @@ def sort_name(word: str) -> Sorted:
     """Return what the feature that `word` names means for a restore."""
     name = spell(word)
     shown = word.strip()
-    if name in BY_NAME:
+    if name in BY_NAME and BY_NAME[name].bit & GUEST_MASK:
         return Sorted(shown, STATE, BY_NAME[name].bit)
     if name in _SPEED:
         return Sorted(shown, SPEED, 0)

@@ -30,6 +30,7 @@ class Message(NamedTuple):
     text: str
     next: str
     source: str
+    lists: bool
 
     def matches(self, line: str) -> bool:
         """Tell whether this is what a line says."""
@@ -55,6 +56,7 @@ def messages() -> tuple[Message, ...]:
             filled(row["text"]),
             filled(row["next"]),
             filled(row["source"]),
+            row.get("lists", False),
         )
         for row in data["message"]
     )

@@ -61,6 +61,43 @@ OTHER_MSRS = (
 )
 """MSRs that people meet in the same messages and that are not extended state."""
 
+OTHER_BITS: dict[tuple[int, int, str], dict[int, str]] = {
+    (1, 0, "ecx"): {
+        2: "dtes64", 3: "monitor", 4: "ds_cpl", 5: "vmx", 6: "smx", 7: "est", 8: "tm2",
+        14: "xtpr", 15: "pdcm", 18: "dca", 21: "x2apic", 24: "tsc_deadline_timer",
+        31: "hypervisor",
+    },
+    (1, 0, "edx"): {
+        1: "vme", 2: "de", 3: "pse", 4: "tsc", 5: "msr", 6: "pae", 7: "mce", 9: "apic",
+        12: "mtrr", 13: "pge", 14: "mca", 16: "pat", 17: "pse36", 21: "ds", 22: "acpi", 27: "ss",
+        28: "ht", 29: "tm", 31: "pbe",
+    },
+    (7, 0, "ebx"): {
+        1: "tsc_adjust", 2: "sgx", 6: "fdp_excptn_only", 9: "erms", 12: "cqm", 13: "zero_fcs_fds",
+        15: "rdt_a", 22: "pcommit",
+    },
+    (7, 0, "ecx"): {13: "tme", 24: "bus_lock_detect", 25: "cldemote", 30: "sgxlc", 31: "pks"},
+    (7, 0, "edx"): {
+        4: "fsrm", 10: "md_clear", 11: "rtm_always_abort", 13: "tsx_force_abort", 15: "hybrid",
+        18: "pconfig", 26: "spec_ctrl", 27: "stibp", 28: "flush_l1d", 29: "arch_capabilities",
+        30: "core_capability", 31: "ssbd",
+    },
+    (7, 1, "eax"): {10: "fzrm", 11: "fsrs", 12: "fsrc"},
+    (0x80000001, 0, "ecx"): {
+        1: "cmp_legacy", 2: "svm", 3: "extapic", 4: "cr8legacy", 8: "3dnowprefetch", 9: "osvw",
+        10: "ibs", 12: "skinit", 13: "wdt", 22: "topoext", 23: "perfctr_core", 24: "perfctr_nb",
+    },
+    (0x80000007, 0, "edx"): {8: "invtsc"},
+    (0x80000008, 0, "ebx"): {12: "ibpb", 14: "ibrs", 15: "stibp", 24: "amd_ssbd", 25: "virt_ssbd"},
+}  # fmt: skip
+"""CPUID bits that no snapshot depends on, so that `FEATURES` leaves them out: {place: names}.
+
+*Source*: Intel SDM vol. 2 CPUID; AMD APM vol. 3 appendix E.
+"""
+
+NO_FEATURE = "holds no feature that brings state or instructions"
+"""What is said of a CPUID register that holds none of `FEATURES`."""
+
 _MSR = re.compile(
     r"(?:\bmsrs?\b|rdmsr|wrmsr)[^\n]{0,40}?\b0x([0-9a-f]{1,8})\b|\b0x([0-9a-f]{1,8})\b[^\n]{0,12}\bmsr\b",
     re.I,
@@ -86,6 +123,8 @@ _MASK_HINT = re.compile(
     r"[^\n0]{0,12}(0x[0-9a-f]{1,16})",
     re.I,
 )
+_MASK_WORD = re.compile(r"xcr0|xfeature|xstate_bv|xcomp_bv", re.I)
+_HEX = re.compile(r"\b(0x[0-9a-f]{1,8})\b", re.I)
 _OFFSETS = re.compile(r"offset\s+(0x[0-9a-f]+|\d+)\D{1,16}(0x[0-9a-f]+|\d+)", re.I)
 
 USER_SETS = tuple(
@@ -149,6 +188,8 @@ def _bit_name(leaf: int, subleaf: int, register: str, bit: int) -> str:
             return feature.name
     if (leaf, subleaf) == (0xD, 0) and register in ("eax", "edx"):
         return name_of(bit + 32 * (register == "edx"))
+    if bit in OTHER_BITS.get((leaf, subleaf, register), ()):
+        return OTHER_BITS[leaf, subleaf, register][bit]
     return f"CPUID {leaf:#x}.{subleaf} {register.upper()} bit {bit}"
 
 
@@ -162,17 +203,28 @@ def register_in(text: str) -> str:
     here = [f.name for f in FEATURES.values() if f[1:4] == (leaf, subleaf, register)]
     if leaf == 0xD:
         return "leaf 0xD tells which state components there are, and their sizes and offsets"
+    place = f"CPUID {leaf:#x}.{subleaf} {register.upper()}"
     if not here:
-        return ""
-    return f"CPUID {leaf:#x}.{subleaf} {register.upper()} holds {', '.join(here)}"
+        return f"{place} {NO_FEATURE}"
+    return f"{place} holds {', '.join(here)}"
+
+
+def is_elsewhere(text: str) -> bool:
+    """Tell whether a text speaks of a CPUID register that no snapshot depends on."""
+    return register_in(text).endswith(NO_FEATURE)
 
 
 def describe_masks(text: str) -> list[str]:
     """Return a line for each component mask that a text names."""
-    return [
-        f"{value} is {names_of(int(value, 16))}"
-        for value in dict.fromkeys(_MASK_HINT.findall(text))
-    ]
+    values = _MASK_HINT.findall(text)
+    if values or _MASK_WORD.search(text):
+        values += [value for value in _HEX.findall(text) if _is_mask(int(value, 16))]
+    return [f"{value} is {names_of(int(value, 16))}" for value in dict.fromkeys(values)]
+
+
+def _is_mask(value: int) -> bool:
+    """Tell whether a number can be a value of XCR0: it has x87 and known components alone."""
+    return bool(value & 1) and not value & ~sum(component.bit for component in COMPONENTS)
 
 
 def _places(component: Component) -> dict[str, int]:
@@ -256,8 +308,10 @@ def _named(masks: list[int]) -> str:
 def describe_sizes(text: str) -> list[str]:
     """Return a line for each number in a text that is the size of an area, and what makes it."""
     lines = []
-    for word in dict.fromkeys(re.findall(r"(?<![\w.])(\d{3,5})(?![\w.])", text)):
-        size = int(word)
+    numbers = re.findall(r"(?<![\w.])(\d{3,5}|0x[0-9a-f]{3,4})(?![\w.])", text, re.I)
+    for size in dict.fromkeys(
+        int(number, 0) for number in numbers if number[0] != "0" or number[1] in "xX"
+    ):
         if size == KVM_XSAVE_SIZE:
             lines.append("4096 is what KVM_GET_XSAVE and KVM_SET_XSAVE move")
             continue
