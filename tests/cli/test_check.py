@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from xfast.cli.arguments import aside
 from xfast.cli.main import main
 from xfast.errors import escape, unescape
 from xfast.judge.rules import RULES
@@ -275,3 +276,48 @@ def test_a_long_check_says_how_far_it_is(run, monkeypatch):
     assert "of about" not in out
     status, out, err = run("check", LEAK, CLEAN, "--host", NO_PKU, "--quiet")
     assert (status, out, err) == (1, "", "")
+
+
+def test_advice_about_a_fleet_says_for_which_snapshots_it_is(run):
+    """Five sentences named hosts that would do, and none said for what."""
+    _, out, _ = run("check", SNAPSHOTS, "--host", *HOSTS)
+    advice = [line for line in out.splitlines() if line.startswith("next: ")]
+    names = {path.name for path in SNAPSHOTS.rglob("*")}
+    assert len(advice) > 1
+    for line in advice[:-1]:
+        assert line.startswith("next: for ")
+        assert any(name in line for name in names)
+    _, out, _ = run("check", next(SNAPSHOTS.rglob("*pkru-leak*.xsave")), "--host", HOSTS[0])
+    assert "next: for" not in out
+
+
+def test_a_large_fleet_gets_the_commonest_reasons_and_can_ask_for_all(run):
+    many = [f"amd-milan@5.{minor}" for minor in range(10, 20)]
+    _, short, _ = run("check", SNAPSHOTS, "--host", *many)
+    _, verbose, _ = run("check", SNAPSHOTS, "--host", *many, "-v")
+    _, by_rule, _ = run("check", SNAPSHOTS, "--host", *many, "--by", "rule")
+    left_out = re.findall(r"and (\d+) more reasons? of ([A-Z-]+) \(-v or --by rule: all\)", short)
+    assert left_out
+    assert "more reason" not in verbose + by_rule
+    for count, code in left_out:
+        told = [
+            len(re.findall(r"^  (?:blocks|risky)", part, re.M))
+            for text in (short, by_rule)
+            for part in text.split("\n\n")
+            if part.lstrip().startswith(f"{code}: ")
+        ]
+        assert told[0] + int(count) == told[1]
+    for rule in RULES:
+        assert (f"\n{rule}: " in short) == (f"\n{rule}: " in by_rule)
+
+
+def test_asides_are_broken_between_words_on_a_terminal_alone(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "xfast: " + "word " * 30 + "unbreakable" * 5
+    aside(text)
+    assert capsys.readouterr().err == f"{text}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    aside(text)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(" ".join(lines).split()) == text
+    assert all(len(line) <= 40 for line in lines[:-1])

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import struct
 
 import numpy as np
 import pytest
@@ -137,28 +136,6 @@ def test_numbers_are_all_or_none(text, limit):
     long = any(len(word) > 19 for word in re.findall(r"\d+", text))
     assert found == (-1 if bad or long else len(values))
     assert found < 0 or out[:found].tolist() == values
-
-
-def table(rows, size, count=None, padding=0, again=None):
-    count = len(rows) if count is None else count
-    again = count if again is None else again
-    body = b"".join(struct.pack("<Q", size) + row for row in rows)
-    return struct.pack("<QIIQ", 8, count, padding, again) + body
-
-
-def test_tables_are_found_where_they_are_whole():
-    rows = [bytes(range(i, i + 16)) for i in range(3)]
-    good = table(rows, 16)
-    data = b"\x08" * 5 + good + bytes(9) + table(rows, 16, again=2) + table(rows, 16, padding=1)
-    assert files.tables(data, 0, len(data), 16, 256) == [(5, 29, 5 + len(good))]
-    assert files.tables(data, 0, len(data), 16, 2) == []
-    assert files.tables(data, 0, 4 + len(good), 16, 256) == []
-    assert files.tables(data, 6, len(data), 16, 256) == []
-    assert files.tables(data, 0, len(data), 17, 256) == []
-    for end in range(len(good)):
-        assert files.tables(good[:end], 0, end, 16, 256) == []
-    with pytest.raises(ValueError, match="expected a part of 4 bytes"):
-        files.tables(b"1234", 0, 5, 16, 256)
 
 
 def test_swapped_words_and_zeros_around_them():

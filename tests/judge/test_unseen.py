@@ -4,6 +4,7 @@ import copy
 import lzma
 import pickle
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from keys import Keys
 from mutations import mutated
 
 import xfast
+from xfast.engine import vmstate
 from xfast.hosts.catalogue import catalogue
 from xfast.judge import judgement
 from xfast.judge.judgement import check
 from xfast.judge.verdict import PerClass
 from xfast.kernels.behaviour import of_release
+from xfast.snapshots import firecracker
 from xfast.snapshots.model import Snapshot, Unseen, Vcpu, key_of
 from xfast.snapshots.qemu import plans
 from xfast.xsave.layout import preset
@@ -41,11 +44,11 @@ def nothing_seen():
     plans.forget()
 
 
-def compare(path, rng) -> bool:
+def compare(path, rng, form="qemu") -> bool:
     """Judge a file by its key and by looking; False where no key stands for its vCPUs."""
     try:
-        (quick,) = xfast.read(path, format="qemu")
-        (slow,) = xfast.read(path, format="qemu")
+        (quick,) = xfast.read(path, format=form)
+        (slow,) = xfast.read(path, format=form)
     except xfast.XfastError:
         return False
     if key_of(quick.vcpus) is None:
@@ -158,6 +161,62 @@ def test_samples_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, data):
         assert not compare(path, random.Random(0)) or plans._plans
         for seed in range(4):
             assert compare(path, random.Random(seed)), sample.name
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_firecracker_s_files_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, data, seed):
+    """Damaged anywhere, and changed where a vCPU's fields lie."""
+    rng = random.Random(f"unseen vmstate {seed}")
+    path = tmp_path / "vmstate"
+    path.write_bytes(mutated("firecracker", rng)[0]["vm"])
+    compare(path, rng, "firecracker")
+    sample = rng.choice(("fc-bincode1-v4.vmstate", "fc-bincode2-v8.vmstate"))
+    image = bytearray((data / "vmm" / sample).read_bytes()[:-8])
+    hits = vmstate.walk(bytes(image), firecracker.XCRS, 248, firecracker.TOLD_MSRS)
+    for _ in range(rng.choice((0, 1, 2, 6))):
+        start, xcrs, area, *_, rows, _, _, _, _ = rng.choice(hits)
+        place = rng.choice((
+            rows + rng.randrange(900), xcrs - 384 + 248 + rng.randrange(4), xcrs + 24, area + 24,
+            area + 512 + rng.randrange(16), area + 464 + rng.randrange(8), area + 28,
+            area + rng.randrange(2700), rng.randrange(start, area),
+        ))  # fmt: skip
+        image[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(image + struct.pack("<Q", firecracker.crc64(image)))
+    compare(path, rng, "firecracker")
+
+
+@pytest.mark.parametrize("cpuid", [True, False])
+def test_each_bit_of_a_vmstate_that_tells_is_in_the_key(tmp_path, cpuid):
+    """CPUID, MSRs, CR4, XCR0, and what an area's layout is told by, one bit at a time."""
+    row = struct.pack("<7I12x", 0xD, 0, 1, 0xE7, 2440, 2440, 0)
+    rows = (0x10, 9), (0xDA0, 0x1800), (0x1C4, 1 << 18)
+    msrs = struct.pack("<QIIQ", 8, 3, 0, 3)
+    msrs += b"".join(struct.pack("<Q2IQ", 16, index, 0, value) for index, value in rows)
+    one = struct.pack("<QIIQQ", 8, 1, 0, 1, 40) + row if cpuid else b""
+    one += msrs + struct.pack("<Q", 312) + bytes(312)
+    one += struct.pack("<QQ", 64, 0) + bytes(56) + struct.pack("<Q", 392) + files.xcrs(0xE7)
+    area = bytearray(files.area(1, 4096, 7))
+    one += struct.pack("<Q", 4096) + area + b"\0"
+    head = struct.pack("<2Q", firecracker.MAGIC, 5) + b"8.0.0" + struct.pack("<Q", 1)
+    whole = head + one
+    (hit,) = vmstate.walk(whole, firecracker.XCRS, 248, firecracker.TOLD_MSRS)
+    values = [whole.index(struct.pack("<2IQ", index, 0, value)) for index, value in rows]
+    places = [*values, *(at + 8 for at in values), hit[1] - 384 + 250, hit[1] + 24]
+    places += [hit[2] + at for at in (24, 28, 29, 464, 512, 513, 527, 600)]
+    places += [hit[6] + 8 + 24] * cpuid
+    keys = Keys()
+    for place in places:
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            (tmp_path / "vm").write_bytes(data + struct.pack("<Q", firecracker.crc64(data)))
+            keys.see(xfast.read(tmp_path / "vm")[0])
+    assert len(keys.met) > 60
+
+
+def test_most_of_firecracker_s_files_have_a_key(tmp_path, data):
+    for sample in ("fc-bincode1-v4.vmstate", "fc-bincode2-v8.vmstate"):
+        assert compare(data / "vmm" / sample, random.Random(0), "firecracker")
 
 
 def test_a_class_that_was_judged_is_not_looked_into(tmp_path, monkeypatch):

@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast import snapshots
+from xfast.engine import vmstate
 from xfast.errors import FormatError, PolicyError
 from xfast.snapshots import firecracker
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.firecracker import crc64
 from xfast.xsave.layout import PRESETS
 
+XCRS_SIZE = 8 + 392
+SREGS_BEFORE_XCRS = 8 + 64 + 8 + 312
+"""vcpu_events and sregs precede xcrs, each behind its length."""
 SHAPES = ["fc-bincode1-v4.vmstate", "fc-bincode2-v8.vmstate"]
 
 
@@ -52,6 +56,11 @@ class TestChecksum:
         assert crc64(data) == slow_crc64(data)
         assert crc64(sealed(data)) == 0
 
+    @given(st.binary(max_size=900))
+    def test_by_tables_and_by_folding(self, data):
+        expected = slow_crc64(data)
+        assert vmstate.crc64(data) == vmstate.crc64(data, tables=True) == expected
+
     def test_of_the_samples(self, data):
         for name in SHAPES:
             assert crc64((data / "vmm" / name).read_bytes()) == 0
@@ -84,7 +93,7 @@ class TestVcpus:
     def test_msrs_and_cr4(self, tmp_path, body):
         """IA32_XSS, IA32_XFD and CR4.PKE, where the file has them."""
         first = body.find(firecracker.XCRS)
-        sregs = first - firecracker.SREGS_BEFORE_XCRS
+        sregs = first - SREGS_BEFORE_XCRS
         assert body[sregs : sregs + 8] == struct.pack("<Q", 312)
         body[sregs + 8 + 248 : sregs + 8 + 256] = struct.pack("<Q", 1 << 22)
         rows = ((0xDA0, 0, 0x1800), (0x1C4, 0, 1 << 18))
@@ -100,7 +109,7 @@ class TestVcpus:
     def test_an_area_with_amx_tiles(self, tmp_path, data):
         """Firecracker 1.12 and later keep what is beyond 4096 bytes behind its own length."""
         body = (data / "vmm" / SHAPES[1]).read_bytes()[:-8]
-        area = body.find(firecracker.XCRS) + firecracker.XCRS_SIZE + 16
+        area = body.find(firecracker.XCRS) + XCRS_SIZE + 16
         tail = bytes(range(256)) * 27
         words = struct.pack("<Q", len(tail) // 4)
         image = body[: area - 8] + words + body[area : area + 4096] + words + tail

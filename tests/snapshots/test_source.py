@@ -335,7 +335,7 @@ def test_splices_that_do_not_fit_change_nothing(tmp_path):
         ({16: struct.pack("<I", 1)}, "expected libvirt save version 2, got 1"),
         ({28: struct.pack("<I", 9)}, "expected libvirt save format 0 to 6, got 9"),
         ({20: struct.pack("<I", 1 << 31)}, "bytes of XML, got 2147483648"),
-        ({20: struct.pack("<I", 1 << 20)}, "expected at most 1048576"),
+        ({20: struct.pack("<I", 1 << 20)}, "expected 1048576 bytes, got 212"),
         ({32: struct.pack("<I", 5000)}, "expected the cookie within .* got it at 5000"),
     ],
 )

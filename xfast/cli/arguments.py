@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,9 +38,17 @@ OURS = (".orig", ".xfast.json", ".xfast-journal")
 """How files end that xfast itself put beside a snapshot."""
 
 
+def aside(line: str) -> None:
+    """Print a line to standard error; on a terminal it is broken between words only."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False)
+    print(line, file=sys.stderr)
+
+
 def complain(text: object) -> None:
-    """Print one line to standard error."""
-    print(f"xfast: {printable(str(text))}", file=sys.stderr)
+    """Print one line to standard error, as xfast's."""
+    aside(f"xfast: {printable(str(text))}")
 
 
 def size_of(text: str) -> int:

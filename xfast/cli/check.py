@@ -13,6 +13,7 @@ from xfast.cli.arguments import (
     EXIT_CODES,
     OK,
     UNJUDGED,
+    aside,
     complain,
     hosts_of,
     reading_arguments,
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         for host in hosts:
             if host.caveat:
                 complain(f"{host.name}: {host.caveat}")
-        print(tally.closing_line(), file=sys.stderr)
+        aside(tally.closing_line())
     return _exit_code(args, tally)
 
 

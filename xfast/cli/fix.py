@@ -16,6 +16,7 @@ from xfast.cli.arguments import (
     EXIT_CODES,
     OK,
     UNJUDGED,
+    aside,
     candidates,
     complain,
     fail,
@@ -25,7 +26,7 @@ from xfast.cli.arguments import (
 from xfast.cli.plans import print_plan, repair_arguments
 from xfast.errors import PolicyError, XfastError, printable
 from xfast.hosts import resolve
-from xfast.report.tally import Tally
+from xfast.report.tally import Tally, counted
 
 EXAMPLES = f"""\
 examples:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         json.dump({"schema": "xfast/1", "plans": rows}, sys.stdout, indent=1)
         print()
     if len(paths) > 1:
-        print(_summary(done, len(tally.problems), dry_run=args.dry_run), file=sys.stderr)
+        aside(_summary(done, len(tally.problems), dry_run=args.dry_run))
     words = {row["after"] for row in rows}
     if "incompatible" in words:
         return BLOCKED
@@ -275,4 +276,4 @@ def _summary(done: Counter[str], failed: int, *, dry_run: bool) -> str:
         f"{done['blocked'] + done['refused']} can't be fixed",
     ]
     words += [f"{broken} failed"] * bool(broken)
-    return f"{done.total() + broken} snapshots: {', '.join(words)}"
+    return f"{counted(done.total() + broken, 'snapshot')}: {', '.join(words)}"

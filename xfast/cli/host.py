@@ -18,7 +18,7 @@ from xfast.hosts.description import SCHEMA, to_json
 from xfast.hosts.lint import warnings
 from xfast.hosts.model import Host
 from xfast.hosts.models import largest, models
-from xfast.report.tally import Tally
+from xfast.report.tally import Tally, counted
 from xfast.store.staged import write_text
 from xfast.xsave.cpuid import psabi_level
 from xfast.xsave.features import (
@@ -179,7 +179,7 @@ def _in_the_way(pool: Pool) -> Iterator[tuple[str, str]]:
     """Yield the rows that hold a scan's snapshots against the pool."""
     yield "snapshots", f"{pool.fit:,} of {pool.count:,} fit every host as they are"
     if pool.failed:
-        yield "unjudged", f"{pool.failed:,} inputs could not be judged"
+        yield "unjudged", f"{counted(pool.failed, 'input')} could not be judged"
     for one in pool.obstacles:
         more = len(one.names) - SHOWN
         names = ", ".join(one.names[:SHOWN]) + (f", and {more:,} more" if more > 0 else "")

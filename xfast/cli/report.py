@@ -13,6 +13,7 @@ from typing import Any
 from xfast.cli.arguments import EXIT_CODES, OK
 from xfast.fleet.html import page
 from xfast.fleet.summary import WORDS, Summary, summarise
+from xfast.report.tally import counted
 from xfast.store.staged import write_text
 
 FORMATS = ("html", "md", "csv", "json")
@@ -69,15 +70,15 @@ def markdown(summary: Summary) -> str:
     found = rows(summary)
     heads = ["snapshots", "example", *summary.hosts]
     lines = [
-        f"{summary.count:,} snapshots, {len(summary.hosts)} hosts, "
-        f"{summary.failed_count:,} inputs not judged.",
+        f"{counted(summary.count, 'snapshot')}, {counted(len(summary.hosts), 'host')}, "
+        f"{counted(summary.failed_count, 'input')} not judged.",
         "",
         "| " + " | ".join(_escaped(head) for head in heads) + " |",
         "|" + "---|" * len(heads),
         *("| " + " | ".join(_escaped(row[head]) for head in heads) + " |" for row in found),
         "",
         *(
-            f"- **{reason.code}** ({reason.severity}), {reason.snapshots:,} snapshots: "
+            f"- **{reason.code}** ({reason.severity}), {counted(reason.snapshots, 'snapshot')}: "
             f"{_escaped(reason.why)}"
             for reason in summary.reasons
         ),

@@ -12,6 +12,7 @@ from xfast.cli.arguments import (
     EXIT_CODES,
     OK,
     UNJUDGED,
+    aside,
     hosts_of,
     layout_named,
     reading_options,
@@ -20,7 +21,7 @@ from xfast.errors import XfastError
 from xfast.fleet.run import CHUNK, Progress, scan
 from xfast.judge.verdict import Policy
 from xfast.report.progress import Bar
-from xfast.report.tally import Tally
+from xfast.report.tally import Tally, counted
 
 EXAMPLES = f"""\
 examples:
@@ -108,11 +109,9 @@ def _close(args: argparse.Namespace, manifest: dict[str, Any], tally: Tally) -> 
         print()
     elif not args.quiet:
         pairs = ", ".join(f"{number:,} {word}" for word, number in words.items()) or "no pairs"
-        print(
-            f"{manifest['snapshots']:,} snapshots judged ({pairs}), {manifest['failed']:,} inputs "
-            f"not; the dataset is in {args.output}",
-            file=sys.stderr,
-        )
+        judged, failed = counted(manifest["snapshots"], "snapshot"), manifest["failed"]
+        not_judged = f", {counted(failed, 'input')} not judged" * bool(failed)
+        aside(f"{judged} judged ({pairs}){not_judged}; the dataset is in {args.output}")
     if words.get("incompatible"):
         return BLOCKED
     return UNJUDGED if manifest["failed"] or words.get("unknown") or tally.problems else OK

@@ -1,4 +1,4 @@
-"""What reading files costs most: opening them, checksums, numbers in JSON, big-endian registers, comparisons.
+"""What reading files costs most: opening them, numbers in JSON, big-endian registers.
 
 Offsets and lengths are checked here, against the buffers themselves. What does not look as simple
 as it should is left to the caller's slow way (None or a negative number), which says what is wrong.
@@ -7,7 +7,7 @@ as it should is left to the caller's slow way (None or a negative number), which
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memcpy, memset
 
 from xfast.engine.words cimport swap_words
 
@@ -72,51 +72,6 @@ cdef extern from * nogil:
     )
     enum:
         AT_FDCWD
-
-# CRC-64/Jones, reflected
-
-cdef uint64_t POLYNOMIAL = 0x95AC9329AC4BC9B5
-cdef uint64_t[8][256] TABLES
-
-
-cdef void _fill_tables() noexcept nogil:
-    cdef uint64_t crc
-    cdef int byte, _bit, k
-    for byte in range(256):
-        crc = <uint64_t>byte
-        for _bit in range(8):
-            crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
-        TABLES[0][byte] = crc
-    for k in range(1, 8):
-        for byte in range(256):
-            crc = TABLES[k - 1][byte]
-            TABLES[k][byte] = TABLES[0][crc & 0xFF] ^ crc >> 8
-
-
-_fill_tables()
-
-
-def crc64(const uint8_t[::1] data not None) -> int:
-    """Return the CRC-64/Jones of `data`, eight bytes at a time."""
-    cdef Py_ssize_t i = 0, n = data.shape[0]
-    cdef uint64_t crc = 0, word
-    cdef const uint8_t* at = &data[0] if n else NULL
-    with nogil:
-        while i + 8 <= n:
-            memcpy(&word, at + i, 8)
-            crc ^= word
-            crc = (
-                TABLES[7][crc & 0xFF] ^ TABLES[6][crc >> 8 & 0xFF]
-                ^ TABLES[5][crc >> 16 & 0xFF] ^ TABLES[4][crc >> 24 & 0xFF]
-                ^ TABLES[3][crc >> 32 & 0xFF] ^ TABLES[2][crc >> 40 & 0xFF]
-                ^ TABLES[1][crc >> 48 & 0xFF] ^ TABLES[0][crc >> 56]
-            )
-            i += 8
-        while i < n:
-            crc = TABLES[0][(crc ^ at[i]) & 0xFF] ^ crc >> 8
-            i += 1
-    return crc
-
 
 # Opening
 
@@ -488,48 +443,6 @@ def records(str text not None, Py_ssize_t start, Py_ssize_t end, tuple fields no
             return rows
         if i >= end or at[i] != 44:
             return None
-
-
-# Lists of KVM structures
-
-def tables(const uint8_t[::1] data not None, Py_ssize_t start, Py_ssize_t end, uint64_t size,
-           Py_ssize_t most) -> list:
-    """Return where lists of structures of `size` bytes lie: (where, first row, end) of each.
-
-    A list is u64 8, u32 count, u32 0, u64 count, then each structure behind its size (u64); it has
-    1 to `most`.
-    """
-    cdef list found = []
-    cdef Py_ssize_t at, row, stop, step = 8 + <Py_ssize_t>size
-    cdef uint64_t word, again
-    cdef uint32_t count
-    cdef const uint8_t* where
-    if start < 0 or end > data.shape[0] or not 0 < size < 1 << 20 or not 0 < most < 1 << 20:
-        raise ValueError(f"tables: expected a part of {data.shape[0]} bytes")
-    at = start
-    while at <= end - 24:
-        where = <const uint8_t*>memchr(&data[at], 8, end - 23 - at)
-        if where == NULL:
-            break
-        at = where - &data[0]
-        memcpy(&word, where, 8)
-        memcpy(&count, where + 8, 4)
-        if word == 8 and 0 < count <= <uint32_t>most:
-            memcpy(&word, where + 8, 8)
-            memcpy(&again, where + 16, 8)
-            stop = at + 24 + count * step
-            if word == again and stop <= end:
-                row = at + 24
-                while row < stop:
-                    memcpy(&word, &data[row], 8)
-                    if word != size:
-                        break
-                    row += step
-                if row == stop:
-                    found.append((at, at + 24, stop))
-                    at = stop - 1
-        at += 1
-    return found
 
 
 # Registers, big-endian

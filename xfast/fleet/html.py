@@ -14,6 +14,7 @@ from importlib.resources import files
 from xfast.errors import escape
 from xfast.fleet.summary import NAMED, WORDS, Group, Summary
 from xfast.judge.rules import RULES
+from xfast.report.tally import counted
 from xfast.xsave.features import names_of
 
 ROWS = 250
@@ -45,7 +46,8 @@ def page(summary: Summary) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
-        f"<title>xfast report: {summary.count:,} snapshots</title><style>{_style()}</style></head>"
+        f"<title>xfast report: {counted(summary.count, 'snapshot')}</title>"
+        f"<style>{_style()}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
 
@@ -59,10 +61,6 @@ def _text(value: object) -> str:
     text = str(value)
     shown = "".join(c if c.isprintable() else escape(c) for c in text)
     return html.escape(shown)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _head(summary: Summary) -> Iterator[str]:
@@ -80,8 +78,8 @@ def _head(summary: Summary) -> Iterator[str]:
     yield "<h1>Which snapshots can be restored where</h1>"
     level = _text(summary.manifest.get("level", ""))
     yield (
-        f"<p class=soft>{_counted(summary.count, 'snapshot')}, "
-        f"{_counted(len(summary.hosts), 'host')}, level {level}</p>"
+        f"<p class=soft>{counted(summary.count, 'snapshot')}, "
+        f"{counted(len(summary.hosts), 'host')}, level {level}</p>"
     )
     shown = "".join(f"<div class=card><b>{n:,}</b>{name}</div>" for name, n in cards.items())
     yield f"<div class=cards>{shown}</div>"
@@ -127,13 +125,13 @@ def _nowhere(summary: Summary) -> Iterator[str]:
             else "<p class=soft>No fix helps without loss.</p>"
         )
         yield (
-            f"<div class=alarm><b>{_counted(group.count, 'snapshot')}</b>: {why}"
+            f"<div class=alarm><b>{counted(group.count, 'snapshot')}</b>: {why}"
             f"<div>{_names(group)}</div>{help_}</div>"
         )
     if groups[NAMED:]:
         rest = sum(group.count for group in groups[NAMED:])
         more = len(groups) - NAMED
-        yield f"<p class=soft>and {_counted(rest, 'snapshot')} in {more} more groups</p>"
+        yield f"<p class=soft>and {counted(rest, 'snapshot')} in {counted(more, 'more group')}</p>"
 
 
 def _css(word: str) -> str:
@@ -165,7 +163,7 @@ def _matrix(summary: Summary) -> Iterator[str]:
     if summary.groups[ROWS:]:
         rest = sum(group.count for group in summary.groups[ROWS:])
         more = len(summary.groups) - ROWS
-        yield f"<p class=soft>and {_counted(rest, 'snapshot')} in {more} smaller groups</p>"
+        yield f"<p class=soft>and {counted(rest, 'snapshot')} in {more} smaller groups</p>"
 
 
 def _reasons(summary: Summary) -> Iterator[str]:
@@ -179,15 +177,16 @@ def _reasons(summary: Summary) -> Iterator[str]:
         yield f"<p><b>{code}</b>: {_text(rule.title)}</p><ul>"
         for reason in reasons[:REASONS]:
             fix = "" if reason.fix == "none" else f", {reason.fix} fix"
-            hosts = f"{len(reason.hosts)} of {_counted(len(summary.hosts), 'host')}"
+            hosts = f"{len(reason.hosts)} of {counted(len(summary.hosts), 'host')}"
             yield (
-                f"<li><b>{_counted(reason.snapshots, 'snapshot')}</b>, {hosts} "
+                f"<li><b>{counted(reason.snapshots, 'snapshot')}</b>, {hosts} "
                 f"<span class=soft>({_text(reason.severity)}{fix})</span>: {_text(reason.why)}"
                 f"<br><span class=soft>for example</span> "
                 f"<span class=name>{_text(reason.example)}</span></li>"
             )
         if reasons[REASONS:]:
-            yield f"<li class=soft>and {len(reasons) - REASONS} more texts: the findings table</li>"
+            rest = counted(len(reasons) - REASONS, "more text")
+            yield f"<li class=soft>and {rest}: the findings table</li>"
         yield f"</ul><p class=soft>{_text(rule.next)}</p>"
 
 
@@ -208,15 +207,15 @@ def _hosts(summary: Summary) -> Iterator[str]:
 
 def _populations(summary: Summary) -> Iterator[str]:
     yield "<h2>What the fleet is made of</h2><div class=wide><table>"
-    for title, counted in (
+    for title, numbers in (
         ("XSTATE_BV", {f"{bv:#x} {names_of(bv)}": n for bv, n in summary.xstate_bv.items()}),
         ("layout", summary.layouts),
         ("format", summary.formats),
     ):
-        total = sum(counted.values()) or 1
+        total = sum(numbers.values()) or 1
         noun = "snapshots" if title == "format" else "vCPUs"
         yield f"<tr><th>{title}<th class=n>{noun}<th></tr>"
-        for name, number in Counter(counted).most_common(NAMED):
+        for name, number in Counter(numbers).most_common(NAMED):
             bar = f'<span class=bar style="width:{max(1, round(160 * number / total))}px"></span>'
             yield f"<tr><td class=name>{_text(name)}<td class=n>{number:,}<td>{bar}</tr>"
     yield "</table></div>"
@@ -225,7 +224,7 @@ def _populations(summary: Summary) -> Iterator[str]:
 def _failed(summary: Summary) -> Iterator[str]:
     if not summary.failed_count:
         return
-    yield f"<h2>Not judged: {_counted(summary.failed_count, 'input')}</h2><ul>"
+    yield f"<h2>Not judged: {counted(summary.failed_count, 'input')}</h2><ul>"
     for name, error in summary.failed:
         yield f"<li class=name>{_text(error if name in error else f'{name}: {error}')}</li>"
     rest = summary.failed_count - len(summary.failed)

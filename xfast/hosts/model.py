@@ -127,12 +127,14 @@ class Host:
     @property
     def caveat(self) -> str:
         """What to know of a verdict on this host: facts it assumes and the notes; empty if none."""
-        assumed = [doubt for doubt in self.doubts if doubt.how == "assumed"]
-        facts = [doubt.fact for doubt in assumed if doubt.fact in ("layout", "xcr0", "kvm_xcr0")]
-        told = list(self.notes)
-        if facts:
-            remedies = dict.fromkeys(doubt.remedy for doubt in assumed if doubt.fact in facts)
-            told.insert(0, f"{', '.join(facts)} assumed; certain with {', or '.join(remedies)}")
+        assumed: dict[str, list[str]] = {}
+        for doubt in self.doubts:
+            if doubt.how == "assumed" and doubt.fact in ("layout", "xcr0", "kvm_xcr0"):
+                assumed.setdefault(doubt.remedy, []).append(doubt.fact)
+        told = [
+            f"{' and '.join(facts)} assumed (certain with {remedy})"
+            for remedy, facts in assumed.items()
+        ] + list(self.notes)
         return "; ".join(told)
 
     @property

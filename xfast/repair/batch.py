@@ -99,9 +99,10 @@ def fix_areas(
     lost = dropped & (found.live | found.unreadable) & np.uint64(~drop & engine.ALL)
     if lost.any():
         row = int(np.flatnonzero(lost)[0])
+        count = int(np.count_nonzero(lost))
         raise PolicyError(
             f"areas[{row}]: {names_of(int(lost[row]))} holds live data that {host.name} can't take "
-            f"or the guest may not have ({np.count_nonzero(lost)} areas); drop= gives them up"
+            f"or the guest may not have ({count} area{'s' * (count != 1)}); drop= gives them up"
         )
     to = host.layout if host.layout is not None else layout
     if out is None:

@@ -18,6 +18,7 @@ from xfast.errors import escape
 from xfast.judge.advice import next_steps
 from xfast.judge.rules import RULES
 from xfast.judge.verdict import Finding, PerClass, Verdict, Verdicts
+from xfast.report.tally import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,12 @@ class Fleet:
 STEPS = 6
 """Sentences of advice that an answer about many pairs has at most."""
 
+FLEET = 24
+"""Pairs from which on an answer is about a fleet, and not every reason is told at once."""
+
+REASONS = 3
+"""Sets of pairs that an answer about a fleet tells of each rule; with notes it tells all."""
+
 
 class Answer:
     """A fleet's answer laid out for a terminal of `width` columns."""
@@ -115,6 +122,7 @@ class Answer:
         self.count = fleet.count
         self.width = width
         self.notes = notes
+        self.every_reason = notes or self.count * len(self.hosts) < FLEET
         self.labels = _labels(name for group in self.groups for name in group.names)
 
     def name(self, group: Group) -> str:
@@ -129,6 +137,7 @@ class Answer:
         if self.count == 1 and len(self.hosts) == 1:
             self._print_pair(out)
             return
+        self.every_reason |= by == "rule"
         for line in self._summary():
             out.print(line)
         if by == "host":
@@ -179,7 +188,7 @@ class Answer:
             if not set(words.values()) & {"ok", "risk", "?"}:
                 nowhere.append(group)
         parts = ", ".join(f"{totals[word]} {word}" for word in CELLS if totals[word])
-        snapshots, hosts = _counted(self.count, "snapshot"), _counted(len(self.hosts), "host")
+        snapshots, hosts = counted(self.count, "snapshot"), counted(len(self.hosts), "host")
         yield f"{snapshots}, {hosts}: {parts}"
         if nowhere:
             clears = sum(
@@ -189,7 +198,7 @@ class Answer:
             )
             helped = f" (xfast fix helps {clears})" if clears else ""
             names = ", ".join(self.name(group) for group in nowhere[:NAMED])
-            more = f" and {len(nowhere) - NAMED} more kinds" if nowhere[NAMED:] else ""
+            more = f" and {counted(len(nowhere) - NAMED, 'more kind')}" if nowhere[NAMED:] else ""
             count = sum(group.count for group in nowhere)
             yield from self._wrap(
                 f"no host here takes {count} of {self.count}{helped}: {names}{more}", "", "  "
@@ -299,11 +308,16 @@ class Answer:
         for code in (code for code in RULES if code in about):
             yield ""
             yield from self._wrap(f"{code}: {RULES[code].title}", "", "  ")
-            for where, texts in _together(about[code]).items():
+            told = list(_together(about[code]).items())
+            least = len(told) if self.every_reason else REASONS
+            for where, texts in told[:least]:
                 for text in texts:
                     yield from self._wrap(text, "  ", "    ")
                 for line in where.split("\n") if self.count > 1 or len(self.hosts) > 1 else []:
                     yield from self._wrap(line, "    in ", "      ")
+            if told[least:]:
+                rest = sum(len(texts) for _, texts in told[least:])
+                yield f"  and {counted(rest, 'more reason')} of {code} (-v or --by rule: all)"
             for ref in refs[code]:
                 yield from self._wrap(f"source: {ref}", "    ", "      ")
         yield from self._next()
@@ -317,13 +331,32 @@ class Answer:
             yield f"first to fail: {failure.call} ({failure.error}); what the VMM prints then:"
             for program, text in failure.texts(self.form(verdicts[0])).items():
                 yield from self._wrap(f"{program}: {text}", "  ", "    ")
-        steps = dict.fromkeys(step for verdict in verdicts for step in next_steps(verdict))
+        about: dict[str, dict[str, int]] = {}
+        for group in self.groups:
+            for step in dict.fromkeys(s for one in group.verdicts for s in next_steps(one)):
+                about.setdefault(step, {})[self.name(group)] = group.count
+        steps: dict[str, list[str]] = {}
+        most_first = sorted(about.items(), key=lambda item: -sum(item[1].values()))
+        for step, groups in most_first:
+            steps.setdefault(self._for(groups), []).append(step)
         if steps:
             yield ""
-        for step in list(steps)[:STEPS]:
-            yield from self._wrap(f"next: {step}", "", "  ")
-        if len(steps) > STEPS:
-            yield f"next: {len(steps) - STEPS} more; ask about one snapshot and one host"
+        for names, some in list(steps.items())[:STEPS]:
+            if names:
+                yield from self._wrap(f"next: {names}: {' '.join(some)}", "", "  ")
+            for step in some if not names else ():
+                yield from self._wrap(f"next: {step}", "", "  ")
+        if rest := sum(map(len, list(steps.values())[STEPS:])):
+            text = f"next: {counted(rest, 'more sentence')}; xfast check SNAPSHOT --host HOST"
+            yield from self._wrap(f"{text} gives those for one pair", "", "  ")
+
+    def _for(self, groups: Mapping[str, int]) -> str:
+        """Return for which snapshots a piece of advice is, where there are others as well."""
+        if len(self.groups) == 1:
+            return ""
+        shown = ", ".join(list(groups)[:2])
+        rest = sum(list(groups.values())[2:])
+        return f"for {shown}" + (f" and {rest} more" if rest else "")
 
     def form(self, verdict: Verdict) -> str:
         """Return which VMM's format the snapshot has, where its producer tells."""
@@ -376,7 +409,3 @@ def _labels(paths: Iterable[str]) -> dict[str, str]:
     parents = {os.path.dirname(name) for name in names}
     shared = os.path.commonpath(parents) if len(names) > 1 and "" not in parents else ""
     return {name: escape(os.path.relpath(name, shared) if shared else name) for name in names}
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -43,8 +43,8 @@ class Tally:
         from xfast.judge.verdict import PerClass, Verdicts  # which not every verb needs
 
         if self._alike is None:
-            self._alike = PerClass(_counted)
-        alike = self._alike.of(verdicts) if isinstance(verdicts, Verdicts) else _counted(verdicts)
+            self._alike = PerClass(_of_class)
+        alike = self._alike.of(verdicts) if isinstance(verdicts, Verdicts) else _of_class(verdicts)
         self.words.update(alike.words)
         self.fixable += alike.fixable
         self.risky += alike.risky
@@ -54,17 +54,22 @@ class Tally:
         """Say how many pairs of each kind there were, and what was not judged."""
         parts = [f"{self.words[word]} {word}" for word in VERDICTS if self.words[word]]
         total = self.words.total()
-        text = f"{total:,} pair{'s' * (total != 1)}: " + (", ".join(parts) or "none judged")
+        text = f"{counted(total, 'pair')}: " + (", ".join(parts) or "none judged")
         text += f"; {self.fixable} can be fixed without loss" if self.fixable else ""
         text += f"; {self.risky} at a risk" if self.risky else ""
         if self.problems:
-            text += f"; {len(self.problems)} input{'s' * (len(self.problems) != 1)} not judged"
+            text += f"; {counted(len(self.problems), 'input')} not judged"
         if self.skipped:
-            text += f"; {self.skipped} other file{'s' * (self.skipped != 1)} skipped"
+            text += f"; {counted(self.skipped, 'other file')} skipped"
         return text
 
 
-def _counted(verdicts: Sequence[Verdict]) -> Tally:
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: ``1 snapshot``, ``3,000 snapshots``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _of_class(verdicts: Sequence[Verdict]) -> Tally:
     """Return what one snapshot of a class adds."""
     tally = Tally()
     for verdict in verdicts:

@@ -122,9 +122,10 @@ def companion(folder: Folder, name: str) -> bool:
 def sniff(source: Source) -> bool:
     """Tell whether a file is JSON with a member "cpu-manager"."""
     start = source.read(0, min(64, source.size)).lstrip()
-    return start.startswith(b"{") and b'"cpu-manager"' in source.read(
-        0, min(source.size, SIZE_LIMIT)
-    )
+    if not start.startswith(b"{"):
+        return False
+    data = source.read(0, min(source.size, SIZE_LIMIT))
+    return files.holds(data, b'"cpu-manager"', 0, len(data))
 
 
 def read(

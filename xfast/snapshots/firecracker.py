@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,13 +21,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.engine import files
+from xfast.engine import vmstate
 from xfast.errors import FormatError, LayoutError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
-from xfast.snapshots import infer, raw
+from xfast.snapshots import infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Span, Splice, Vcpu, kept
+from xfast.snapshots.model import Snapshot, Span, Splice, Unseen, Vcpu, kept
+from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import KVM_XSAVE_SIZE
 from xfast.xsave.layout import Layout
@@ -35,6 +36,8 @@ from xfast.xsave.layout import Layout
 MAGIC = 0x0710_1984_8664_0000
 """Its low 16 bits are the version of the format before 1.7 (versionize), 0 since."""
 MAGIC_ARM = 0x0710_1984_AAAA_0000
+
+U64 = struct.Struct("<Q")
 
 SIZE_LIMIT = 10 << 20
 """Firecracker reads no larger file either."""
@@ -47,15 +50,12 @@ MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1
 
 XCRS = struct.pack("<QI", 392, 1)
 """A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
-XCRS_SIZE = 8 + 392
-XSAVE2_SIZE = 8 + KVM_XSAVE_SIZE
-
-TABLE_LIMIT = 256
-"""KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the kernel takes no longer list."""
-MSR = np.dtype([("length", "<u8"), ("index", "<u4"), ("reserved", "<u4"), ("data", "<u8")])
-
-SREGS_BEFORE_XCRS = 8 + 64 + 8 + 312
-"""vcpu_events and sregs precede xcrs, each behind its length."""
+MSR = struct.Struct("<I4xQ")
+"""struct kvm_msr_entry: its index, and its value."""
+CPUID_BEHIND_COUNT = 8 + 24
+"""From the number of vCPUs to the first one's CPUID: the list's own head lies between."""
+TOLD_MSRS = MSR_IA32_XSS, MSR_IA32_XFD
+"""Of all others no more is read than that they were saved."""
 
 WAY_OUT = (
     "this can't be judged; print it with that release's snapshot-editor (info-vmstate "
@@ -64,7 +64,12 @@ WAY_OUT = (
 
 
 class Hit(NamedTuple):
-    """Where a vCPU's data lie: offsets in the file, bytes."""
+    """A vCPU as it was found: offsets in the file (bytes), and what lies there.
+
+    `cpuid_at` is where the CPUID's first row begins, each behind its size: 0 where there is none.
+    `msrs` are struct kvm_msr_entry, with the values of `TOLD_MSRS` alone. `cpuid` and `msrs` are
+    one object each for all vCPUs that have the same.
+    """
 
     start: int
     xcrs: int
@@ -72,6 +77,16 @@ class Hit(NamedTuple):
     extra: int
     extra_size: int
     end: int
+    cpuid_at: int
+    cpuid: bytes
+    msrs: bytes
+    xcr0: int | None
+    cr4: int | None
+
+    @property
+    def pkru_enabled(self) -> bool | None:
+        """CR4.PKE."""
+        return None if self.cr4 is None else bool(self.cr4 & CR4_PKE)
 
 
 @dataclass(frozen=True)
@@ -86,12 +101,12 @@ class Origin:
         return {"area": self.area, "extra": self.extra}
 
 
-def crc64(data: bytes) -> int:
+def crc64(data: bytes | memoryview) -> int:
     """Return the CRC-64/Jones of `data`; that of data with its own CRC behind it is 0.
 
     *Source*: Firecracker src/vmm/src/snapshot/crc.rs; the crate crc64.
     """
-    return files.crc64(data)
+    return vmstate.crc64(data)
 
 
 def sniff(source: Source) -> bool:
@@ -134,19 +149,21 @@ def read(
     """
     version = _version(source)
     data = source.read(0, source.size)
-    stored, counted = struct.unpack_from("<Q", data, len(data) - 8)[0], crc64(data[:-8])
+    (stored,), counted = U64.unpack_from(data, len(data) - 8), crc64(memoryview(data)[:-8])
     if stored != counted:
         raise FormatError(
             source.path, len(data) - 8, f"expected the CRC64 {counted:#x}, got {stored:#x}"
         )
-    hits = list(_hits(data))
-    vcpus = [_vcpu(source.path, data, i, hit, layout) for i, hit in enumerate(hits)]
-    if not vcpus:
+    hits = [Hit(*hit) for hit in vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)]
+    if not hits:
         raise FormatError(
             source.path,
             None,
             "expected at least one vCPU (kvm_xcrs followed by kvm_xsave), got none",
         )
+    vcpus = _unseen(source.path, data, hits) if layout is None else None
+    if vcpus is None:
+        vcpus = _vcpus(source.path, data, hits, layout)
     facts = {"version": version, "release": MAJORS[int(version.split(".")[0])]}
     return [
         Snapshot(
@@ -164,8 +181,8 @@ def read(
 
 def _doubts(data: bytes, hits: list[Hit]) -> tuple[str, ...]:
     """Compare the number of vCPUs with that of their vector: it precedes the first one's CPUID."""
-    tables = files.tables(data, 0, hits[0].xcrs, ENTRY.size, TABLE_LIMIT)
-    told = next((_u64(data, max(at - 8, 0)) for at, _, _ in tables), None)
+    at = hits[0].cpuid_at
+    told = U64.unpack_from(data, max(at - CPUID_BEHIND_COUNT, 0))[0] if at else None
     if told == len(hits):
         return ()
     shown = f"{told} vCPUs, as the file counts them" if told is not None else "a CPUID of vCPU 0"
@@ -213,65 +230,51 @@ def _version(source: Source) -> str:
     return text
 
 
-def _hits(data: bytes) -> Iterator[Hit]:
-    """Yield the vCPUs, in the file's order."""
-    start = 0
-    xcrs = data.find(XCRS)
-    while xcrs >= 0:
-        hit = _hit(data, start, xcrs)
-        if hit:
-            yield hit
-            start = hit.end
-        xcrs = data.find(XCRS, hit.end if hit else xcrs + 1)
+def _vcpus(path: str, data: bytes, hits: Sequence[Hit], given: Layout | None) -> list[Vcpu]:
+    return [_vcpu(path, data, i, hit, given) for i, hit in enumerate(hits)]
 
 
-def _hit(data: bytes, start: int, xcrs: int) -> Hit | None:
-    """Return the vCPU whose kvm_xcrs blob lies at `xcrs`, if kvm_xsave and tsc_khz follow."""
-    position = xcrs + XCRS_SIZE
-    size = _u64(data, position)
-    if size == KVM_XSAVE_SIZE:
-        area, extra, words = position + 8, position + 8 + KVM_XSAVE_SIZE, 0
-        end = extra
-    elif size == XSAVE2_SIZE:
-        area = position + 16
-        extra = area + KVM_XSAVE_SIZE + 8
-        words = _u64(data, extra - 8)
-        end = extra + 4 * words
-        if _u64(data, position + 8) != words:
+def _unseen(path: str, data: bytes, hits: Sequence[Hit]) -> Sequence[Vcpu] | None:
+    """Return the vCPUs, made when somebody looks; None where a look decides what they tell."""
+    told = []
+    layouts = set()
+    for hit in hits:
+        words = infer.WORDS.unpack_from(data, hit.area)
+        try:
+            place = infer.firm(words, cpuid=_cpuid_of(hit.cpuid), mask=hit.xcr0 or 0)
+        except LayoutError:
+            return None  # whoever looks says which
+        if place is None or place.layout is None:
             return None
-    else:
+        layouts.add(id(place.layout))
+        layout = place.layout
+        told.append((hit.cpuid, hit.msrs, hit.xcr0, hit.pkru_enabled, words, hit.extra_size))
+    if len(layouts) > 1 or len({hit.extra_size for hit in hits}) > 1:
         return None
-    tsc_khz_tag = data[end : end + 1]
-    return Hit(start, xcrs, area, extra, 4 * words, end) if tsc_khz_tag in (b"\0", b"\1") else None
-
-
-def _u64(data: bytes, offset: int) -> int:
-    """Return the u64 at `offset`, or -1 past the end."""
-    return int.from_bytes(data[offset : offset + 8], "little") if offset + 8 <= len(data) else -1
+    areas = np.frombuffer(b"".join([_area(data, hit) for hit in hits]), np.uint8)
+    key = "firecracker", tuple(told), packed_facts(areas.reshape(len(hits), -1), layout)
+    return Unseen(key, len(hits), lambda: _vcpus(path, data, hits, None))
 
 
 def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) -> Vcpu:
-    cpuid = _cpuid(data, hit)
-    msrs = _msrs(data, hit)
-    xcr0 = raw.xcr0_of(data[hit.xcrs + 8 : hit.xcrs + XCRS_SIZE])
+    cpuid = _cpuid_of(hit.cpuid)
+    msrs = dict(MSR.iter_unpack(hit.msrs))
     area = np.frombuffer(_area(data, hit), np.uint8)
     try:
-        place = infer.place(area, given=given, cpuid=cpuid, mask=xcr0 or 0)
+        place = infer.place(area, given=given, cpuid=cpuid, mask=hit.xcr0 or 0)
     except LayoutError as problem:
         raise FormatError(path, hit.start, f"CPUID of vCPU {index}: {problem}") from None
-    sregs = hit.xcrs - SREGS_BEFORE_XCRS
-    cr4 = _u64(data, sregs + 8 + SREGS_CR4) if _u64(data, sregs) == 312 else None
     return Vcpu(
         index=index,
         area=area,
         layout=place.layout,
         layout_source=place.source,
         layout_note=place.note,
-        xcr0=xcr0,
+        xcr0=hit.xcr0,
         xss=msrs.get(MSR_IA32_XSS),
         xfd=msrs.get(MSR_IA32_XFD),
         cpuid=cpuid,
-        pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
+        pkru_enabled=hit.pkru_enabled,
         msrs=tuple(sorted(msrs)) if msrs else None,
         origin=Origin((hit.area, KVM_XSAVE_SIZE), (hit.extra, hit.extra_size)),
     )
@@ -282,28 +285,13 @@ def _area(data: bytes, hit: Hit) -> bytes:
     return data[hit.area : hit.area + KVM_XSAVE_SIZE] + extra
 
 
-def _cpuid(data: bytes, hit: Hit) -> Cpuid | None:
-    """Return the CPUID that was saved with a vCPU, or None."""
-    for _, first, end in files.tables(data, hit.start, hit.xcrs, ENTRY.size, TABLE_LIMIT):
-        return _cpuid_of(data[first:end])
-    return None
-
-
-@lru_cache(maxsize=256)
-def _cpuid_of(rows: bytes) -> Cpuid:
+@lru_cache(maxsize=1024)
+def _cpuid_of(rows: bytes) -> Cpuid | None:
     """Return the CPUID in a table's rows: what vCPUs of a fleet share, and keep one copy of."""
     step = 8 + ENTRY.size
     places = range(8, len(rows), step)
-    return Cpuid(tuple(Entry(*ENTRY.unpack_from(rows, place)) for place in places))
-
-
-def _msrs(data: bytes, hit: Hit) -> dict[int, int]:
-    """Return the MSRs that were saved with a vCPU: {index: value}."""
-    found: dict[int, int] = {}
-    for _, first, end in files.tables(data, hit.start, hit.xcrs, MSR.itemsize - 8, TABLE_LIMIT):
-        table = np.frombuffer(data[first:end], MSR)
-        found.update(zip(table["index"].tolist(), table["data"].tolist(), strict=True))
-    return found
+    entries = tuple(Entry(*ENTRY.unpack_from(rows, place)) for place in places)
+    return Cpuid(entries) if entries else None
 
 
 def splices(

@@ -76,6 +76,40 @@ def asks_bytes(
     return len(_groups(names, wanted, bool(xcomp_bv & XCOMP_BV_COMPACTED))) != 1
 
 
+WORDS = struct.Struct("<28xI432xQ40x2Q")
+"""MXCSR_MASK, the kernel's word at byte 464, XSTATE_BV and XCOMP_BV: all that a layout may be told
+by, but the components' bytes."""
+FIRM_LIMIT = 1024
+
+Words = tuple[int, int, int, int]
+
+_firm: dict[tuple[int, int, Words], tuple[Cpuid | None, Place | None]] = {}
+
+
+def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Place | None:
+    """Return what `place` finds for any area with these `WORDS`; None where it asks the bytes.
+
+    Each is worked out once. `cpuid` and `mask` are as for `place`.
+
+    Raises
+    ------
+    LayoutError
+        As `place` does.
+    """
+    key = id(cpuid), mask, words
+    known = _firm.get(key)
+    if known is None:
+        area = np.zeros(EXTENDED_OFFSET, np.uint8)
+        WORDS.pack_into(area.data, 0, *words)
+        asks = asks_bytes(area, cpuid=cpuid, mask=mask)
+        found = None if asks else _sought(area, cpuid, mask, None)
+        known = cpuid, found  # what is kept has an id of its own
+        if len(_firm) >= FIRM_LIMIT:
+            _firm.clear()
+        _firm[key] = known
+    return known[1]
+
+
 def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
     """Return the layout that CPUID describes, and the beginning of its vendor's presets' names."""
     if cpuid is None:
@@ -154,6 +188,12 @@ def place(
     """
     if given is not None:
         return Place(given, "given")
+    found = None if size else firm(WORDS.unpack_from(area.data), cpuid=cpuid, mask=mask)
+    return found or _sought(area, cpuid, mask, size)
+
+
+def _sought(area: NDArray[np.uint8], cpuid: Cpuid | None, mask: int, size: int | None) -> Place:
+    """Find the layout of an area as `place` does, whether or not it was found before."""
     xstate_bv, _ = header(area)
     known, vendor = _told(cpuid)
     if known.slots and not xstate_bv & ~known.mask:

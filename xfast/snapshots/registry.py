@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, DirectoryError, Source
+from xfast.snapshots.bytes.opening import DirectoryError
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.xsave.layout import Layout, layout_of
@@ -42,8 +43,16 @@ PLUGINS = "XFAST_PLUGINS"
 """The environment's word (1) that formats of other packages may be loaded by root."""
 
 
-MAGICS = {b"\x7fELF": "elfcore", b"MDMP": "minidump", b"QEVM": "qemu"}
-"""The first bytes of files that are of one format for certain: no other is asked."""
+MAGICS = {
+    b"\x7fELF": "elfcore",
+    b"MDMP": "minidump",
+    b"QEVM": "qemu",
+    b"\x00\x00\x64\x86\x84\x19\x10\x07": "firecracker",
+}
+"""The first 4 or 8 bytes of files that are of one format for certain: no other is asked."""
+
+JSON = "cloud-hypervisor", "crosvm"
+"""The formats that are asked first of a file that begins with a brace."""
 
 
 @cache
@@ -118,10 +127,12 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     """
     if isinstance(source, Folder):
         return _claimed(source)[0]
-    name = MAGICS.get(source.read(0, min(4, source.size)), "")
+    start = source.read(0, min(8, source.size))
+    name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    for name in _names():
+    names = _names()
+    for name in [*JSON, *names] if start.startswith(b"{") else names:
         if format_named(name).sniff(source):
             return name
     if default:

@@ -16,19 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from xfast.engine import files
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
 from xfast.snapshots.bytes.copying import copy_bytes, read_at, write_all
-from xfast.snapshots.bytes.entry import Entry, way_to
+from xfast.snapshots.bytes.opening import JOURNAL, Found, regular, status_of
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
 
 CHUNK = 1 << 20
-HEAD = 512
-"""Bytes that are read when a file is opened: all that most formats are told by."""
 NESTING_LIMIT = 4
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
@@ -36,21 +33,11 @@ EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 256
 """Without anybody's word it is no more than that many times the file's own size, or 64 MiB: a
 mebibyte of packed zeros would be expanded for ten seconds before it is found to be nothing."""
 
-JOURNAL = ".xfast-journal"
-"""What the journal of an edit in place is called, behind the file's name."""
-
 PACKED = (libvirt.MAGIC, libvirt.MAGIC_PARTIAL, *MAGICS)
 """What files begin with whose bytes are packed, or may be."""
 
-Found = tuple[int, "Stamp", bytes]
-"""What is known of a file when it is opened: its mode, its stamp, and its head."""
-
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
-
-
-class DirectoryError(FormatError):
-    """Where a file was expected there is a directory."""
 
 
 class Source:
@@ -92,7 +79,7 @@ class Source:
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.mode, self._stamp, self._head = found or _found(fd)
+        self.mode, self._stamp, self._head = found or status_of(fd)
         self.size = self._stamp[2]
         if self.is_device:
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
@@ -131,7 +118,7 @@ class Source:
         if fd is None and name == "-":
             fd = _stdin(expand_limit)
         elif fd is None:
-            fd, mode, stamp, head = _regular(name)
+            fd, mode, stamp, head = regular(name)
             found = mode, stamp, head
         return cls(name, fd, found=found).expanded(expand_limit)
 
@@ -250,6 +237,8 @@ class Source:
                 offset + len(data),
                 f"expected {length - len(data)} bytes more, got the end",
             )
+        if not offset and length <= CHUNK:
+            self._head = data  # whoever tells formats apart reads this, and the format again
         return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
@@ -438,66 +427,6 @@ class View(Source):
     def patch(self, splices: Iterable[Splice], fd: int) -> None:
         """Write edits in place; see `Source.patch`. Offsets are the file's."""
         self.source.patch(splices, fd)
-
-
-def _found(fd: int) -> Found:
-    """Return what is to be known of a file from the start: its mode, stamp and head."""
-    status = os.fstat(fd)
-    stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    return status.st_mode, stamp, os.pread(fd, HEAD, 0)
-
-
-def _regular(name: str) -> files.Opened:
-    """Open a regular file or a block device; anything else might never end, or act when opened.
-
-    Raises
-    ------
-    DirectoryError
-        If it is a directory.
-    """
-    try:
-        if not isinstance(name, Entry):
-            return files.opened(name, name + JOURNAL) or _opened(name, None, name, 0)
-        with way_to(name) as (folder, last, flags):
-            quick = files.opened(last, name + JOURNAL, folder)
-            return quick or _opened(name, folder, last, flags)
-    except (OSError, ValueError) as problem:
-        if isinstance(problem, XfastError):
-            raise
-        reason = getattr(problem, "strerror", None) or problem
-        raise XfastError(f"{name}: can't be opened: {reason}") from None
-
-
-def _opened(name: str, folder: int | None, last: str, flags: int) -> files.Opened:
-    """Open `last` in a folder, after a look at what it is; see `way_to`."""
-    _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
-    if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
-        raise FormatError(
-            name,
-            None,
-            f"expected a whole file, got an interrupted edit ({JOURNAL} beside it): "
-            "xfast fix --in-place undoes it first",
-        )
-    fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        mode, stamp, head = _found(fd)
-        _check_kind(name, mode)  # it may be another one by now
-    except FormatError:
-        os.close(fd)
-        raise
-    return fd, mode, stamp, head
-
-
-def _check_kind(name: str, mode: int) -> None:
-    """Raise FormatError unless a mode is that of a file or a block device."""
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return
-    if stat.S_ISDIR(mode):
-        raise DirectoryError(name, None, "expected a file or a block device, got a directory")
-    kind = "a character device, pipe or socket"
-    if stat.S_ISLNK(mode):
-        kind = "a symbolic link, which is followed only where it is named"
-    raise FormatError(name, None, f"expected a file or a block device, got {kind}")
 
 
 def _stdin(limit: int) -> int:

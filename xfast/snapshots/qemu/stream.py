@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from xfast.engine import files
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import misnumbered
@@ -63,8 +64,9 @@ def start_of(source: Source) -> int | None:
     """Return where a stream begins, or None; `migrate file:` can leave room before it."""
     if source.size >= len(MAGIC) and source.read(0, len(MAGIC)) == MAGIC:
         return 0
-    at = source.read(0, min(HEAD_LIMIT, source.size)).find(MAGIC + bytes([CONFIGURATION]))
-    return None if at < 0 else at
+    head = source.read(0, min(HEAD_LIMIT, source.size))
+    magic = MAGIC + bytes([CONFIGURATION])
+    return head.find(magic) if files.holds(head, magic, 0, len(head)) else None
 
 
 def configuration(stream: Source, start: int) -> Configuration:

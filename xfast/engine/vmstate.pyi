@@ -1,0 +1,6 @@
+from typing import Any
+
+def crc64(data: Any, tables: bool = False) -> int: ...
+def walk(
+    data: bytes, xcrs: bytes, cr4: int, msrs: tuple[int, int]
+) -> list[tuple[int, int, int, int, int, int, int, bytes, bytes, int | None, int | None]]: ...
