@@ -59,6 +59,16 @@ class Row:
         return self.ratio >= self.target if self.more else self.ratio <= self.target
 
 
+def print_row(row: Row) -> None:
+    """Print one result for people."""
+    sign = "at least" if row.more else "at most"
+    print(
+        f"{row.what:58} {row.ratio:9.2f} {row.unit or 'x ' + row.against}  ({sign} "
+        f"{row.target:g}){'' if row.reached else '  missed'}",
+        flush=True,
+    )
+
+
 def bracket(
     what: str, against: str, target: float, floor: Callable[[], object],
     candidate: Callable[[], object], n: int, samples: int,
@@ -372,12 +382,7 @@ def run(args: argparse.Namespace) -> int:
     for row in run_all(inputs, max(args.samples, 3), args.areas, args.streams):
         rows.append(row)
         if not args.json:
-            sign = "at least" if row.more else "at most"
-            print(
-                f"{row.what:58} {row.ratio:9.2f} {row.unit or 'x ' + row.against}  ({sign} "
-                f"{row.target:g}){'' if row.reached else '  missed'}",
-                flush=True,
-            )
+            print_row(row)
     if args.json:
         found = [asdict(row) | {"reached": row.reached} for row in rows]
         answer = {"schema": "xfast/1", "machine": machine(), "targets": SOURCE, "fleet": found}

@@ -25,8 +25,12 @@ from xfast.snapshots.bytes.opening import JOURNAL, Found, regular, status_of
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
 
+Watch = Callable[[int, int], None]
+"""Called before each read of a pipe, with its descriptor and the bytes so far; it may wait."""
+
 CHUNK = 1 << 20
 NESTING_LIMIT = 4
+
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
 EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 256
