@@ -37,7 +37,7 @@ class FormatError(XfastError):
     def __init__(self, path: str, offset: int | None, message: str) -> None:
         self.path = str(path)
         self.offset = offset
-        where = self.path if offset is None else f"{self.path}: offset {offset}"
+        where = escape(self.path) if offset is None else f"{escape(self.path)}: offset {offset}"
         message = printable(message)
         if len(message) > MESSAGE_LIMIT:
             message = f"{message[: MESSAGE_LIMIT - 1]}\N{HORIZONTAL ELLIPSIS}"
@@ -49,8 +49,8 @@ class UnknownFormatError(FormatError):
 
 
 def printable(text: str) -> str:
-    """Return `text` fit for a terminal line: what is not printable comes out escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return `text` fit for a terminal line: what is not printable comes out as `escape` has it."""
+    return "".join(c if c.isprintable() else _escape_character(c) for c in text)
 
 
 def escape(name: str) -> str:
