@@ -152,4 +152,4 @@ def test_what_an_error_quotes_of_a_file_is_one_short_line():
     problem = FormatError("vm", 3, "expected ram, got " + "\n\x1b" * 5000)
     assert str(problem).isprintable()
     assert len(str(problem)) < 700
-    assert str(problem).startswith(r"vm: offset 3: expected ram, got \n\x1b")
+    assert str(problem).startswith(r"vm: offset 3: expected ram, got \x0a\x1b")

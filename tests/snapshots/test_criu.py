@@ -11,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import bombs
 import numpy as np
 import pytest
 from effort import at_most
@@ -437,3 +438,16 @@ def test_a_task_without_registers_whose_state_is_damaged_is_one_line(tmp_path):
     damaged = number(1, 1) + message(2, number(1, 5)) + message(3, b"\x0f")
     with pytest.raises(FormatError, match=r"core-5\.img: expected a field .*, got one of type 7"):
         read(tmp_path / "core-5.img", image(damaged))
+
+
+def test_an_archive_of_nothing_but_cores_is_read_whatever_it_takes(tmp_path):
+    """Packed it is no archive of a process with its memory, until somebody says that it is."""
+    ((_, data),) = bombs.criu_threads(2 << 20).items()
+    path = tmp_path / "c.tar"
+    path.write_bytes(data)
+    (whole,) = snapshots.read(path)
+    path.write_bytes(gzip.compress(data, 1))
+    with pytest.raises(FormatError, match=r"areas that are stored, got .*; see --expand-limit"):
+        snapshots.read(path)
+    (lifted,) = snapshots.read(path, expand_limit=4 << 20)
+    assert len(lifted.vcpus) == len(whole.vcpus) > 1000

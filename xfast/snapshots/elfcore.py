@@ -65,7 +65,7 @@ NOTE_LIMIT = 1 << 18
 """Notes that are looked at: a core has 3 to 6 a thread."""
 NAME_LIMIT = 64
 AREA_LIMIT = 1 << 20
-AREAS_LEAST, AREAS_RATIO = 8 << 20, 8
+AREAS_LEAST, AREAS_RATIO = 4 << 20, 4
 """Bytes of all areas together: so many, or so many times what the file takes on the disk."""
 WINDOW = 1 << 20
 
@@ -269,12 +269,14 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
                 )
             segments.append((start, start + length))
         if len(segments) > NOTED_LIMIT:
-            raise FormatError(
-                source.path, at, f"expected at most {NOTED_LIMIT} segments of notes, got more"
-            )
+            break
     if sum(end - start for start, end in segments) > source.size:
         raise FormatError(
             source.path, table, "expected notes apart from each other, got some that overlap"
+        )
+    if len(segments) > NOTED_LIMIT:
+        raise FormatError(
+            source.path, table, f"expected at most {NOTED_LIMIT} segments of notes, got more"
         )
     abi = MACHINES[machine]
     return ("x32" if abi == "x86-64" and not wide else abi), 8 if wide else 4, segments

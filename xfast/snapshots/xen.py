@@ -67,7 +67,7 @@ MSR = struct.Struct("<2IQ")
 VCPU_LIMIT = 8192
 """HVM_MAX_VCPUS is far less."""
 
-RECORD_LIMIT, RECORD_LEAST = 1 << 18, 1 << 12
+RECORD_LIMIT, RECORD_LEAST = 1 << 16, 8
 """Records: so many, or one for so many bytes that the file takes on the disk. Those of memory hold
 up to 1,024 pages each."""
 

@@ -233,7 +233,7 @@ class Source:
             raise FormatError(
                 self.path,
                 offset,
-                f"expected state that is stored, got {total} bytes of it in a file that takes "
+                f"expected areas that are stored, got {total} bytes of it in a file that takes "
                 f"{self.stored} on the disk" + "; see --expand-limit" * bool(self.outer),
             )
 

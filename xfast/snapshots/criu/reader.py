@@ -39,8 +39,8 @@ IMAGE_LIMIT = 4 << 20
 PSTREE_LIMIT = 1 << 20
 """Bytes of pstree.img: a thread takes up to 6."""
 IMAGES_LEAST, IMAGES_RATIO = 512 << 10, 0.5
-"""Bytes of the images in an archive that are looked at: so many, or half of what the archive takes
-on the disk. Those of memory, which are not, take the most of it."""
+"""Bytes of the images in a packed archive that are looked at: so many, or half of what the archive
+takes on the disk. Those of memory, which are not, take the most of it."""
 CORE_NAME = re.compile(r"core-(\d{1,10})\.img")
 CPUINFO_NAME = "cpuinfo.img"
 PSTREE_NAME = "pstree.img"
@@ -170,7 +170,8 @@ def _members(source: Source | Folder, packed: bool) -> Iterator[tuple[Source, Me
     for member in tar.members(source):
         if _wanted(member.name):
             total += member.size
-            source.require_stored(total, IMAGES_LEAST, IMAGES_RATIO, member.offset)
+            if source.outer:
+                source.require_stored(total, IMAGES_LEAST, IMAGES_RATIO, member.offset)
             if member.name in seen:
                 raise FormatError(
                     source.path, member.offset, f"expected each image once, got {member.name} twice"
