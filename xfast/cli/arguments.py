@@ -184,9 +184,7 @@ def tell_end(snapshot: Snapshot) -> None:
     """Say where a stream ends that something else follows, in its file or on its volume."""
     end = snapshot.facts.get("stream_end")
     if end is not None:
-        complain(
-            f"{snapshot.name}: the stream ends at offset {end}; what follows is no part of it"
-        )
+        complain(f"{snapshot.name}: the stream ends at offset {end}; what follows is no part of it")
 
 
 def candidates(named: Sequence[str]) -> list[str]:
