@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, DirectoryError, Source, Watch
+from xfast.snapshots.bytes.opening import DirectoryError
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source, Watch
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.xsave.layout import Layout, layout_of
