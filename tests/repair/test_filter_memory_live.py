@@ -1,6 +1,9 @@
 """Streams whose memory a real QEMU sends in other ways: each passes the filter, and is walked."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 
@@ -142,3 +145,47 @@ def test_dirty_bitmaps(firmware, tmp_path):
         assert_goes_on(source, guest, tmp_path / "stream", "dirty-bitmaps")
     finally:
         source.__exit__(None)
+
+
+SOCKETS = """
+mkfifo back
+socat UNIX-LISTEN:in - < back | {filter} | socat - UNIX-CONNECT:out > back
+"""
+
+
+@pytest.mark.parametrize("host", ["intel-westmere@6.1", "qemu-tcg-max@6.1"])
+def test_sockets_with_a_return_path(firmware, tmp_path, host):
+    """As Proxmox migrates: the answers pass as they are; refused, the source runs on."""
+    if not shutil.which("socat"):
+        pytest.skip("socat is not here")
+    guest = (*GUEST, "-m", "16", "-bios", str(firmware))
+    source = booted(guest)
+    target = Machine(*guest, "-incoming", f"unix:{tmp_path}/out").__enter__()
+    enable(source, "return-path")
+    enable(target, "return-path")
+    command = f"{sys.executable} -m xfast filter --host {host}"
+    script = SOCKETS.format(filter=command)
+    with subprocess.Popen(
+        ["bash", "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as between:  # fmt: skip
+        try:
+            while not (tmp_path / "in").exists():
+                time.sleep(0.02)
+            source.run("migrate", uri=f"unix:{tmp_path}/in")
+            if host == "intel-westmere@6.1":
+                assert source.migrated() == "failed"
+                counts(source, counts(source))
+                target.__exit__("it waits for the rest")
+                source.__exit__(None)
+            else:
+                assert source.migrated() == "completed"
+                before = counts(source)
+                source.__exit__(None)
+                assert target.migrated() == "completed"
+                assert counts(target) == before
+                target.run("cont")
+                counts(target, before + 1000)
+                target.__exit__(None)
+        finally:
+            os.killpg(between.pid, signal.SIGTERM)
