@@ -291,6 +291,14 @@ def test_advice_about_a_fleet_says_for_which_snapshots_it_is(run):
     assert "next: for" not in out
 
 
+def test_nobody_is_told_to_give_data_up_that_another_host_takes(run):
+    _, out, _ = run("check", CLEAN, "--host", "kvm64", "amd-milan@6.12")
+    assert "--even-if-live" not in out
+    assert "choose another" not in out
+    _, out, _ = run("check", CLEAN, "--host", "kvm64", "qemu64")
+    assert "next: " in out
+
+
 def test_a_large_fleet_gets_the_commonest_reasons_and_can_ask_for_all(run):
     many = [f"amd-milan@5.{minor}" for minor in range(10, 20)]
     _, short, _ = run("check", SNAPSHOTS, "--host", *many)

@@ -1,6 +1,7 @@
 """The loops that readers of files share, against slow references in Python."""
 
 import json
+import os
 import random
 import re
 
@@ -182,3 +183,48 @@ def test_marks_hold_where_every_byte_does():
         files.Marks(np.array([1]), b"", np.array([0]), np.array([5]))
     with pytest.raises(ValueError, match="from 0 on"):
         files.Marks(np.array([-1]), b"a", np.array([0]), np.array([5]))
+
+
+def test_opening_tells_what_the_system_tells(tmp_path):
+    path = tmp_path / "file"
+    for size in (0, 1, 511, 512, 513, 100_000):
+        path.write_bytes(bytes(range(256)) * (size // 256) + bytes(size % 256))
+        for name, folder in ((str(path), None), ("file", os.open(tmp_path, os.O_RDONLY))):
+            fd, mode, stamp, head = files.opened(name, f"{path}.journal", folder)
+            status = os.fstat(fd)
+            wanted = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
+            assert (mode, stamp) == (status.st_mode, wanted)
+            assert head == path.read_bytes()[:512]
+            assert not os.get_inheritable(fd)
+            for one in (fd, folder):
+                if one is not None:
+                    os.close(one)
+
+
+def test_opening_leaves_anything_else_to_the_caller(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("", "none", "pipe", ".", "file\0", "file/", "\ud800", "link/x"):
+        assert files.opened(f"{tmp_path}/{name}", "no journal") is None
+        assert files.opened(name, "no journal", folder) is None
+    assert files.opened("link", "no journal", folder) is None  # found, not named
+    assert files.opened("/dev/null", "no journal") is None
+    (tmp_path / "file.journal").symlink_to("nowhere")
+    assert files.opened(str(path), f"{path}.journal") is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(folder)
+    found = files.opened(str(tmp_path / "link"), "no journal")
+    assert found is not None  # named: it is followed
+    os.close(found[0])
+
+
+def test_pieces_are_found_inside_their_bounds():
+    data = b"..cpu...cpu"
+    for start in range(-2, 14):
+        for end in range(-2, 14):
+            inside = data[max(start, 0) : max(end, 0)]
+            assert files.holds(data, b"cpu", start, end) == (b"cpu" in inside), (start, end)

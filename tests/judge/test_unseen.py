@@ -136,6 +136,13 @@ def test_each_bit_that_tells_is_in_the_key(tmp_path, kvm):
             found = keys.see(xfast.read(path, format="qemu")[0])
             assert found or place in range(1561, 1569)  # an XSTATE_BV with more than was planned
     assert len(keys.met) > 100
+    for names in (("cpu/xss",), ("cpu/msr_xfd",), ()):  # fields that are there, or are not
+        some = [one for one in more if one[0] in names or one[0] == "cpu/tsc_khz"]
+        cpu = files.qemu_device("cpu", content, 0, 12, some)
+        path.write_bytes(files.qemu_stream([devices[0], cpu]))
+        for _ in range(2):
+            (snapshot,) = xfast.read(path, format="qemu")
+        assert keys.see(snapshot)
 
 
 @pytest.mark.parametrize("seed", range(150))

@@ -162,6 +162,62 @@ Filter(0, 1, Wanted(resolve(sys.argv[2])), watch).run()
 """
 
 
+RETURN_PATH = [{"capability": "return-path", "state": True}]
+
+
+@pytest.fixture(params=["microvm", "isapc"])
+def scarce(request, tmp_path):
+    """A running guest with so few devices that a pipe holds them all, and its arguments."""
+    words = ("-accel", "tcg", "-cpu", "max", "-m", "16", "-machine", request.param)
+    guest = (*words, "-bios", str(fpu_guest.firmware(tmp_path)))
+    source = booted(guest)
+    source.run("migrate-set-capabilities", capabilities=RETURN_PATH)
+    yield source, guest
+    source.__exit__(None)
+
+
+def answered(source, guest, tmp_path, command):
+    """Migrate with a return path; return the source's status and the target, as it is then."""
+    for name in ("forth", "back"):
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name)
+    target = Machine(*guest, "-incoming", "defer").__enter__()
+    target.run("migrate-set-capabilities", capabilities=RETURN_PATH)
+    uri = f"exec:cat {tmp_path}/forth & exec cat > {tmp_path}/back"
+    target.run("migrate-incoming", uri=uri)
+    status = migrate(source, f"cat {tmp_path}/back & exec {command} > {tmp_path}/forth")
+    return status, target
+
+
+def test_with_a_return_path_the_source_runs_on_whatever_the_machine(scarce, tmp_path):
+    """The filter refuses, and is then killed before each of its reads, up to one it never does.
+
+    Not before the first one: a QEMU 7.2 that is sent nothing at all never notices the end.
+    """
+    source, guest = scarce
+    refused = f"{FILTER} --host intel-westmere@6.1 2> {tmp_path}/err"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    killed = [f"{sys.executable} {script} {reads} {TCG}" for reads in range(1, 99)]
+    failed = 0
+    for command in (refused, *killed):
+        status, target = answered(source, guest, tmp_path, command)
+        if status == "completed":
+            break
+        target.__exit__("it waits for a stream that ended")
+        assert status == "failed"
+        failed += 1
+        counts(source, counts(source))
+    assert failed > 1
+    assert "intel-westmere" in (tmp_path / "err").read_text()
+    assert target.migrated() == "completed"
+    count = counts(target)
+    assert counts(source) == count
+    target.run("cont")
+    counts(target, count)
+    target.__exit__(None)
+
+
 def test_check_only_fails_a_migration_when_told_to(guest, tmp_path):
     source = booted(guest)
     try:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,6 @@ from xfast.snapshots.registry import read
 from xfast.xsave.area import classify
 
 SOURCE = "the aims of this project; each is a multiple of what no reader can do without"
-
-
-TAIL = 32 << 10
-"""Bytes at the end of a stream that a reader can't do without: its description, and the vCPUs."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,16 @@ class Row:
     def reached(self) -> bool:
         """Whether the median is as good as the target."""
         return self.ratio >= self.target if self.more else self.ratio <= self.target
+
+
+def print_row(row: Row) -> None:
+    """Print one result for people."""
+    sign = "at least" if row.more else "at most"
+    print(
+        f"{row.what:58} {row.ratio:9.2f} {row.unit or 'x ' + row.against}  ({sign} "
+        f"{row.target:g}){'' if row.reached else '  missed'}",
+        flush=True,
+    )
 
 
 def bracket(
@@ -113,19 +120,24 @@ def _require_equal(got: object, expected: object, what: str) -> None:
         raise AssertionError(f"bench fleet: {what}: expected the first answer, got another")
 
 
-def _whole(paths: Sequence[str]) -> None:
-    """Open, read and close files."""
+def _whole(paths: Sequence[str], data: bytes) -> None:
+    """Open, read and close files that hold `data`."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
-        os.read(fd, 1 << 30)
+        os.read(fd, len(data))
         os.close(fd)
+
+
+def _needed(snapshot: Snapshot) -> int:
+    """Return where what no reader of a stream can do without begins: the vCPUs, then the rest."""
+    return min(place for vcpu in snapshot.vcpus for place, _ in vcpu.where.values())
 
 
 def stream_rows(folder: str, stream: bytes, samples: int) -> Iterator[Row]:
     """Yield what a QEMU stream costs whose description was seen."""
     paths = alike(folder, stream, 200, "stream")
     (first,) = read(paths[0])
-    tail = stream[-TAIL:]
+    tail = stream[_needed(first) :]
 
     def floor() -> None:
         for path in paths:
@@ -159,8 +171,8 @@ def file_rows(folder: str, samples_of: dict[str, bytes], samples: int) -> Iterat
         expected = _answers(read(paths[0])[0], hosts)
         _require_equal(_answers(read(paths[-1])[0], hosts), expected, what)
         yield bracket(
-            f"{what}, 20 hosts", "open, read, close", 3.0, lambda paths=paths: _whole(paths),  # type: ignore[misc]
-            lambda paths=paths: _judge(paths, hosts), len(paths), samples,  # type: ignore[misc]
+            f"{what}, 20 hosts", "open, read, close", 3.0, partial(_whole, paths, data),
+            partial(_judge, paths, hosts), len(paths), samples,
         )  # fmt: skip
 
 
@@ -178,16 +190,61 @@ def stack_rows(folder: str, count: int, samples: int) -> Iterator[Row]:
     del areas, head
     hosts = _hosts(20)
     rows = np.load(path, mmap_mode="r")
+
+    def mapped() -> None:
+        classify(np.load(path, mmap_mode="r"), INTEL)
+
     found = read(path, layout=INTEL)[0]
     if sum(one.alike for one in found.vcpus.classes) != count:  # type: ignore[attr-defined]
         raise AssertionError(f"bench fleet: stack: expected {count} areas in all classes")
+    floors: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("one classify of the array, its pages mapped before", lambda: classify(rows, INTEL)),
+        ("mapping the file and one classify", mapped),
+    )
     for what, layout in (("layout given", INTEL), ("layout inferred", None)):
-        yield bracket(
-            f"stack of {count:,} areas, 20 hosts, {what}", "one classify of the array", 1.5,
-            lambda: classify(rows, INTEL),
-            lambda layout=layout: [check(one, hosts) for one in read(path, layout=layout)],  # type: ignore[misc]
-            count, samples,
-        )  # fmt: skip
+        for against, floor in floors:
+            yield bracket(
+                f"stack of {count:,} areas, 20 hosts, {what}", against, 1.5, floor,
+                lambda layout=layout: [check(one, hosts) for one in read(path, layout=layout)],  # type: ignore[misc]
+                count, samples,
+            )  # fmt: skip
+    more = _stack_memory(path)
+    yield Row(
+        f"memory for a stack of {count:,} areas, beside the page cache", "", 150.0, more, more,
+        more, 0, "MiB",
+    )  # fmt: skip
+
+
+_STACK = """
+import sys, threading
+from xfast.hosts.catalogue import catalogue
+from xfast.judge.judgement import check
+from xfast.snapshots.registry import read
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+most = [anonymous()]
+over = threading.Event()
+def watch():
+    while not over.wait(0.002):
+        most.append(anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+check(read(sys.argv[1])[0], list(catalogue().values())[:20])
+over.set()
+watcher.join()
+print(max(most))
+"""
+
+
+def _stack_memory(path: str) -> float:
+    """Return the most memory of its own (MiB) of a process that reads and judges a stack."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STACK, path], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
 
 
 def call_rows(samples: int) -> Iterator[Row]:
@@ -325,12 +382,7 @@ def run(args: argparse.Namespace) -> int:
     for row in run_all(inputs, max(args.samples, 3), args.areas, args.streams):
         rows.append(row)
         if not args.json:
-            sign = "at least" if row.more else "at most"
-            print(
-                f"{row.what:58} {row.ratio:9.2f} {row.unit or 'x ' + row.against}  ({sign} "
-                f"{row.target:g}){'' if row.reached else '  missed'}",
-                flush=True,
-            )
+            print_row(row)
     if args.json:
         found = [asdict(row) | {"reached": row.reached} for row in rows]
         answer = {"schema": "xfast/1", "machine": machine(), "targets": SOURCE, "fleet": found}

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xfast.errors import UnknownFormatError, XfastError, printable
 from xfast.report.tally import Problem, Tally
@@ -131,7 +131,7 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
     files, those that xfast put there, and texts that are no snapshot (README, .xml) are counted
     only: a snapshot whose beginning is damaged is none of these.
     """
-    from xfast.snapshots import read, walk
+    from xfast.snapshots import walk
 
     how = {
         "layout": layout_named(args.layout),
@@ -150,7 +150,10 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
                 tally.skipped += 1
                 continue
             try:
-                yield from read(path, **how)
+                for snapshot in watched(path, **how):
+                    if not getattr(args, "quiet", False):
+                        tell_end(snapshot)
+                    yield snapshot
             except UnknownFormatError as problem:
                 if path != named and _is_text(path):
                     tally.skipped += 1
@@ -160,6 +163,28 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
                 fail(tally, path, problem)
         if walked and tally.skipped - before == len(paths):
             fail(tally, named, f"{named}: expected snapshots in it, got no file that could be one")
+
+
+def watched(path: str, **how: Any) -> list[Snapshot]:
+    """Read what `path` is; on a terminal tell how far a pipe is, and whether it stalls."""
+    from xfast.snapshots import read
+
+    if path != "-" or not sys.stderr.isatty():
+        return read(path, **how)
+    from xfast.report.progress import Stream
+
+    stream = Stream("read")
+    try:
+        return read(path, watch=stream, **how)
+    finally:
+        stream.clear()
+
+
+def tell_end(snapshot: Snapshot) -> None:
+    """Say where a stream ends that something else follows, in its file or on its volume."""
+    end = snapshot.facts.get("stream_end")
+    if end is not None:
+        complain(f"{snapshot.name}: the stream ends at offset {end}; what follows is no part of it")
 
 
 def candidates(named: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ BENCHES = {
     "swap": ("compare ways to switch between host and guest FPU state", "xfast.bench.swap"),
     "engine": ("hold the engine against this machine's own limits", "xfast.bench.engine"),
     "fleet": ("hold reading and judging against what no reader can leave out", "xfast.bench.fleet"),
+    "filter": ("hold the filter in a pipe against cat in the same pipe", "xfast.bench.filter"),
 }
 
 EXAMPLES = {
@@ -26,11 +27,15 @@ EXAMPLES = {
         "xfast bench fleet examples/snapshots/ch-state.json --streams 0",
         "xfast bench fleet examples/snapshots/q72-kvm-bv7-xcr7-smp1.qemustate --samples 5 --json",
     ),
+    "filter": (
+        "xfast bench filter examples/snapshots/q11-max-smp4-q35.qemustate --host qemu-tcg-max@6.1",
+        "xfast bench filter vm.state --host this --memory 4000 --json",
+    ),
 }
 """Commands that work, for each help."""
 
 EXIT_CODES = """\
-exit codes: 0 all targets are reached; 1 one is missed (engine, fleet); 2 usage error;
+exit codes: 0 all targets are reached; 1 one is missed (engine, fleet, filter); 2 usage error;
 130 interrupted"""
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 
-from xfast.cli.arguments import EXIT_CODES, complain, layout_named, reading_options
+from xfast.cli.arguments import (
+    EXIT_CODES,
+    complain,
+    layout_named,
+    reading_options,
+    tell_end,
+    watched,
+)
 from xfast.errors import XfastError
 from xfast.repair.convert import convert
-from xfast.snapshots import read
 from xfast.snapshots.model import Snapshot
 from xfast.snapshots.raw import is_npy
 
@@ -51,10 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code 0."""
     layout = layout_named(args.layout)
-    found = read(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
+    found = watched(args.snapshot, layout=layout, size=args.size, expand_limit=args.expand_limit)
     if len(found) != 1:
         raise XfastError(f"{args.snapshot}: expected one snapshot, got {len(found)}")
     (snapshot,) = found
+    tell_end(snapshot)
     wrapping = args.wrapping or _by_name(snapshot, args.output)
     if args.compacted and wrapping not in ("raw", "npy"):
         raise XfastError(f"convert: expected --as raw or npy with --compacted, got {wrapping}")

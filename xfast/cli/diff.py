@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 
-from xfast.cli.arguments import layout_named, reading_options
+from xfast.cli.arguments import layout_named, reading_options, tell_end, watched
+from xfast.errors import XfastError
 
 EXAMPLES = """\
 examples:
@@ -33,12 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return the exit code: 0 the same, 1 different."""
-    from xfast.snapshots import read
     from xfast.snapshots.difference import compare
 
+    if args.one == args.two == "-":
+        raise XfastError("diff: expected - (standard input) once, got it twice")
     layout = layout_named(args.layout)
     how = {"layout": layout, "size": args.size, "expand_limit": args.expand_limit}
-    sides = [read(path, **how) for path in (args.one, args.two)]
+    sides = [watched(path, **how) for path in (args.one, args.two)]
+    for snapshot in itertools.chain(*sides):
+        tell_end(snapshot)
     found = compare(*sides, values_only=args.values_only)
     if args.json:
         rows = [one.as_json() for one in found]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import sys
-import time
 from typing import Any
 
 from xfast.cli.arguments import BLOCKED, EXIT_CODES, OK, UNJUDGED, complain
@@ -24,9 +22,6 @@ exit code 1 before the last byte: the migration fails, and the VM goes on runnin
 docs/migrate.md has more.
 
 {EXIT_CODES}"""
-
-PATIENCE = 1.0
-"""How often a terminal is told how far the stream is, and how long it has stalled (s)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +59,7 @@ def pass_through(args: argparse.Namespace, *, check_only: bool = False, refuse: 
     """Pass standard input on to standard output; return the exit code."""
     from xfast.hosts import resolve
     from xfast.repair.filter import Filter, Wanted
+    from xfast.report.progress import Stream
 
     for fd, name in ((0, "input"), (1, "output")):
         if os.isatty(fd):
@@ -71,23 +67,21 @@ def pass_through(args: argparse.Namespace, *, check_only: bool = False, refuse: 
     wanted = Wanted(
         resolve(args.host), args.drop, args.even_if_live, args.level, not check_only, refuse
     )
-    watch = Progress()
-    one = Filter(0, 1, wanted, watch) if watch.shown else Filter(0, 1, wanted)
+    watch = Stream("passed")
     try:
-        plan = one.run()
+        try:
+            plan = Filter(0, 1, wanted, watch if watch.shown else None).run()
+        finally:
+            watch.clear()
     except PolicyError as problem:
-        watch.clear()
         complain(problem)
         return BLOCKED
     except FormatError as problem:
-        watch.clear()
         complain(problem)
         return UNJUDGED
     except BrokenPipeError:
-        watch.clear()
         complain("-: the reader of standard output went away before the end of the stream")
         return UNJUDGED
-    watch.clear()
     return report(plan, check_only=check_only)
 
 
@@ -100,35 +94,3 @@ def report(plan: Any, *, check_only: bool) -> int:
     if verdict.verdict == "incompatible":
         return BLOCKED
     return UNJUDGED if verdict.verdict == "unknown" else OK
-
-
-class Progress:
-    """What a terminal is shown of a stream in passing: how much has come, and whether it stalls."""
-
-    def __init__(self) -> None:
-        self.shown = sys.stderr.isatty()
-        self.next = time.monotonic() + PATIENCE
-        self.last = time.monotonic()
-
-    def __call__(self, fd: int, count: int) -> None:
-        """Wait for the next bytes, and tell about it now and then."""
-        while True:
-            ready, _, _ = select.select([fd], [], [], PATIENCE)
-            now = time.monotonic()
-            if now >= self.next:
-                self.next = now + PATIENCE
-                stalled = now - self.last
-                words = f", nothing for {stalled:.0f} s" if stalled > 2 * PATIENCE else ""
-                print(
-                    f"\rxfast: {count / 1e6:,.0f} MB passed{words}\x1b[K", end="", file=sys.stderr
-                )
-                sys.stderr.flush()
-            if ready:
-                self.last = now
-                return
-
-    def clear(self) -> None:
-        """Remove the line."""
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr)
-            sys.stderr.flush()

@@ -1,13 +1,15 @@
-"""What reading files costs most: numbers in JSON, big-endian registers, comparisons.
+"""What reading files costs most: opening them, numbers in JSON, big-endian registers.
 
 Offsets and lengths are checked here, against the buffers themselves. What does not look as simple
 as it should is left to the caller's slow way (None or a negative number), which says what is wrong.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+
+from xfast.engine.words cimport swap_words
 
 cdef extern from "string.h" nogil:
     void* memmem(const void* data, size_t size, const void* piece, size_t length)
@@ -17,15 +19,99 @@ cdef extern from "Python.h":
     void* PyUnicode_DATA(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
 
-cdef extern from *:
+cdef extern from "Python.h":
+    bytes PyUnicode_EncodeFSDefault(str text)
+
+cdef extern from * nogil:
     """
-    #define swapped16(x) __builtin_bswap16(x)
-    #define swapped32(x) __builtin_bswap32(x)
-    #define swapped64(x) __builtin_bswap64(x)
+    #include <fcntl.h>
+    #include <sys/stat.h>
+    #include <unistd.h>
+    struct xfast_file {
+        int fd;
+        unsigned mode;
+        uint64_t device, inode;
+        int64_t size, modified;
+        ssize_t got;
+    };
+    /* Open a regular file and read its head; -1 where anything is not as it mostly is. */
+    static int xfast_open(int folder, const char *name, int nofollow, const char *journal,
+                          void *head, size_t room, struct xfast_file *file)
+    {
+        struct stat status;
+        if (fstatat(folder, name, &status, nofollow ? AT_SYMLINK_NOFOLLOW : 0)
+            || !S_ISREG(status.st_mode)
+            || !faccessat(AT_FDCWD, journal, F_OK, AT_SYMLINK_NOFOLLOW))
+            return -1;
+        file->fd = openat(folder, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK
+                                        | (nofollow ? O_NOFOLLOW : 0));
+        if (file->fd < 0)
+            return -1;
+        if (fstat(file->fd, &status) || !S_ISREG(status.st_mode)
+            || (file->got = pread(file->fd, head, room, 0)) < 0) {
+            close(file->fd);
+            return -1;
+        }
+        file->mode = status.st_mode;
+        file->device = status.st_dev;
+        file->inode = status.st_ino;
+        file->size = status.st_size;
+        file->modified = status.st_mtim.tv_sec * 1000000000LL + status.st_mtim.tv_nsec;
+        return 0;
+    }
     """
-    unsigned short swapped16(unsigned short word) nogil
-    uint32_t swapped32(uint32_t word) nogil
-    uint64_t swapped64(uint64_t word) nogil
+    struct xfast_file:
+        int fd
+        unsigned mode
+        uint64_t device, inode
+        long long size, modified
+        Py_ssize_t got
+    int xfast_open(
+        int folder, const char* name, int nofollow, const char* journal, void* head, size_t room,
+        xfast_file* file,
+    )
+    enum:
+        AT_FDCWD
+
+# Opening
+
+def opened(str name not None, str journal not None, folder=None):
+    """Open a regular file, unless a journal lies beside it, and read its head.
+
+    Parameters
+    ----------
+    name : str
+        In `folder` (a descriptor) if one is given; it is not followed there, should it be a link.
+    journal : str
+        The path of the journal.
+
+    Returns
+    -------
+    tuple or None
+        The descriptor; the mode; device, inode, size and mtime (ns); up to 512 bytes. None where
+        it can't be opened, is anything else, or the journal exists: the caller says so.
+    """
+    cdef bytes name_bytes, journal_bytes
+    cdef int directory = AT_FDCWD if folder is None else folder
+    cdef int nofollow = folder is not None, failed
+    cdef const char* name_at
+    cdef const char* journal_at
+    cdef char[512] head
+    cdef xfast_file file
+    try:
+        name_bytes, journal_bytes = PyUnicode_EncodeFSDefault(name), PyUnicode_EncodeFSDefault(journal)
+    except UnicodeEncodeError:
+        return None
+    if b"\0" in name_bytes or b"\0" in journal_bytes:
+        return None
+    name_at, journal_at = name_bytes, journal_bytes
+    with nogil:
+        failed = xfast_open(directory, name_at, nofollow, journal_at, head, sizeof(head), &file)
+    if failed:
+        return None
+    stamp = file.device, file.inode, file.size, file.modified
+    return file.fd, file.mode, stamp, PyBytes_FromStringAndSize(head, file.got)
+
 
 # JSON: text of one byte a character
 
@@ -376,11 +462,6 @@ def swap_runs(
     """
     cdef Py_ssize_t i, k, start, length, unit, target
     cdef Py_ssize_t held = data.shape[0], room = out.shape[0]
-    cdef const uint8_t* source
-    cdef uint8_t* to
-    cdef unsigned short word16
-    cdef uint32_t word32
-    cdef uint64_t word64
     if runs.shape[1] != 4:
         raise ValueError(f"runs: expected 4 columns, got {runs.shape[1]}")
     if room:
@@ -389,26 +470,9 @@ def swap_runs(
         start, length, unit, target = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3]
         if min(start, target) < 0 or length <= 0 or start > held - length or target > room - length:
             raise ValueError(f"runs: expected them in {held} and {room} bytes, got run {i} outside")
-        source, to = &data[start], &out[target]
-        if unit == 1:
-            memcpy(to, source, length)
-        elif unit == 2 and not length % 2:
-            for k in range(0, length, 2):
-                memcpy(&word16, source + k, 2)
-                word16 = swapped16(word16)
-                memcpy(to + k, &word16, 2)
-        elif unit == 4 and not length % 4:
-            for k in range(0, length, 4):
-                memcpy(&word32, source + k, 4)
-                word32 = swapped32(word32)
-                memcpy(to + k, &word32, 4)
-        elif unit == 8 and not length % 8:
-            for k in range(0, length, 8):
-                memcpy(&word64, source + k, 8)
-                word64 = swapped64(word64)
-                memcpy(to + k, &word64, 8)
-        else:
+        if unit not in (1, 2, 4, 8) or length % unit:
             raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
+        swap_words(&data[start], &out[target], length, unit)
 
 
 def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not None) -> tuple:

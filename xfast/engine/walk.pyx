@@ -9,17 +9,7 @@ before the devices, and stops at what it does not know: a length can't be guesse
 parse_ramblock_mapped_ram(); migration/block-dirty-bitmap.c dirty_bitmap_load_header().
 """
 
-from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport strerror
-from posix.unistd cimport read
-
-cdef extern from "fcntl.h" nogil:
-    int fcntl(int fd, int command, ...)
-
-cdef enum:
-    F_SETPIPE_SZ = 1031
 
 cdef extern from *:
     """
@@ -79,13 +69,6 @@ cdef enum:
     COMPRESSED_LIMIT = 8192
     NAME_LIMIT = 1024
     CAPABILITIES_LIMIT = 256
-    LIVE_LIMIT = 64
-
-cdef enum State:
-    HEADER, TOP, PARTS, CAPABILITIES, RAM, BLOCKS, BITMAPS, STOPPED
-
-cdef enum Kind:
-    NO_KIND, RAM_KIND, BITMAP_KIND
 
 # Beyond any file: sums of an offset and a length stay below 2^64
 cdef uint64_t FAR = <uint64_t>1 << 62
@@ -113,28 +96,13 @@ cdef class Walker:
         Bytes of the stream's header and its configuration record.
     return_path : bool
         The destination answers, and the source waits for its last word.
+    last : bool
+        The part that was entered last ends its section.
     ended : bool
         The stream came to its end without a device.
     trouble : tuple of (int, str, str) or None
         What stopped the walk: offset, found, expected.
     """
-
-    cdef readonly uint64_t position
-    cdef readonly uint64_t skip
-    cdef readonly long long devices
-    cdef readonly bint early
-    cdef readonly uint64_t head
-    cdef readonly bint return_path
-    cdef readonly bint ended
-    cdef readonly object trouble
-    cdef uint64_t start, total
-    cdef State state
-    cdef bint ignore_shared, mapped_ram, started
-    cdef uint32_t capabilities, section
-    cdef Kind kind
-    cdef uint32_t ids[LIVE_LIMIT]
-    cdef Kind kinds[LIVE_LIMIT]
-    cdef int live
 
     def __init__(self, uint64_t start=0):
         self.start = self.position = start
@@ -146,14 +114,20 @@ cdef class Walker:
         """Whether no more bytes are wanted."""
         return self.state == STOPPED
 
+    cdef uint64_t under_way(self) noexcept:
+        """Bytes that came of a part of guest memory that is not over; 0 between two."""
+        return self.position - self.entered if self.state == RAM else 0
+
     def feed(self, const uint8_t[::1] data not None):
         """Parse what `data` holds from `position` on; return how many bytes of it are done.
 
         The rest (less than `NEEDED` bytes) has to come again, with what follows it. Where
         `stopped` turns true, the rest begins at what stopped the walk.
         """
-        cdef Py_ssize_t n = data.shape[0], at = 0, step
-        cdef const uint8_t *p = &data[0] if n else NULL
+        return self.over(&data[0] if data.shape[0] else NULL, data.shape[0])
+
+    cdef Py_ssize_t over(self, const uint8_t *p, Py_ssize_t n) except -1:
+        cdef Py_ssize_t at = 0, step
         while self.state != STOPPED:
             if self.skip:
                 step = n - at if <uint64_t>(n - at) < self.skip else <Py_ssize_t>self.skip
@@ -285,6 +259,7 @@ cdef class Walker:
         if p[0] == SECTION_PART or p[0] == SECTION_END:
             for i in range(self.live):
                 if self.ids[i] == section:
+                    self.last = p[0] == SECTION_END
                     return self.enter(self.kinds[i], section, 5)
             return self.stop(0, f"section {section}", "one that was begun")
         if p[0] == FOOTER:
@@ -308,6 +283,7 @@ cdef class Walker:
         if n < 6 or n < 6 + p[5] + 8:
             return 0
         length = 6 + p[5] + 8
+        self.last = False
         name = p[6:6 + p[5]]
         version = be32(p + length - 4)
         if (name, version) == (b"ram", 4):
@@ -328,7 +304,7 @@ cdef class Walker:
 
     cdef Py_ssize_t enter(self, Kind kind, uint32_t section, Py_ssize_t length) except -1:
         self.section = section
-        self.kind = kind
+        self.entered = self.position
         self.state = RAM if kind == RAM_KIND else BITMAPS
         return length
 
@@ -463,37 +439,3 @@ cdef class Walker:
         if flags & BITMAP_EOS:
             self.state = TOP
         return at
-
-
-def read_and_narrow(int fd, uint8_t[::1] into not None, int capacity):
-    """Read what a pipe holds and, before its writer can go on, let it hold less.
-
-    Parameters
-    ----------
-    fd : int
-    into : writable buffer
-        Larger than what the pipe holds, so that it is left empty.
-    capacity : int
-        Bytes that it may hold from then on.
-
-    Returns
-    -------
-    tuple of int, bool
-        How many bytes were read, and whether the pipe holds no more than `capacity` now: it does
-        not where the writer was faster, or `fd` is no pipe.
-
-    *Source*: fcntl(2), F_SETPIPE_SZ: EBUSY if the pipe holds more than it is to.
-    """
-    cdef Py_ssize_t count
-    cdef int narrow, problem = 0
-    while True:
-        with nogil:
-            count = read(fd, &into[0], into.shape[0])
-            if count < 0:
-                problem = errno
-            narrow = fcntl(fd, F_SETPIPE_SZ, capacity)
-        if count >= 0:
-            return count, narrow > 0
-        if problem != EINTR:
-            raise OSError(problem, strerror(problem).decode())
-        PyErr_CheckSignals()

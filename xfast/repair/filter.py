@@ -17,19 +17,18 @@ qemu_loadvm_state(); pipe(7), "Pipe capacity"; fcntl(2), F_SETPIPE_SZ.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from xfast.engine.walk import read_and_narrow
+from xfast.engine.pipe import pass_memory, read_and_narrow, write_all
 from xfast.errors import FormatError, PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.verdict import Policy, Verdict
 from xfast.repair.plan import Plan, plan_fix
+from xfast.snapshots.bytes.source import Watch
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu.cpu import INTEL
 from xfast.snapshots.qemu.forward import CHUNK, Flow, bare_end
@@ -43,15 +42,6 @@ DESCRIBED = b"\x06"
 
 SLACK = 4096
 """How much more than the pipe holds is still to come when the verdict falls (bytes)."""
-
-SMALL_GUEST = 8 * 1024 * 1024
-"""How much memory passes through the small pipe before it may be a larger one (bytes).
-
-A guest with less may have so few devices that all of them fit into the larger one.
-"""
-
-Watch = Callable[[int, int], None]
-"""Called before each read, with the descriptor and the bytes so far; it may wait."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +67,6 @@ class Wanted:
     refuse: bool = True
 
 
-def _wait(fd: int, count: int) -> None:
-    """Let reads wait by themselves."""
-
-
 class Filter:
     """One stream on its way.
 
@@ -97,7 +83,9 @@ class Filter:
         What was changed, or would have to be; None until the verdict falls.
     """
 
-    def __init__(self, source: int, target: int, wanted: Wanted, watch: Watch = _wait) -> None:
+    def __init__(
+        self, source: int, target: int, wanted: Wanted, watch: Watch | None = None
+    ) -> None:
         self.source = source
         self.target = target
         self.wanted = wanted
@@ -120,7 +108,7 @@ class Filter:
         OSError
             If a pipe breaks.
         """
-        _warm_up(self.wanted)
+        warm_up(self.wanted)
         with self.flow.kept:
             self._pass_memory()
             self._hold_devices()
@@ -129,23 +117,32 @@ class Filter:
     def _pass_memory(self) -> None:
         view = memoryview(bytearray(CHUNK))
         have = 0
-        while self.flow.hold is None:
-            count = self._read(view[have:])
-            if not count:
-                raise FormatError(
-                    self.flow.kept.path,
-                    self.flow.walker.position + have,
-                    "expected devices, got the end of the stream",
-                )
+        while count := self._read(view[have:]):
             have += count
             done = self.flow.push(view[:have])
-            if self.flow.hold is None:
-                self._widen_pipe()
-            self._write(view[:done])
+            write_all(self.target, view[:done])
             have -= done
             view[:have] = bytes(view[done : done + have])
+            if self.flow.hold is not None or self.flow.walker.head:
+                break
+        if self.flow.hold is None:
+            have = self._pump(view, have)
         self.passed = self.flow.kept.size
         self._keep(view[:have])
+
+    def _pump(self, view: memoryview, have: int) -> int:
+        """Pass what remains of memory; return how many bytes of `view` lie behind it."""
+        walker, small = self.flow.walker, SMALLEST_PIPE if self.pipe_size else 0
+        have, narrow = pass_memory(
+            walker, self.source, self.target, view, have, small, self.pipe_size, self.watch
+        )
+        self.held = small if narrow else self.pipe_size
+        if not walker.stopped:
+            place = walker.position + have
+            words = "expected devices, got the end of the stream"
+            raise FormatError(self.flow.kept.path, place, words)
+        self.flow.push(view[:0])
+        return have
 
     def _hold_devices(self) -> None:
         """Gather what follows memory, up to the stream's end; judge it as soon as that can be."""
@@ -251,7 +248,7 @@ class Filter:
         end = min(end, self.flow.kept.size)
         while self.passed < end:
             size = min(CHUNK, end - self.passed)
-            self._write(memoryview(self.flow.kept.read(self.passed, size)))
+            write_all(self.target, self.flow.kept.read(self.passed, size))
             self.passed += size
 
     def _read(self, view: memoryview) -> int:
@@ -260,18 +257,14 @@ class Filter:
         So its writer can't be done before the verdict. Where the writer was faster, the verdict
         needs that much more to come; a description of less than the pipe may then be too short.
         """
-        self.watch(self.source, self.flow.walker.position)
-        if not self.pipe_size:
-            return os.readv(self.source, [view])
+        if self.watch is not None:
+            self.watch(self.source, self.flow.walker.position)
         if self.held == SMALLEST_PIPE:
             view = view[:SMALLEST_PIPE]
-        count, narrow = read_and_narrow(self.source, view, SMALLEST_PIPE)
-        self.held = SMALLEST_PIPE if narrow else self.pipe_size
+        small = SMALLEST_PIPE if self.pipe_size else 0
+        count, narrow = read_and_narrow(self.source, view, small)
+        self.held = small if narrow else self.pipe_size
         return count
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[os.write(self.target, data) :]
 
     def _pipe_size(self) -> int:
         try:
@@ -279,15 +272,8 @@ class Filter:
         except OSError:  # a file or a socket
             return 0
 
-    def _widen_pipe(self) -> None:
-        """Let the pipe hold what it used to: much memory came, and more will."""
-        if self.held < self.pipe_size and self.flow.walker.position > SMALL_GUEST:
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(self.source, fcntl.F_SETPIPE_SZ, self.pipe_size)
-            self.held = self.pipe_size
 
-
-def _warm_up(wanted: Wanted) -> None:
+def warm_up(wanted: Wanted) -> None:
     """Plan for a vCPU of no one's, so that nothing is done for the first time when a VM waits."""
     vcpu = Vcpu(
         0, np.zeros(INTEL.standard_size(7), np.uint8), INTEL, "format", portable=True, xcr0=7

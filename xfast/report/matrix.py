@@ -333,7 +333,8 @@ class Answer:
                 yield from self._wrap(f"{program}: {text}", "  ", "    ")
         about: dict[str, dict[str, int]] = {}
         for group in self.groups:
-            for step in dict.fromkeys(s for one in group.verdicts for s in next_steps(one)):
+            verdicts = _worth_advice(group.verdicts)
+            for step in dict.fromkeys(s for one in verdicts for s in next_steps(one)):
                 about.setdefault(step, {})[self.name(group)] = group.count
         steps: dict[str, list[str]] = {}
         most_first = sorted(about.items(), key=lambda item: -sum(item[1].values()))
@@ -389,6 +390,18 @@ def _together(about: Mapping[_Text, Mapping[str, Mapping[str, None]]]) -> dict[s
         ]
         for where, texts in names.items()
     }
+
+
+def _worth_advice(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return those answers to one snapshot that advice can better.
+
+    Where some host takes it, nobody is told to give data up for the others. A fix that loses
+    nothing is always worth a word, and so is a missing fact while no host is known to take it.
+    """
+    words = {cell(verdict) for verdict in verdicts}
+    best = next(word for word in ("ok", "risk", "fix", "?", "no") if word in words)
+    wanted = {best, "fix"} | ({"?"} if best == "fix" else set())
+    return [verdict for verdict in verdicts if cell(verdict) in wanted]
 
 
 def _pairs(hosts: Mapping[str, Iterable[str]]) -> str:

@@ -1,7 +1,8 @@
-"""How far a long run is: a bar on a terminal, a line a minute elsewhere, nothing if quiet."""
+"""How far a long run is, or a pipe: on a terminal, or else a line a minute; nothing if quiet."""
 
 from __future__ import annotations
 
+import select
 import sys
 import time
 from types import TracebackType
@@ -98,3 +99,41 @@ class Bar:
         )
         self.bar.start()
         self.task = self.bar.add_task(self.title, text="")
+
+
+class Stream:
+    """What a terminal is shown of a pipe: how much has come, and whether it stalls.
+
+    Parameters
+    ----------
+    word : str
+        What is done with the bytes: ``passed``, ``read``.
+    """
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.shown = sys.stderr.isatty()
+        self.next = time.monotonic() + PATIENCE
+        self.last = time.monotonic()
+
+    def __call__(self, fd: int, count: int) -> None:
+        """Wait for the next bytes, and tell about it now and then."""
+        while True:
+            ready, _, _ = select.select([fd], [], [], PATIENCE)
+            now = time.monotonic()
+            if now >= self.next:
+                self.next = now + PATIENCE
+                stalled = now - self.last
+                words = f", nothing for {stalled:.0f} s" if stalled > 2 * PATIENCE else ""
+                text = f"\rxfast: {count / 1e6:,.0f} MB {self.word}{words}\x1b[K"
+                print(text, end="", file=sys.stderr)
+                sys.stderr.flush()
+            if ready:
+                self.last = now
+                return
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr)
+            sys.stderr.flush()

@@ -88,6 +88,7 @@ def snapshot_as_json(snapshot: Snapshot, *, registers: bool = True) -> dict[str,
         "kind": snapshot.kind,
         "producer": snapshot.producer,
         "container": list(snapshot.container),
+        **({"stream_end": snapshot.facts["stream_end"]} if "stream_end" in snapshot.facts else {}),
         "vcpus": [
             vcpu_as_json(vcpu, registers=registers) | ({"count": alike} if alike > 1 else {})
             for vcpu, alike in classes_of(snapshot.vcpus)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, DirectoryError, Source
+from xfast.snapshots.bytes.opening import DirectoryError
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source, Watch
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.xsave.layout import Layout, layout_of
@@ -88,8 +89,12 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
-def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folder:
+def open_input(
+    path: Any, *, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
+) -> Source | Folder:
     """Open a file, standard input (``-``), what is a snapshot in a directory, or bytes.
+
+    `watch` is called before each read of standard input.
 
     Raises
     ------
@@ -107,7 +112,7 @@ def open_input(path: Any, *, expand_limit: int = EXPAND_LIMIT) -> Source | Folde
         from xfast.snapshots.qemu.forward import from_pipe
 
         with open(os.dup(0), "rb", buffering=0) as pipe:
-            return from_pipe(name, cast(BinaryIO, pipe), expand_limit)
+            return from_pipe(name, cast(BinaryIO, pipe), expand_limit, watch)
     try:
         return Source.open(name, expand_limit=expand_limit)
     except DirectoryError:
@@ -168,6 +173,7 @@ def read(
     layout: Layout | str | None = None,
     size: int | None = None,
     expand_limit: int | None = None,
+    watch: Watch | None = None,
 ) -> list[Snapshot]:
     """Read the extended state in one file, or in one CRIU or Cloud Hypervisor directory.
 
@@ -185,6 +191,9 @@ def read(
         of no other format is raw.
     expand_limit : int, optional
         What compressed data may expand to (bytes); default 4 GiB.
+    watch : callable, optional
+        Called before each read of standard input where that is a pipe, with its descriptor and
+        the bytes so far.
 
     Returns
     -------
@@ -198,7 +207,7 @@ def read(
     XfastError
         If it can't be opened.
     """
-    with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT) as source:
+    with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT, watch=watch) as source:
         reader = format_named(format or recognise(source, "raw" if layout or size else ""))
         known = layout_of(layout) if layout is not None else None
         found = reader.read(cast(Source, source), layout=known, size=size)

@@ -50,7 +50,7 @@ function _shtab_xfast_using
   test "$_shtab_xfast_cmdpath" = "$argv"
 end
 
-set -g _shtab_xfast_commands show check scan report explain host 'host show' 'host dump' 'host layout' 'host baseline' fix filter undo convert diff bench 'bench swap' 'bench engine' 'bench fleet'
+set -g _shtab_xfast_commands show check scan report explain host 'host show' 'host dump' 'host layout' 'host baseline' fix filter undo convert diff bench 'bench swap' 'bench engine' 'bench fleet' 'bench filter'
 set -g _shtab_xfast_opts_with_value --areas --as --backup --by --chunk --color --drop --executor --expand-limit --fail-on --file --format --guest --host --ignore --jobs --journal --layout --level --memory --only --output --plot --record --samples --size --snapshots --streams --to -j -o
 
 complete -c xfast -e
@@ -202,3 +202,9 @@ complete -c xfast -n '_shtab_xfast_using bench fleet' -l samples -x -d 'of each 
 complete -c xfast -n '_shtab_xfast_using bench fleet' -l areas -x -d 'in a stack (default: 65,536)'
 complete -c xfast -n '_shtab_xfast_using bench fleet' -l streams -x -d 'in a scan (default: 4000; 0: no)'
 complete -c xfast -n '_shtab_xfast_using bench fleet; and test $_shtab_xfast_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'one file of each sort to measure: a QEMU stream, a raw area, a Firecracker state ...'
+complete -c xfast -n '_shtab_xfast_using bench; and test $_shtab_xfast_npos -eq 0' -a filter -d 'Hold the filter in a pipe against cat in the same pipe.'
+complete -c xfast -n '_shtab_xfast_using bench filter' -s h -l help -d 'show this help message and exit'
+complete -c xfast -n '_shtab_xfast_using bench filter' -l host -xka "(__fish_complete_path (commandline -ct))" -d 'the host (default: this machine)'
+complete -c xfast -n '_shtab_xfast_using bench filter' -l json -d 'print JSON'
+complete -c xfast -n '_shtab_xfast_using bench filter' -l samples -x -d 'of each result (default: 7)'
+complete -c xfast -n '_shtab_xfast_using bench filter' -l memory -x -d 'of the guest (default: 1500)'

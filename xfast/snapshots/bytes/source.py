@@ -20,33 +20,28 @@ from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
 from xfast.snapshots.bytes.copying import copy_bytes, read_at, write_all
-from xfast.snapshots.bytes.entry import Entry, way_to
+from xfast.snapshots.bytes.opening import JOURNAL, Found, regular, status_of
 
 if TYPE_CHECKING:
     from xfast.snapshots.model import Splice, Stamp
 
+Watch = Callable[[int, int], None]
+"""Called before each read of a pipe, with its descriptor and the bytes so far; it may wait."""
+
 CHUNK = 1 << 20
-HEAD = 512
-"""Bytes that are read when a file is opened: all that most formats are told by."""
 NESTING_LIMIT = 4
+
 EXPAND_LIMIT = 4 << 30
 """What one compressed file may expand to (bytes), unless the caller says otherwise."""
 EXPAND_LEAST, EXPAND_RATIO = 64 << 20, 256
 """Without anybody's word it is no more than that many times the file's own size, or 64 MiB: a
 mebibyte of packed zeros would be expanded for ten seconds before it is found to be nothing."""
 
-JOURNAL = ".xfast-journal"
-"""What the journal of an edit in place is called, behind the file's name."""
-
 PACKED = (libvirt.MAGIC, libvirt.MAGIC_PARTIAL, *MAGICS)
 """What files begin with whose bytes are packed, or may be."""
 
 Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
-
-
-class DirectoryError(FormatError):
-    """Where a file was expected there is a directory."""
 
 
 class Source:
@@ -61,8 +56,8 @@ class Source:
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
-    status : stat_result, optional
-        The descriptor's, where it is known already.
+    found : tuple, optional
+        Its mode, stamp and head, where they are known already; see `files.opened`.
 
     Attributes
     ----------
@@ -81,18 +76,17 @@ class Source:
         outer: Source | None = None,
         codec: str = "",
         body: int = 0,
-        status: os.stat_result | None = None,
+        found: Found | None = None,
     ) -> None:
         self.path = path
         self.fd = fd
         self.outer = outer
         self.codec = codec
         self.body = body
-        self.status = status or os.fstat(fd)
-        self.size = self.status.st_size
+        self.mode, self._stamp, self._head = found or status_of(fd)
+        self.size = self._stamp[2]
         if self.is_device:
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
-        self._head = os.pread(fd, HEAD, 0)
         self.bytes_read = 0
         self.container: tuple[str, ...] = ()
         if outer:
@@ -124,10 +118,13 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        status = None
-        if fd is None:
-            fd, status = (_stdin(expand_limit), None) if name == "-" else _regular(name)
-        return cls(name, fd, status=status).expanded(expand_limit)
+        found = None
+        if fd is None and name == "-":
+            fd = _stdin(expand_limit)
+        elif fd is None:
+            fd, mode, stamp, head = regular(name)
+            found = mode, stamp, head
+        return cls(name, fd, found=found).expanded(expand_limit)
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -198,7 +195,7 @@ class Source:
     @property
     def is_device(self) -> bool:
         """Whether the bytes lie on a block device, which has room behind them."""
-        return stat.S_ISBLK(self.status.st_mode)
+        return stat.S_ISBLK(self.mode)
 
     @property
     def base(self) -> Source:
@@ -208,8 +205,7 @@ class Source:
     @property
     def stamp(self) -> Stamp:
         """What tells that the file is the same one, unchanged: as it was when it was opened."""
-        status = self.base.status
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return self.base._stamp
 
     @property
     def stored(self) -> int:
@@ -435,58 +431,6 @@ class View(Source):
     def patch(self, splices: Iterable[Splice], fd: int) -> None:
         """Write edits in place; see `Source.patch`. Offsets are the file's."""
         self.source.patch(splices, fd)
-
-
-def _regular(name: str) -> tuple[int, os.stat_result]:
-    """Open a regular file or a block device; anything else might never end, or act when opened.
-
-    Raises
-    ------
-    DirectoryError
-        If it is a directory.
-    """
-    try:
-        if not isinstance(name, Entry):
-            return _opened(name, None, name, 0)
-        with way_to(name) as (folder, last, flags):
-            return _opened(name, folder, last, flags)
-    except (OSError, ValueError) as problem:
-        if isinstance(problem, XfastError):
-            raise
-        reason = getattr(problem, "strerror", None) or problem
-        raise XfastError(f"{name}: can't be opened: {reason}") from None
-
-
-def _opened(name: str, folder: int | None, last: str, flags: int) -> tuple[int, os.stat_result]:
-    """Open `last` in a folder, after a look at what it is; see `way_to`."""
-    _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
-    if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
-        raise FormatError(
-            name,
-            None,
-            f"expected a whole file, got an interrupted edit ({JOURNAL} beside it): "
-            "xfast fix --in-place undoes it first",
-        )
-    fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        status = os.fstat(fd)
-        _check_kind(name, status.st_mode)  # it may be another one by now
-    except FormatError:
-        os.close(fd)
-        raise
-    return fd, status
-
-
-def _check_kind(name: str, mode: int) -> None:
-    """Raise FormatError unless a mode is that of a file or a block device."""
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return
-    if stat.S_ISDIR(mode):
-        raise DirectoryError(name, None, "expected a file or a block device, got a directory")
-    kind = "a character device, pipe or socket"
-    if stat.S_ISLNK(mode):
-        kind = "a symbolic link, which is followed only where it is named"
-    raise FormatError(name, None, f"expected a file or a block device, got {kind}")
 
 
 def _stdin(limit: int) -> int:

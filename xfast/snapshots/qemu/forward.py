@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from xfast.engine.walk import Walker
 from xfast.errors import FormatError
-from xfast.snapshots.bytes.source import Source, View
+from xfast.snapshots.bytes.source import Source, View, Watch
 from xfast.snapshots.model import Stamp
 from xfast.snapshots.qemu.plans import Sections
 from xfast.snapshots.qemu.search import (
@@ -478,7 +478,7 @@ class Flow:
         kept.append(data, place)
 
 
-def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
+def from_pipe(path: str, file: BinaryIO, expand_limit: int, watch: Watch | None = None) -> Source:
     """Return what comes through a pipe: of a QEMU stream all but memory, else the whole of it.
 
     Parameters
@@ -489,6 +489,8 @@ def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
         Not buffered; it is read to the stream's end.
     expand_limit : int
         What anything else may take, and expand to (bytes). A stream may be of any size.
+    watch : callable, optional
+        Called before each read, with the descriptor and the bytes so far; it may wait.
 
     Raises
     ------
@@ -497,13 +499,24 @@ def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
     """
     view = memoryview(bytearray(CHUNK))
     have = 0
+    seen = 0
+
+    def more(into: memoryview) -> int:
+        nonlocal seen
+        if watch is not None:
+            watch(file.fileno(), seen)
+        count: int = file.readinto(into)  # type: ignore[attr-defined]
+        seen += count
+        return count
+
     while have < len(MAGIC):
-        count = file.readinto(view[have:])  # type: ignore[attr-defined]
+        count = more(view[have:])
         if not count:
             break
         have += count
     if view[: len(MAGIC)] != MAGIC:
-        return Source.of(_Again(bytes(view[:have]), file), path, expand_limit=expand_limit)
+        again = _Again(bytes(view[:have]), file, watch)
+        return Source.of(again, path, expand_limit=expand_limit)
     flow = Flow(path)
     try:
         while True:
@@ -518,7 +531,7 @@ def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
                 if found:
                     flow.kept.size = found[0]
                     return flow.kept
-            count = file.readinto(view[have:])  # type: ignore[attr-defined]
+            count = more(view[have:])
             if not count:
                 break
             have += count
@@ -534,11 +547,19 @@ def from_pipe(path: str, file: BinaryIO, expand_limit: int) -> Source:
 class _Again:
     """A file whose first bytes were read already."""
 
-    def __init__(self, start: bytes, file: BinaryIO) -> None:
+    def __init__(self, start: bytes, file: BinaryIO, watch: Watch | None) -> None:
         self.start = start
         self.file = file
+        self.watch = watch
+        self.seen = len(start)
 
     def read(self, size: int) -> bytes:
         """Return the next bytes."""
         start, self.start = self.start, b""
-        return start or self.file.read(size)
+        if start:
+            return start
+        if self.watch is not None:
+            self.watch(self.file.fileno(), self.seen)
+        data = self.file.read(size)
+        self.seen += len(data)
+        return data

@@ -11,25 +11,24 @@ A stream in which anything of that differs is left to the slow way, and so is on
 header lies in the look-back, or where the walk would have gone further.
 
 A plan also gives the key of a stream's vCPUs (`xfast.snapshots.model.Unseen`): all areas are built
-side by side in one go and classified at once, and no vCPU is made.
+side by side in one go and described at once, and no vCPU is made.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from xfast.engine import files
+from xfast.engine.sections import Sections as Fields
 from xfast.kernels.uapi import CR4_PKE
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.qemu.cpu import INTEL, Shape, shape_of
 from xfast.snapshots.qemu.search import FOOTER, FULL, LOOK_BACK, CpuSection
-from xfast.xsave.area import packed_facts
-from xfast.xsave.features import HEADER_OFFSET, PKRU, XFEATURE_MASK_FPSSE
+from xfast.xsave.area import table_of
+from xfast.xsave.features import PKRU
 
 PLANS_LIMIT = 16
 """Descriptions that are kept: a fleet has a few for each machine type."""
@@ -40,8 +39,6 @@ TEXT_LIMIT = 4 << 20
 PKE_BYTE = (CR4_PKE.bit_length() - 1) // 8
 LEAST = INTEL.standard_size(PKRU)
 """Bytes of a row: a leaked PKRU, for which a section has no bytes, makes areas as long."""
-CONTROLS = 5
-"""The control fields of a vCPU: see `Shape.controls`."""
 
 
 class Section(NamedTuple):
@@ -69,56 +66,15 @@ class Sections(NamedTuple):
     doubts: tuple[str, ...] = ()
 
 
-class Fields(NamedTuple):
-    """Where all the fields lie that tell what is in the vCPUs, counted from the first section.
-
-    The areas are built in `rows` of equal length: `runs` are as `files.swap_runs` takes them.
-    `controls` are XCR0, XSTATE_BV, the byte of CR4 with PKE, IA32_XSS and IA32_XFD of each vCPU.
-    `sort` is each vCPU's number, the components that it has bytes for, and how many vector
-    registers.
-    """
-
-    rows: tuple[int, int]
-    runs: NDArray[np.int32]
-    controls: NDArray[np.int32]
-    sort: tuple[tuple[int, int, int], ...]
-
-    def key(self, data: memoryview, kvm: bool | None) -> tuple[Hashable | None, bool]:
-        """Return the key of vCPUs whose sections begin where `data` does, and who wrote them.
-
-        `kvm`: whether KVM did, where it is known; else an XSTATE_BV that is not 0 tells it. The
-        key is None where an area is longer than a row. In one that is shorter, the components
-        behind its end are zeros, as if they were not there.
-        """
-        controls: tuple[Any, ...] = files.big_endian(data, self.controls)
-        headers = controls[1::CONTROLS]
-        if kvm is None:
-            kvm = any(headers)
-        rows = np.empty(self.rows, np.uint8)
-        width = self.rows[1]
-        files.swap_runs(data, self.runs, rows.reshape(-1))
-        if kvm:
-            for (_, held, _), xstate_bv in zip(self.sort, headers, strict=True):
-                if xstate_bv & ~held and INTEL.standard_size(xstate_bv | held) > width:
-                    return None, kvm
-        else:
-            # Components that are all zeros count as left out (`Section.xstate_bv`), which these
-            # headers don't say. The key does: they are not in use. Nor does it matter to any of
-            # its masks in which order TCG has the x87 registers.
-            for row, (_, held, _) in enumerate(self.sort):
-                xstate_bv = (controls[CONTROLS * row] | XFEATURE_MASK_FPSSE) & held
-                struct.pack_into("<Q", rows.data, row * width + HEADER_OFFSET, xstate_bv)
-        return (self.sort, controls, packed_facts(rows, INTEL)), kvm
-
-
 class Plan(NamedTuple):
     """What is the same in all streams with one description; offsets from the first section on.
 
     `text` is the stream's end from its EOF record on, and `size` the bytes of the sections before
     it. `marks` are the headers' and footers' bytes, where a footer repeats its header's id; `more`
-    is the device that the walk did not find, and how far before the sections
-    its header would begin. `shapes` are the vCPUs'; `kvm` is True where the description alone
-    tells that KVM wrote the streams, else None.
+    is the device that the walk did not find, and how far before the sections its header would
+    begin. `shapes` are the vCPUs', `sort` each one's number, the components that it has bytes for,
+    how many vector registers, and whether it tells IA32_XFD; `fields` tells what is in them. `kvm`
+    is True where the description alone tells that KVM wrote the streams, else None.
     """
 
     text: bytes
@@ -127,6 +83,7 @@ class Plan(NamedTuple):
     more: tuple[bytes, int]
     found: Sections
     shapes: tuple[Shape, ...]
+    sort: tuple[tuple[int, int, int, bool], ...]
     fields: Fields
     kvm: bool | None
 
@@ -205,35 +162,40 @@ def _followed(plan: Plan, tail: bytes, start: int, kvm: bool | None) -> Followed
     data = [
         tail[first + offset : first + offset + size] for _, offset, _, size, _ in plan.found.cpus
     ]
-    key, kvm = plan.fields.key(memoryview(tail)[first:], plan.kvm if kvm is None else kvm)
-    return Followed(plan, start + first, data, key, kvm)
+    kvm = plan.kvm if kvm is None else kvm
+    told, kvm = plan.fields.key(tail, first, -1 if kvm is None else kvm)
+    return Followed(plan, start + first, data, told and (plan.sort, told), kvm)
 
 
 def _fields_of(cpus: Sequence[CpuSection], shapes: Sequence[Shape]) -> Fields:
-    """Return where the fields of sections lie."""
+    """Return where the fields of sections lie that tell what is in the vCPUs.
+
+    The numbers are those of `Shape.controls`, but of CR4 only the byte with PKE. Where an area is
+    shorter than a row, what lies behind its end is zeros, as if it were not there. TCG's areas have
+    components that are all zeros (`Section.xstate_bv` leaves them out) and x87 registers in
+    another order, but neither makes two areas one that are judged differently.
+    """
     width = max(LEAST, *(INTEL.standard_size(shape.held) for shape in shapes))
     runs: list[tuple[int, ...]] = []
-    controls: list[tuple[int, int]] = []
+    numbers: list[tuple[int, int]] = []
     for row, (cpu, shape) in enumerate(zip(cpus, shapes, strict=True)):
         places = [
-            (at + cpu.offset if at >= 0 else -1, size) for at, size in shape.controls.tolist()
+            (cpu.offset + at, size) if at >= 0 else (-1, 0) for at, size in shape.controls.tolist()
         ]
         runs += [
             (at + cpu.offset, length, unit, row * width + target)
             for at, length, unit, target in shape.swaps(0).tolist()
         ]
-        runs.append((*places[1], 8, row * width + HEADER_OFFSET))
         at, size = places[2]
         places[2] = at + size - 1 - PKE_BYTE, 1
-        controls += places
+        numbers += places
     return Fields(
-        (len(cpus), width),
+        np.empty((len(cpus), width), np.uint8),
+        table_of(INTEL),
         np.array(runs, np.int32),
-        np.array(controls, np.int32),
-        tuple(
-            (cpu.instance, shape.held, shape.form.registers)
-            for cpu, shape in zip(cpus, shapes, strict=True)
-        ),
+        np.array(numbers, np.int32),
+        np.array([shape.held for shape in shapes], np.uint64),
+        sum(1 << slot.nr for slot in INTEL.slots if slot.offset + slot.size > width),
     )
 
 
@@ -295,6 +257,10 @@ def remember(
             more,
             found._replace(cpus=cpus),
             shapes,
+            tuple(
+                (cpu.instance, shape.held, shape.form.registers, int(shape.controls[4, 0]) >= 0)
+                for cpu, shape in zip(cpus, shapes, strict=True)
+            ),
             _fields_of(cpus, shapes),
             kvm_described(found),
         ),

@@ -236,17 +236,18 @@ def _unseen(
 ) -> tuple[Sequence[Vcpu], tuple[bool, str]]:
     """Return the vCPUs that a plan found, made when somebody looks, and who wrote them."""
     cpus = known.plan.found.cpus
-    places = [(known.start + cpu.offset, cpu.size) for cpu in cpus]
-    runs: list[Sequence[tuple[int | None, int]]] = [
-        source.runs(*place) if isinstance(source, View) else (place,) for place in places
-    ]
     mask = guest.components if guest else None
+    places = [(known.start + cpu.offset, cpu.size) for cpu in cpus]
+    runs: list[Sequence[tuple[int | None, int]]] | None = None  # a file's: the places
+    if isinstance(source, View):
+        runs = [source.runs(*place) for place in places]
 
     def make() -> list[Vcpu]:
-        parts = zip(cpus, known.data, known.plan.shapes, runs, strict=True)
+        pieces = runs or [(place,) for place in places]
+        parts = zip(cpus, known.data, known.plan.shapes, pieces, strict=True)
         return [
-            _vcpu(cpu.instance, Section(data, shape, known.kvm), place, mask)
-            for cpu, data, shape, place in parts
+            _vcpu(cpu.instance, Section(data, shape, known.kvm), where, mask)
+            for cpu, data, shape, where in parts
         ]
 
     return Unseen((known.key, mask), len(cpus), make), _is_kvm(known.plan.found, known.kvm, guest)
