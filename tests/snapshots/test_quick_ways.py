@@ -98,6 +98,19 @@ def test_most_numbers_of_a_state_json_may_be_others(tmp_path, data):
         assert state_plans.follow(changed) is None
 
 
+def test_who_changes_a_vcpu_changes_no_plan(tmp_path, data):
+    path = tmp_path / "vm.json"
+    path.write_bytes((data / "vmm" / "ch-state.json").read_bytes())
+    state_plans.forget()
+    (first,) = snapshots.read(path)
+    expected = answer(path, "cloud-hypervisor")
+    for vcpu in first.vcpus:
+        vcpu.index, vcpu.cpuid, vcpu.xcr0, vcpu.area[:] = 99, None, 0, 1
+    assert answer(path, "cloud-hypervisor") == expected
+    (plan,) = state_plans._plans
+    assert [(vcpu.nr, vcpu.xcr0) for vcpu in plan.vcpus] == [(0, 0xE7), (1, 0xE7)]
+
+
 def test_few_plans_are_made_of_texts_that_have_nothing_in_common(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(state_plans, "Template", lambda *_: made.append(1) or FakeTemplate())
@@ -111,6 +124,8 @@ def test_few_plans_are_made_of_texts_that_have_nothing_in_common(tmp_path, monke
 
 
 class FakeTemplate:
+    text = b""
+
     def follow(self, data):
         return None
 

@@ -146,7 +146,7 @@ def read(
     known = state_plans.follow(data) if layout is None else None
     vcpus = _unseen(source.path, data, *known) if known else None
     if known and vcpus:
-        doubts, generation = misnumbered(vcpu.index for vcpu in known[0].vcpus), RECENT
+        doubts, generation = misnumbered(vcpu.nr for vcpu in known[0].vcpus), RECENT
     else:
         parts = list(_parts(source.path, data, layout))
         vcpus = [part.vcpu for part in parts]
@@ -174,7 +174,8 @@ def read(
 def _parts(path: str, data: bytes, given: Layout | None) -> Iterator[state_plans.Part]:
     """Yield the vCPUs of a state.json."""
     for index, state, text in _states(path, data):
-        yield state_plans.Part(_vcpu(index, text, state, given), text, state)
+        vcpu = _vcpu(index, text, state, given)
+        yield state_plans.Part(vcpu, text, state, tuple(kept(vcpu, Origin).fpu))
 
 
 def _counting(part: state_plans.Part) -> Iterator[tuple[Span, int, bool, int]]:
@@ -201,7 +202,7 @@ def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Se
             return None
         layouts[id(place.layout)] = place.layout
         legacy, image = values[start : start + IMAGE], values[behind : behind + IMAGE]
-        told.append((words, differing(legacy, image, words[2], kept(vcpu, Origin).fpu)))
+        told.append((words, differing(legacy, image, words[2], vcpu.fpu)))
         behind += IMAGE
     if len(layouts) > 1:
         return None

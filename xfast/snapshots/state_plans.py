@@ -19,6 +19,7 @@ from xfast.kernels.uapi import MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots.bytes.json_text import STATE_LIMIT, Span, Text
 from xfast.snapshots.kvm_fpu import IMAGE
 from xfast.snapshots.model import Vcpu
+from xfast.xsave.cpuid import Cpuid
 
 PLANS_LIMIT, KEPT_LIMIT = 16, 2 << 20
 """How many texts are kept, and their bytes: where the numbers lie takes several times as many."""
@@ -40,11 +41,12 @@ Slot = tuple[int, int, int, int]
 
 
 class Part(NamedTuple):
-    """A vCPU that was read, its text, and where in that the members of its state lie."""
+    """A vCPU that was read, its text, where in that the members of its state lie, and its `fpu`."""
 
     vcpu: Vcpu
     text: Text
     state: Mapping[str, Span]
+    fpu: tuple[str, ...]
 
 
 Counting = Callable[[Part], Iterable[tuple[Span, int, bool, int]]]
@@ -52,6 +54,15 @@ Counting = Callable[[Part], Iterable[tuple[Span, int, bool, int]]]
 
 Of each: where it lies in the text, how many bytes it has, and where it goes.
 """
+
+
+class Known(NamedTuple):
+    """What is the same of a vCPU in all texts of a plan; `fpu` are the fields of that object."""
+
+    nr: int
+    cpuid: Cpuid | None
+    xcr0: int | None
+    fpu: tuple[str, ...]
 
 
 class Plan(NamedTuple):
@@ -63,7 +74,7 @@ class Plan(NamedTuple):
 
     number: int
     template: Template
-    vcpus: tuple[Vcpu, ...]
+    vcpus: tuple[Known, ...]
     size: int
 
 
@@ -88,7 +99,7 @@ def follow(data: bytes) -> tuple[Plan, bytes] | None:
         values = plan.template.follow(data)
         if values is not None:
             if place:
-                _plans.insert(0, _plans.pop(place))
+                _plans[:] = [plan, *(one for one in _plans if one is not plan)]
             _missed = 0
             return plan, values
     _missed += 1
@@ -119,9 +130,14 @@ def remember(data: bytes, parts: Sequence[Part], counting: Counting) -> None:
         template = Template(data, np.array(sorted(slots), np.int32).reshape(-1, 4), total)
     except ValueError:  # digits that are written as escapes
         return
-    _plans.insert(0, Plan(next(_numbers), template, tuple(part.vcpu for part in parts), size))
+    _plans.insert(0, Plan(next(_numbers), template, tuple(map(_known, parts)), size))
     while len(_plans) > PLANS_LIMIT or sum(len(one.template.text) for one in _plans) > KEPT_LIMIT:
         _plans.pop()
+
+
+def _known(part: Part) -> Known:
+    vcpu = part.vcpu
+    return Known(vcpu.index, vcpu.cpuid, vcpu.xcr0, part.fpu)
 
 
 def _around(text: str, states: set[int]) -> Iterable[Slot]:
