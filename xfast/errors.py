@@ -32,7 +32,7 @@ class FormatError(XfastError):
     def __init__(self, path: str, offset: int | None, message: str) -> None:
         self.path = str(path)
         self.offset = offset
-        where = self.path if offset is None else f"{self.path}: offset {offset}"
+        where = escape(self.path) if offset is None else f"{escape(self.path)}: offset {offset}"
         super().__init__(f"{where}: {message}")
 
 
@@ -41,8 +41,8 @@ class UnknownFormatError(FormatError):
 
 
 def printable(text: str) -> str:
-    """Return `text` fit for a terminal line: what is not printable comes out escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return `text` fit for a terminal line: what is not printable comes out as `escape` has it."""
+    return "".join(c if c.isprintable() else _escape_character(c) for c in text)
 
 
 def escape(name: str) -> str:

@@ -249,6 +249,23 @@ def test_labels_of_the_real_plot_do_not_cover_each_other():
         assert not any(one.overlap(two) for two in boxes[i + 1 :])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_of_a_crowd_cover_neither_each_other_nor_marks(seed):
+    """A plot of a fast machine: a dozen strategies within 30 pixels, beside other crowds."""
+    rng = np.random.default_rng(seed)
+    crowd = [(268.0 + rng.uniform(-6, 6), y) for y in rng.uniform(300, 420, 12)]
+    others = [(268.0, 200.0), (190.0, 410.0), (455.0, 360.0), (448.0, 372.0), (790.0, 390.0)]
+    marks = plot.set_apart(crowd + others)
+    labels = [f"XSAVEC, guest CPUID {i}" for i in range(len(marks))]
+    boxes = plot.place_lists(marks, labels, plot.clusters(marks))
+    r = plot.MARK
+    circles = [plot.Box(x - r, y - r, x + r, y + r) for x, y in marks]
+    for i, one in enumerate(boxes):
+        assert one.overlap(plot.FRAME) == pytest.approx(one.area)
+        assert sum(one.overlap(two) for two in boxes[i + 1 :]) < 1
+        assert sum(one.overlap(circle) for circle in circles) < 1
+
+
 def test_an_axis_is_logarithmic():
     scale = plot.Axis(1, 100, 0, 200)
     assert np.allclose([scale.at(v) for v in (0, 1, 10, 100, 1000)], [0, 0, 100, 200, 200])

@@ -329,3 +329,35 @@ def test_asides_are_broken_between_words_on_a_terminal_alone(capsys, monkeypatch
     lines = capsys.readouterr().err.splitlines()
     assert " ".join(" ".join(lines).split()) == text
     assert all(len(line) <= 40 for line in lines[:-1])
+
+
+@pytest.mark.parametrize("name", [LEAK.with_name("ch-state.json"), CORE])
+def test_a_snapshot_named_behind_host_is_said_to_be_taken_for_a_host(run, name):
+    _, _, err = run("check", CLEAN, "--host", "amd-milan@6.12", name)
+    (line,) = [line for line in err.splitlines() if "stands before --host" in line]
+    assert name.name in line
+    _, _, err = run("check", CLEAN, "--host", "amd-milan@6.12")
+    assert "before --host" not in err
+
+
+def test_a_rule_that_is_nearly_right_is_asked_about(run):
+    status, out, _ = run("explain", "LEEK")
+    assert status == 0
+    assert "Did you mean the rule LEAK?" in out
+    assert "Did you mean" not in run("explain", "hello")[1]
+    assert "Did you mean" not in run("explain", "Failed to set XSAVE: Invalid argument")[1]
+    status, _, err = run("check", CLEAN, "--host", "amd-milan", "--ignore", "leek")
+    assert status == 2
+    assert "did you mean LEAK?" in err
+
+
+def test_a_name_is_escaped_alike_in_errors_and_answers(run, tmp_path):
+    """A tab was \\t in the error and \\x09 in the answer; a byte that is no UTF-8 was \\udcff."""
+    name = os.fsdecode(b"odd\t\xff\\name\x1b.xsave")
+    (tmp_path / name).write_bytes(b"\0" * 700)
+    _, out, err = run("check", tmp_path / name, "--host", "amd-milan", "--json")
+    (row,) = json.loads(out)["errors"]
+    assert row["snapshot"].endswith(r"odd\x09\xff\\name\x1b.xsave")
+    assert row["error"].startswith(row["snapshot"])
+    assert row["snapshot"] in err
+    assert unescape(row["snapshot"]) == os.fspath(tmp_path / name)

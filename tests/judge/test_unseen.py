@@ -46,11 +46,11 @@ def nothing_seen():
     plans.forget()
 
 
-def compare(path, rng, form="qemu") -> bool:
+def compare(path, rng, form="qemu", **how) -> bool:
     """Judge a file by its key and by looking; False where no key stands for its vCPUs."""
     try:
-        (quick,) = xfast.read(path, format=form)
-        (slow,) = xfast.read(path, format=form)
+        (quick,) = xfast.read(path, format=form, **how)
+        (slow,) = xfast.read(path, format=form, **how)
     except xfast.XfastError:
         return False
     if key_of(quick.vcpus) is None:
@@ -109,6 +109,32 @@ def test_streams_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
         path.write_bytes(files.qemu_stream(changed, ram=rng.randbytes(rng.randrange(900))))
         planned += compare(path, rng)
     assert planned
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_raw_areas_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
+    """A few areas of any size, damaged or not, with or without the guest's XCR0 beside them."""
+    rng = random.Random(f"unseen raw {seed}")
+    path = tmp_path / "vm.xsave"
+    size = rng.choice((4096, 4096, 11008, 832))
+    if rng.random() < 0.3:
+        xcr0 = rng.choice((7, 0xE7, 0x207))
+        xcrs = struct.pack("<IIIIQ", 1, 0, 0, 0, xcr0) + bytes(368)
+        (tmp_path / "vm.xcrs").write_bytes(xcrs)
+    layout = rng.choice((None, None, INTEL))
+    judged = 0
+    for _ in range(6):
+        images = b""
+        for number in range(rng.choice((1, 1, 2, 5))):
+            bv = rng.choice((3, 7, 0xE7, 0x207, 0x2E7))
+            image = bytearray(files.area(number if rng.random() < 0.5 else 0, size, bv))
+            for _ in range(rng.choice((0, 0, 1, 3))):
+                place = rng.choice((rng.randrange(size), rng.randrange(512, 528), 464, 24, 28, 0))
+                image[place] = rng.choice((0, 1, rng.randrange(256)))
+            images += image
+        path.write_bytes(images)
+        judged += compare(path, rng, "raw", size=size, layout=layout)
+    assert judged
 
 
 @pytest.mark.parametrize("kvm", [True, False])

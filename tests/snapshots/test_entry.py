@@ -51,7 +51,7 @@ def test_the_command_line_says_how_many(tree, capsys):
     (tree / "circle").symlink_to(tree)
     assert main(["show", str(tree)]) == 0
     told = capsys.readouterr()
-    assert "1 symbolic links in it, which are not followed" in told.err
+    assert "1 symbolic link in it: none is followed" in told.err
     assert told.out.count("vCPU 0") == 2
 
 

@@ -136,8 +136,8 @@ def place_lists(
         middle = sum(marks[i][1] for i in group) / len(group)
         spots = [
             Box(start, middle + up - height / 2, start + width, middle + up + height / 2)
-            for away in (6, 30, 70)
-            for up in (0, -height / 2, height / 2, -height, height)
+            for away in (6, 18, 30, 50, 70, 100, 140, 200)
+            for up in (PITCH / 2 * step for step in range(-30, 31))
             for start in (right + away, left - away - width)
         ]
 
@@ -145,7 +145,7 @@ def place_lists(
             outside = 1 - spot.overlap(FRAME) / spot.area
             covered = sum(spot.overlap(other) for other in taken)
             far = abs(spot.middle - middle) + max(spot.left - left, left - spot.right)
-            return covered + 1e5 * outside + far
+            return 100 * covered + 1e6 * outside + far
 
         best = min(spots, key=cost)
         taken.append(best)

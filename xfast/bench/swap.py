@@ -324,10 +324,13 @@ def print_table(rows: Sequence[Result]) -> None:
     from rich.table import Table
 
     out = console(sys.stdout)
-    out.print("A round trip: host out, guest in, guest out, host in. (x): to a copy of four areas.")
     out.print(
-        "lets out: what KVM_GET_XSAVE reports beyond the guest's CPUID, what the guest sees of the "
-        "host. *: as the kernel's model has it."
+        "A round trip is host out, guest in, guest out, host in. (x): how many times as long as a "
+        "copy of four areas."
+    )
+    out.print(
+        "lets out: what KVM_GET_XSAVE reports beyond the guest's CPUID (GET), and which registers "
+        "of the host the guest can see (guest). *: by the model of the kernel."
     )
     for guest in dict.fromkeys(row.guest for row in rows):
         table = Table(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xfast.errors import UnknownFormatError, XfastError, printable
-from xfast.report.tally import Problem, Tally
+from xfast.report.tally import Problem, Tally, counted
 
 if TYPE_CHECKING:
     from xfast.hosts.model import Host
@@ -144,7 +144,7 @@ def snapshots_of(args: argparse.Namespace, tally: Tally) -> Iterator[Snapshot]:
         links: list[str] = []
         paths = list(walk([named], links)) if walked else [named]
         if links:
-            complain(f"{named}: {len(links)} symbolic links in it, which are not followed")
+            complain(f"{named}: {counted(len(links), 'symbolic link')} in it: none is followed")
         for path in paths:
             if path != named and _is_passed_over(path):
                 tally.skipped += 1

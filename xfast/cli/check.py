@@ -22,6 +22,7 @@ from xfast.cli.arguments import (
 from xfast.errors import XfastError
 from xfast.fleet.inputs import count
 from xfast.hosts.model import Host
+from xfast.hosts.snapshot import CORE_NOTE, GUEST_NOTE
 from xfast.judge.judgement import check
 from xfast.judge.verdict import Policy, Verdict
 from xfast.report import rows as report
@@ -115,6 +116,12 @@ def run(args: argparse.Namespace) -> int:
         raise XfastError("check: expected --host NAME, FILE or 'this', or --live, got no host")
     if args.live and not any(host.source == "this machine" for host in hosts):
         raise XfastError("check: --live asks this machine's KVM: add --host this")
+    for host in hosts:
+        if {GUEST_NOTE, CORE_NOTE} & set(host.notes) and not args.quiet:
+            complain(
+                f"{host.source}: a snapshot, taken for the host that wrote it; a snapshot that is "
+                "to be judged stands before --host"
+            )
     answers = _answers(args, hosts, policy, tally)
     if args.quiet:
         for _ in answers:

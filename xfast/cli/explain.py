@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shutil
 import sys
 import textwrap
@@ -85,6 +86,9 @@ def _tell_text(text: str) -> None:
     found = answers(text)
     if not found:
         complain("explain: no line of this text is a message known here")
+    near = difflib.get_close_matches(text.strip().upper(), RULES, 1)
+    if near and not (found and found[0].scope):
+        print(f"Did you mean the rule {near[0]}? xfast explain {near[0]} tells of it.")
     quoted = "\n" in text.strip()
     print("\n\n".join(_answer(one, quoted) for one in found))
 

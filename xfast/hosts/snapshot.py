@@ -26,6 +26,7 @@ CPUINFO_LIMIT = 64 << 10
 """Bytes of a cpuinfo.img's message, at most: CRIU writes 150 for a CPU, and one CPU."""
 
 GUEST_NOTE = "these are a guest's facts: the machine that wrote the snapshot has at least them"
+CORE_NOTE = "a core tells the layout and XCR0 of its machine, and no features"
 
 
 def is_folder(path: str) -> bool:
@@ -123,7 +124,7 @@ def _of_core(vcpu: Vcpu, name: str, path: str) -> Host:
         provenance["kvm_xcr0"] = "assumed"
     return Host(
         name, vcpu.layout, xcr0, kvm_xcr0=kvm_xcr0, source=path, provenance=provenance,
-        notes=("a core tells the layout and XCR0 of its machine, and no features",),
+        notes=(CORE_NOTE,),
     )  # fmt: skip
 
 

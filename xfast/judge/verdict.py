@@ -48,8 +48,13 @@ class Policy:
             raise PolicyError(f"level: expected one of: {', '.join(LEVELS)}, got {self.level!r}")
         unknown = self.ignore - RULES.keys()
         if unknown:
+            import difflib
+
+            near = difflib.get_close_matches(min(unknown), RULES, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise PolicyError(
                 f"ignore: expected some of: {', '.join(RULES)}, got {', '.join(sorted(unknown))}"
+                + hint
             )
 
     def asks(self, level: str) -> bool:
