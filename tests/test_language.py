@@ -21,7 +21,7 @@ BACKWARDS = (
 
 BANNED = (
     "all the same:", "as foretold", "got no place", "told nowhere", "came about",
-    "that a fork could break", "makes way", "1 inputs", "1 snapshots",
+    "that a fork could break", "makes way", "1 inputs", "1 snapshots", "at a risk",
 )  # fmt: skip
 """Phrases that reviewers stumbled over."""
 

@@ -134,7 +134,11 @@ def test_answers_compare_hash_pickle_and_print():
     assert "PKRU" in page or "pkru" in page
     evil = xfast.check(snapshot, xfast.resolve(HOSTS[0]).replace(name="<script>"))
     assert "<script>" not in evil._repr_html_()
-    plan = xfast.plan_fix(snapshot, xfast.resolve(HOSTS[0]))
+    one = verdicts[0]._repr_html_()
+    assert one.count("<tr>") == 2
+    assert one.count("<td>") == 5
+    plan = xfast.plan_fix(snapshot, HOSTS[0])
+    assert plan == xfast.plan_fix(snapshot, xfast.resolve(HOSTS[0]))
     assert isinstance(plan, xfast.Plan)
     assert all(isinstance(change, xfast.Change) for change in plan.changes)
 
@@ -153,3 +157,49 @@ def test_what_an_error_quotes_of_a_file_is_one_short_line():
     assert str(problem).isprintable()
     assert len(str(problem)) < 700
     assert str(problem).startswith(r"vm: offset 3: expected ram, got \x0a\x1b")
+
+
+def test_snapshots_and_vcpus_compare():
+    """`==` raised numpy's ValueError about the truth of an array."""
+    one, two = (xfast.read(LEAK)[0] for _ in range(2))
+    assert one == two
+    assert pickle.loads(pickle.dumps(one)) == one
+    two.vcpus[0].area = two.vcpus[0].area.copy()
+    two.vcpus[0].area[200] ^= 1
+    assert one != two
+    assert one.vcpus[0] != two.vcpus[0]
+    assert one.vcpus[0] != "a vCPU"
+    two = xfast.read(LEAK)[0]
+    two.vcpus[0].xcr0 = 3
+    assert one.vcpus[0] != two.vcpus[0]
+
+
+def test_walk_takes_one_path_as_well_as_several(tmp_path):
+    """A str was taken apart into its letters."""
+    (tmp_path / "a.xsave").write_bytes(b"")
+    several = list(xfast.walk([tmp_path]))
+    assert several == list(xfast.walk(tmp_path)) == list(xfast.walk(str(tmp_path)))
+    assert [str(path) for path in several] == [str(tmp_path / "a.xsave")]
+
+
+def test_bare_areas_are_fixed_by_names_of_layout_and_host():
+    area = xfast.read(LEAK)[0].vcpus[0].area
+    host = xfast.resolve("amd-milan@6.12")
+    named = xfast.fix_areas(area, "intel", "amd-milan@6.12", guest=7)
+    given = xfast.fix_areas(area, xfast.preset("intel"), host, guest=7)
+    assert (named.areas == given.areas).all()
+    assert named.dropped == given.dropped == 0x200
+
+
+@pytest.mark.parametrize("bad", [3, None, [1, 2], {"a": 1}])
+def test_what_can_not_be_read_is_named_with_what_can(bad):
+    with pytest.raises(TypeError, match=f"expected a path, .* got {type(bad).__name__}"):
+        xfast.read(bad)
+
+
+def test_a_plan_prints_in_a_line_and_its_repr_holds_no_arrays():
+    (snapshot,) = xfast.read(LEAK)
+    plan = xfast.plan_fix(snapshot, HOSTS[0])
+    assert str(plan).endswith(f"on {HOSTS[0]}: 1 change, incompatible before, identical after")
+    assert "array(" not in repr(plan)
+    assert len(repr(plan)) < 3000

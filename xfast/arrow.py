@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from xfast.errors import XfastError
 from xfast.hosts.model import Host
-from xfast.judge.judgement import check
+from xfast.judge.judgement import check, host_of
 from xfast.judge.verdict import Policy, Verdict
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.xsave.area import Groups
@@ -46,7 +46,7 @@ def schema() -> Any:
     )
 
 
-def check_batch(batch: Any, hosts: Sequence[Host], *, policy: Policy | None = None) -> Any:
+def check_batch(batch: Any, hosts: Sequence[Host | str], *, policy: Policy | None = None) -> Any:
     """Judge bare areas of guests' vCPUs.
 
     Parameters
@@ -55,7 +55,8 @@ def check_batch(batch: Any, hosts: Sequence[Host], *, policy: Policy | None = No
         Columns: ``area`` (binary, large_binary or fixed_size_binary), one XSAVE area a row;
         ``layout`` (string), a preset's name, null where it is not known; ``xcr0`` (integer), null
         where it is not known.
-    hosts : sequence of Host
+    hosts : sequence of Host or str
+        A name is resolved as `xfast.resolve` does.
     policy : Policy, optional
 
     Returns
@@ -72,12 +73,13 @@ def check_batch(batch: Any, hosts: Sequence[Host], *, policy: Policy | None = No
     """
     pa = _arrow()
     columns = _columns(batch)
+    known = [host_of(host) for host in hosts]
     answers: list[Sequence[Verdict]] = [()] * len(columns["area"])
     for (name, xcr0, size), rows in _alike(columns).items():
         layout = None if name is None else preset(name)
         areas = np.frombuffer(b"".join(columns["area"][row] for row in rows), np.uint8)
         areas = areas.reshape(len(rows), size)
-        for row, verdicts in zip(rows, _judge(areas, layout, xcr0, hosts, policy), strict=True):
+        for row, verdicts in zip(rows, _judge(areas, layout, xcr0, known, policy), strict=True):
             answers[row] = verdicts
     found = [(row, verdict) for row, verdicts in enumerate(answers) for verdict in verdicts]
     return pa.record_batch(

@@ -107,8 +107,8 @@ def test_one_pair_is_answered_with_yes_or_no_first(run):
 def test_a_risk_is_no_silent_success(run):
     status, out, err = run("check", CORE, "--host", "amd-genoa@6.12")
     assert status == 0
-    assert out.startswith("yes, at a risk: ")
-    assert "1 at a risk" in err
+    assert out.startswith("yes, with a risk: ")
+    assert "1 with a risk" in err
     assert run("check", CORE, "--host", "amd-genoa@6.12", "--fail-on", "risky")[0] == 1
     assert run("check", CLEAN, "--host", NO_PKU, "--fail-on", "risky")[0] == 0
 

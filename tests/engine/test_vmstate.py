@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast.engine import vmstate
-from xfast.snapshots.firecracker import XCRS
+from xfast.snapshots.firecracker import TABLE_LIMIT, XCRS
 
 CR4 = 248
 MSRS = 0xDA0, 0x1C4
@@ -26,7 +26,7 @@ def tables(data, start, end, size):
         stop = at + 24 + count * (8 + size)
         if (
             (word, padding, again) == (8, 0, count)
-            and 0 < count <= 256
+            and 0 < count <= TABLE_LIMIT
             and stop <= end
             and all(u64(data, row) == size for row in range(at + 24, stop, 8 + size))
         ):

@@ -12,6 +12,7 @@ import snapshot_files as files
 from helpers.one_by_one import judge_one_by_one
 from keys import Keys
 from mutations import mutated
+from state_texts import NUMBERS, changed_numbers, texts
 
 import xfast
 from xfast.engine import vmstate
@@ -20,7 +21,7 @@ from xfast.judge import judgement
 from xfast.judge.judgement import check
 from xfast.judge.verdict import PerClass
 from xfast.kernels.behaviour import of_release
-from xfast.snapshots import firecracker
+from xfast.snapshots import firecracker, state_plans
 from xfast.snapshots.model import Snapshot, Unseen, Vcpu, key_of
 from xfast.snapshots.qemu import plans
 from xfast.xsave.layout import preset
@@ -39,16 +40,17 @@ FIELDS = [(8, 0), (156, 88), (488, 8), (564, 4), (568, 256), (1553, 16), (1569, 
 @pytest.fixture(autouse=True)
 def nothing_seen():
     plans.forget()
+    state_plans.forget()
     judgement.forget()
     yield
     plans.forget()
 
 
-def compare(path, rng, form="qemu") -> bool:
+def compare(path, rng, form="qemu", **how) -> bool:
     """Judge a file by its key and by looking; False where no key stands for its vCPUs."""
     try:
-        (quick,) = xfast.read(path, format=form)
-        (slow,) = xfast.read(path, format=form)
+        (quick,) = xfast.read(path, format=form, **how)
+        (slow,) = xfast.read(path, format=form, **how)
     except xfast.XfastError:
         return False
     if key_of(quick.vcpus) is None:
@@ -107,6 +109,32 @@ def test_streams_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
         path.write_bytes(files.qemu_stream(changed, ram=rng.randbytes(rng.randrange(900))))
         planned += compare(path, rng)
     assert planned
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_raw_areas_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
+    """A few areas of any size, damaged or not, with or without the guest's XCR0 beside them."""
+    rng = random.Random(f"unseen raw {seed}")
+    path = tmp_path / "vm.xsave"
+    size = rng.choice((4096, 4096, 11008, 832))
+    if rng.random() < 0.3:
+        xcr0 = rng.choice((7, 0xE7, 0x207))
+        xcrs = struct.pack("<IIIIQ", 1, 0, 0, 0, xcr0) + bytes(368)
+        (tmp_path / "vm.xcrs").write_bytes(xcrs)
+    layout = rng.choice((None, None, INTEL))
+    judged = 0
+    for _ in range(6):
+        images = b""
+        for number in range(rng.choice((1, 1, 2, 5))):
+            bv = rng.choice((3, 7, 0xE7, 0x207, 0x2E7))
+            image = bytearray(files.area(number if rng.random() < 0.5 else 0, size, bv))
+            for _ in range(rng.choice((0, 0, 1, 3))):
+                place = rng.choice((rng.randrange(size), rng.randrange(512, 528), 464, 24, 28, 0))
+                image[place] = rng.choice((0, 1, rng.randrange(256)))
+            images += image
+        path.write_bytes(images)
+        judged += compare(path, rng, "raw", size=size, layout=layout)
+    assert judged
 
 
 @pytest.mark.parametrize("kvm", [True, False])
@@ -217,6 +245,45 @@ def test_each_bit_of_a_vmstate_that_tells_is_in_the_key(tmp_path, cpuid):
 def test_most_of_firecracker_s_files_have_a_key(tmp_path, data):
     for sample in ("fc-bincode1-v4.vmstate", "fc-bincode2-v8.vmstate"):
         assert compare(data / "vmm" / sample, random.Random(0), "firecracker")
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_state_json_is_judged_by_its_key_as_by_its_vcpus(tmp_path, seed):
+    """Numbers of every kind changed, in texts of one plan."""
+    rng = random.Random(f"unseen state {seed}")
+    path = tmp_path / "vm.json"
+    data = texts(rng).encode()
+    path.write_bytes(data)
+    vcpus = xfast.read(path)[0].vcpus
+    assert compare(path, rng, "cloud-hypervisor") or vcpus[0].layout != vcpus[-1].layout
+    for _ in range(6):
+        path.write_bytes(changed_numbers(data, rng))
+        compare(path, rng, "cloud-hypervisor")
+
+
+def test_each_number_of_a_state_json_that_tells_is_in_the_key(tmp_path):
+    """One at a time, by a bit or two: what an Unseen may differ in, and what ends a plan."""
+    rng = random.Random(3)
+    path = tmp_path / "vm.json"
+    keys, planned, numbers = Keys(), 0, []
+    while not 1500 < len(numbers) < 3000:
+        data = texts(rng).encode()
+        numbers = [one.span() for one in NUMBERS.finditer(data)]
+    zeros = [span for span in numbers if data[slice(*span)] == b"0"]
+    others = [span for span in numbers if span not in zeros]
+    sregs = [span for span in numbers if 0 < span[0] - data.index(b"sregs") < 1300]
+    for start, end in [*others, *sregs, *rng.sample(zeros, 60)]:
+        path.write_bytes(data)
+        xfast.read(path)
+        for bit in (0, 6, 7):
+            number = str(int(data[start:end]) ^ 1 << bit).encode()
+            path.write_bytes(data[:start] + number + data[end:])
+            try:
+                planned += keys.see(xfast.read(path)[0])
+            except xfast.XfastError:
+                continue
+    assert planned > 1000
+    assert len(keys.met) > 15
 
 
 def test_a_class_that_was_judged_is_not_looked_into(tmp_path, monkeypatch):

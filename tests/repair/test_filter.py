@@ -1,5 +1,6 @@
 """The filter without QEMUs: what passes, what does not, and where it ends when something breaks."""
 
+import contextlib
 import lzma
 import os
 import random
@@ -9,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from qemu_files import PAGES, description_at, places_of, undescribed, with_memory
+from qemu_files import END_OF_PAGES, PAGES, description_at, places_of, undescribed, with_memory
 
 from xfast import snapshots
 from xfast.hosts import resolve
@@ -28,6 +29,15 @@ def stream(data):
 @pytest.fixture(scope="session")
 def leak(data):
     return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())
+
+
+PEAK = """
+import re, sys
+from xfast.cli.main import main
+main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+"""Run a verb, and print the most memory that it had (KiB)."""
 
 
 def filtered(data, *words, host=TCG):
@@ -151,13 +161,8 @@ def test_memory_is_flat(stream):
     first, _ = places_of(stream)
     data = with_memory(stream, PAGES["page"] * 4096)
     more = data[first : first + len(data) - len(stream)]
-    code = (
-        "import re, sys; from xfast.cli.main import main; main(sys.argv[1:])\n"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1],"
-        " file=sys.stderr)"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "filter", "--host", TCG],
+        [sys.executable, "-c", PEAK, "filter", "--host", TCG],
         stdin=-1, stdout=subprocess.DEVNULL, stderr=-1,
     )  # fmt: skip
     process.stdin.write(stream[:first])
@@ -165,6 +170,52 @@ def test_memory_is_flat(stream):
         process.stdin.write(more)
     _, words = process.communicate(stream[first:])
     assert int(words.split()[-1]) < 64 << 10
+
+
+def endless(stream, kind):
+    """Return how a hostile stream begins, and what it then repeats."""
+    first, section = places_of(stream)
+    head = b"QEVM\0\0\0\3\7\0\0\0\2pc"
+    names = {"uuid": bytes(16), "target-page-bits": b"\0\0\0\x0c", "capabilities": bytes(4)}
+    if kind in names:
+        name = b"configuration/" + kind.encode()
+        return head, bytes([5, len(name)]) + name + b"\0\0\0\1" + names[kind]
+    memory = stream[:first] + b"\2" + section
+    return {
+        "pages": (memory, PAGES["zero"]),
+        "names": (memory, PAGES["fill"].replace(b"\6pc.ram", b"\xff" + b"n" * 255)),
+        "hooks": (memory, PAGES["hook"]),
+        "parts": (stream[:first], b"\2" + section + END_OF_PAGES + b"\x7e" + section),
+        "commands": (stream[:first], b"\x08\0\x05\xff\xff" + bytes(65535)),
+        "devices": (stream[:first], b"\4\0\0\0\1\3abc" + bytes(range(256)) * 20),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["uuid", "target-page-bits", "capabilities", "pages", "names", "hooks", "parts", "commands",
+     "devices"],
+)  # fmt: skip
+def test_what_never_ends_takes_no_memory(stream, kind):
+    """128 MiB of it: one line, and the filter's peak stays below 64 MiB."""
+    start, more = endless(stream, kind)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PEAK, "filter", "--host", TCG],
+        stdin=-1, stdout=subprocess.DEVNULL, stderr=-1,
+    )  # fmt: skip
+    more *= (1 << 20) // len(more)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(start)
+        for _ in range(128):
+            process.stdin.write(more)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    words = process.stderr.read().decode().splitlines()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert len(words) == 2
+    assert re.fullmatch(r"xfast: -: offset \d+: .*expected .*, got .*", words[0])
+    assert int(words[1]) < 64 << 10
 
 
 def test_endless_devices_end_somewhere(stream, monkeypatch):
@@ -182,7 +233,10 @@ def test_endless_devices_end_somewhere(stream, monkeypatch):
 
     thread = threading.Thread(target=feed)
     thread.start()
-    with open(os.devnull, "wb") as target, pytest.raises(ValueError, match="found no end of the"):
+    with (
+        open(os.devnull, "wb") as target,
+        pytest.raises(ValueError, match="expected the end of the devices within"),
+    ):
         Filter(source, target.fileno(), Wanted(resolve(TCG))).run()
     os.close(source)
     thread.join()

@@ -9,6 +9,7 @@ import time
 
 import fpu_guest
 import pytest
+from fpu_guest import DEVICES, booted, counts
 from qemu_machine import GUESTS, PROGRAM, Machine, restored
 
 pytestmark = pytest.mark.skipif(not shutil.which(PROGRAM), reason=f"{PROGRAM} is not here")
@@ -17,32 +18,10 @@ FILTER = f"{sys.executable} -m xfast filter"
 TCG = "qemu-tcg-max@6.1"
 
 
-DEVICES = ("-vga", "std", *("-device", "virtio-net-pci") * 3, *("-device", "virtio-scsi-pci") * 2)
-"""So that the description is larger than a pipe, which is when the source always goes on."""
-
-
 @pytest.fixture(scope="module")
 def guest(tmp_path_factory):
     firmware = fpu_guest.firmware(tmp_path_factory.mktemp("guest"))
     return *GUESTS["tcg"], *DEVICES, "-bios", str(firmware)
-
-
-def counts(machine, beyond=-1):
-    """Wait until the guest counts on from `beyond`; return how far it is."""
-    for _ in range(1000):
-        wrong, count = fpu_guest.state(machine)
-        assert not wrong
-        if count > beyond:
-            return count
-        time.sleep(0.02)
-    raise AssertionError(f"the guest stands still at {count}")
-
-
-def booted(guest):
-    machine = Machine(*guest).__enter__()
-    machine.run("cont")
-    counts(machine, 1000)
-    return machine
 
 
 def starts(guest, path):

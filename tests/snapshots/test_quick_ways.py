@@ -6,11 +6,13 @@ import struct
 import pytest
 import snapshot_files as files
 from mutations import mutated
+from state_texts import NUMBERS, changed_numbers, texts
 
 from xfast import snapshots
 from xfast.engine import files as engine
 from xfast.errors import XfastError
-from xfast.snapshots import cloud_hypervisor, raw
+from xfast.snapshots import cloud_hypervisor, raw, state_plans
+from xfast.snapshots.model import Unseen
 
 
 def answer(path, form):
@@ -31,6 +33,7 @@ def both(path, form, monkeypatch):
     """Return the quick answer, and the one without any quick way."""
     quick = answer(path, form)
     cloud_hypervisor._cpuid_in.cache_clear()
+    state_plans.forget()
     with monkeypatch.context() as patch:
         for name in ("members", "unescaped", "byte_list", "records"):
             patch.setattr(engine, name, lambda *_: None)
@@ -58,6 +61,73 @@ def test_a_state_json_with_one_byte_changed_reads_the_same_both_ways(tmp_path, m
     path.write_bytes(data)
     quick, slow = both(path, "cloud-hypervisor", monkeypatch)
     assert quick == slow
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_numbers_of_a_state_json_read_the_same_by_a_plan(tmp_path, monkeypatch, seed):
+    rng = random.Random(f"plan {seed}")
+    path = tmp_path / "vm.json"
+    data = texts(rng).encode()
+    path.write_bytes(data)
+    for _ in range(5):
+        state_plans.forget()
+        path.write_bytes(data)
+        snapshots.read(path)
+        path.write_bytes(changed_numbers(data, rng))
+        quick, slow = both(path, "cloud-hypervisor", monkeypatch)
+        assert quick == slow
+
+
+def test_most_numbers_of_a_state_json_may_be_others(tmp_path, data):
+    """All but CPUID's, XCR0's, an MSR's index, and the byte of CR4 with PKE."""
+    sample = (data / "vmm" / "ch-state.json").read_bytes()
+    path = tmp_path / "vm.json"
+    path.write_bytes(sample)
+    state_plans.forget()
+    snapshots.read(path)
+    start = sample.index(b"vcpu_events")
+    places = [one.span() for one in NUMBERS.finditer(sample, start, sample.index(b"xcrs"))]
+    followed = 0
+    for begin, end in places[::7]:
+        path.write_bytes(sample[:begin] + b"3" + sample[end:])
+        followed += isinstance(snapshots.read(path)[0].vcpus, Unseen)
+    assert followed >= len(places[::7]) - 1
+    for word in (b'ebx\\":1752', b'\\"index\\":16', b"231"):
+        changed = sample.replace(word, word[:-1] + (b"2" if word[-1:] != b"2" else b"3"), 1)
+        assert changed != sample
+        assert state_plans.follow(changed) is None
+
+
+def test_who_changes_a_vcpu_changes_no_plan(tmp_path, data):
+    path = tmp_path / "vm.json"
+    path.write_bytes((data / "vmm" / "ch-state.json").read_bytes())
+    state_plans.forget()
+    (first,) = snapshots.read(path)
+    expected = answer(path, "cloud-hypervisor")
+    for vcpu in first.vcpus:
+        vcpu.index, vcpu.cpuid, vcpu.xcr0, vcpu.area[:] = 99, None, 0, 1
+    assert answer(path, "cloud-hypervisor") == expected
+    (plan,) = state_plans._plans
+    assert [(vcpu.nr, vcpu.xcr0) for vcpu in plan.vcpus] == [(0, 0xE7), (1, 0xE7)]
+
+
+def test_few_plans_are_made_of_texts_that_have_nothing_in_common(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(state_plans, "Template", lambda *_: made.append(1) or FakeTemplate())
+    state_plans.forget()
+    path = tmp_path / "vm.json"
+    for number in range(40):
+        path.write_bytes(b'{"%d": 1, ' % number + files.cloud_hypervisor_state()[1:])
+        snapshots.read(path)
+    state_plans.forget()
+    assert len(made) == 6  # the 1st, 2nd, 4th, 8th, 16th and 32nd
+
+
+class FakeTemplate:
+    text = b""
+
+    def follow(self, data):
+        return None
 
 
 @pytest.mark.parametrize("name", ["ch-state.json"])

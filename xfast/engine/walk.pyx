@@ -69,6 +69,7 @@ cdef enum:
     COMPRESSED_LIMIT = 8192
     NAME_LIMIT = 1024
     CAPABILITIES_LIMIT = 256
+    HEADER_LIMIT = 1 << 17
 
 # Beyond any file: sums of an offset and a length stay below 2^64
 cdef uint64_t FAR = <uint64_t>1 << 62
@@ -194,6 +195,8 @@ cdef class Walker:
         """A subsection of the configuration record, or what follows the last one."""
         cdef Py_ssize_t length
         cdef bytes name
+        if self.position - self.start > HEADER_LIMIT:
+            return self.stop(0, "more of them", f"subsections within {HEADER_LIMIT} bytes")
         if n < 2:
             return 0
         if p[0] != SUBSECTION:

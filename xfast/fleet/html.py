@@ -25,7 +25,7 @@ REASONS = 12
 
 MEANINGS = {
     "ok": "restorable",
-    "risk": "restorable, at a risk",
+    "risk": "restorable, with a risk",
     "fix": "xfast fix makes it restorable, nothing is lost",
     "no": "not restorable",
     "?": "unknown: a fact is missing",

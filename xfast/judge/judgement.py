@@ -212,9 +212,7 @@ def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
     known = tuple(host for host in hosts if isinstance(host, Host))
     if len(known) == len(hosts):
         return _remember(_POOLS, tuple(map(id, known)), _Pool(known), 64)
-    from xfast.hosts import resolve
-
-    return _Pool(tuple(resolve(host) if isinstance(host, str) else host for host in hosts))
+    return _Pool(tuple(map(host_of, hosts)))
 
 
 def _case_of(snapshot: Snapshot) -> _Case:
@@ -279,4 +277,13 @@ def check(
     return Verdicts(snapshot.name, pool.names, _case_of(snapshot).answer(pool, rules))
 
 
-__all__ = ["check", "facts_of", "findings_of", "forget", "judge"]
+def host_of(host: Host | str) -> Host:
+    """Return a Host, or the one that `xfast.resolve` finds: how public functions take a host."""
+    if isinstance(host, Host):
+        return host
+    from xfast.hosts import resolve
+
+    return resolve(host)
+
+
+__all__ = ["check", "facts_of", "findings_of", "forget", "host_of", "judge"]

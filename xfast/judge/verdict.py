@@ -7,7 +7,7 @@ scheduler that asks about a hundred hosts gets a hundred verdicts and a handful 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -213,6 +213,9 @@ class Verdict(NamedTuple):
     def __str__(self) -> str:
         return f"{self.snapshot} on {self.host}: {self.verdict}"
 
+    def _repr_html_(self) -> str:
+        return _table([self])
+
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as the JSON answer has it."""
         answer = {
@@ -291,15 +294,18 @@ class Verdicts(Sequence[Verdict]):
         return "\n".join(f"{escape(v.host):<{width}}  {v.verdict}" for v in self)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{_html(v.snapshot)}</td><td>{_html(v.host)}</td><td>{v.verdict}</td>"
-            f"<td>{v.fixable}</td><td>{'<br>'.join(_html(f.why) for f in v.findings)}</td></tr>"
-            for v in self
-        )
-        heads = "".join(
-            f"<th>{name}</th>" for name in ("snapshot", "host", "verdict", "fix", "why")
-        )
-        return f"<table><tr>{heads}</tr>{rows}</table>"
+        return _table(self)
+
+
+def _table(verdicts: Iterable[Verdict]) -> str:
+    """Return verdicts as a table for notebooks."""
+    rows = "".join(
+        f"<tr><td>{_html(v.snapshot)}</td><td>{_html(v.host)}</td><td>{v.verdict}</td>"
+        f"<td>{v.fixable}</td><td>{'<br>'.join(_html(f.why) for f in v.findings)}</td></tr>"
+        for v in verdicts
+    )
+    heads = "".join(f"<th>{name}</th>" for name in ("snapshot", "host", "verdict", "fix", "why"))
+    return f"<table><tr>{heads}</tr>{rows}</table>"
 
 
 class PerClass(Generic[T]):

@@ -128,7 +128,7 @@ def migrate(
         Stays as it is.
     other_host : Host
     vmm : str
-        Of VMMS: ``qemu``, ``qemu-7.2`` (which starts the guest all the same when a call
+        Of VMMS: ``qemu``, ``qemu-7.2`` (which starts the guest anyway when a call
         fails), ``firecracker``, ``cloud-hypervisor``.
     kernel : Behaviours or str, optional
         Of the target; default: the host's.

@@ -105,7 +105,7 @@ def apply(
     Raises
     ------
     PolicyError
-        If the host would refuse the result all the same, or the format has no place for it.
+        If the host would still refuse the result, or the format has no place for it.
     FormatError
         If the file is damaged.
     XfastError

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from xfast.errors import PolicyError
 from xfast.hosts.model import Host
+from xfast.judge.judgement import host_of
 from xfast.xsave import area as engine
 from xfast.xsave.features import SUPERVISOR_MASK, XFEATURE_MASK_FPSSE, names_of
-from xfast.xsave.layout import Layout
+from xfast.xsave.layout import Layout, layout_of
 
 MXCSR_MASK_FIELD = slice(28, 32)
 SOFTWARE_FIELD = slice(464, 472)
@@ -53,8 +54,8 @@ class Fixed(NamedTuple):
 
 def fix_areas(
     areas: Any,
-    layout: Layout,
-    host: Host,
+    layout: Layout | str,
+    host: Host | str,
     *,
     guest: int | None = None,
     drop: int = 0,
@@ -66,9 +67,10 @@ def fix_areas(
     ----------
     areas : (n, size) or (size,) uint8
         In `layout`, standard or compacted format row by row. They stay as they are.
-    layout : Layout
-    host : Host
-        `host.kvm_xcr0` must be known. Where `host.layout` is, the result is in it.
+    layout : Layout or str
+    host : Host or str
+        A name is resolved as `xfast.resolve` does. Its kvm_xcr0 must be known. Where its layout
+        is, the result is in that.
     guest : int, optional
         User components that the guests may have (mask); default: all that the host can give.
     drop : int
@@ -89,6 +91,7 @@ def fix_areas(
     LayoutError
         If the host's layout has no place for a component.
     """
+    layout, host = layout_of(layout), host_of(host)
     if host.kvm_xcr0 is None:
         raise PolicyError(f"host {host.name}: its KVM components are not known, expected kvm_xcr0")
     rows, single = engine.rows_of(areas)

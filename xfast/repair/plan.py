@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from xfast.errors import PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
-from xfast.judge.judgement import check, facts_of, findings_of
+from xfast.judge.judgement import check, facts_of, findings_of, host_of
 from xfast.judge.rules import RULES
 from xfast.judge.subject import State, state_of, subject_of
 from xfast.judge.target import target_of
@@ -115,14 +115,21 @@ class Plan:
         snapshot; empty where nothing blocks, and where that would not do.
     """
 
-    snapshot: Snapshot
-    host: Host
-    areas: dict[int, NDArray[np.uint8]]
+    snapshot: Snapshot = field(repr=False)
+    host: Host = field(repr=False)
+    areas: dict[int, NDArray[np.uint8]] = field(repr=False, compare=False)
     changes: tuple[Change, ...]
     before: Verdict
     after: Verdict
     notes: tuple[str, ...]
     ransom: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        count = len(self.changes)
+        return (
+            f"{self.snapshot.name} on {self.host.name}: {count} change{'s' * (count != 1)}, "
+            f"{self.before.verdict} before, {self.after.verdict} after"
+        )
 
     @property
     def left(self) -> tuple[Finding, ...]:
@@ -160,7 +167,7 @@ class Plan:
 
 def plan_fix(
     snapshot: Snapshot,
-    host: Host,
+    host: Host | str,
     *,
     drop: Iterable[str] = (),
     even_if_live: bool = False,
@@ -172,7 +179,8 @@ def plan_fix(
     ----------
     snapshot : Snapshot
         It stays as it is.
-    host : Host
+    host : Host or str
+        A name is resolved as `xfast.resolve` does.
     drop : iterable of str
         Components to drop, besides those that the host's verdict asks for.
     even_if_live : bool
@@ -203,6 +211,7 @@ def plan_fix(
         raise PolicyError(
             f"{snapshot.path}: not every vCPU may have been read: {snapshot.doubts[0]}"
         )
+    host = host_of(host)
     plan = _plan(snapshot, host, asked, even_if_live, rules)
     lossy = {finding.component for finding in plan.left if finding.fix == "lossy"}
     if not lossy:
@@ -437,16 +446,16 @@ def _clear_rest(area: NDArray[np.uint8], layout: Layout, kept: int) -> None:
         clean[:] = area
         for nr in bits(placed & ~kept):
             clean[_bytes_of(nr, layout)] = 0
-    for given, field, init in (
+    for given, place, init in (
         (kept & X87, X87_CONTROL, FCW_INIT),
         (kept & (SSE | AVX), MXCSR_FIELD, MXCSR_INIT),
     ):
         if given:
-            fields.append(field)
+            fields.append(place)
         else:
-            clean[field] = np.frombuffer(init.to_bytes(field.stop - field.start, "little"), "u1")
-    for field in fields:
-        clean[field] = area[field]
+            clean[place] = np.frombuffer(init.to_bytes(place.stop - place.start, "little"), "u1")
+    for place in fields:
+        clean[place] = area[place]
     area[:] = clean
 
 

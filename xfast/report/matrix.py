@@ -162,7 +162,7 @@ class Answer:
         """Print the answer for one snapshot and one host: yes or no first, and why."""
         (verdict,) = self.groups[0].verdicts
         word = cell(verdict)
-        yes_or_no = {"ok": "yes", "risk": "yes, at a risk", "?": "unknown"}.get(word, "no")
+        yes_or_no = {"ok": "yes", "risk": "yes, with a risk", "?": "unknown"}.get(word, "no")
         head = f"{yes_or_no}: {self.labels[verdict.snapshot]} on {escape(verdict.host)}"
         if word == "fix":
             head += ", but xfast fix makes it restorable and loses nothing"

@@ -56,7 +56,7 @@ class Tally:
         total = self.words.total()
         text = f"{counted(total, 'pair')}: " + (", ".join(parts) or "none judged")
         text += f"; {self.fixable} can be fixed without loss" if self.fixable else ""
-        text += f"; {self.risky} at a risk" if self.risky else ""
+        text += f"; {self.risky} with a risk" if self.risky else ""
         if self.problems:
             text += f"; {counted(len(self.problems), 'input')} not judged"
         if self.skipped:

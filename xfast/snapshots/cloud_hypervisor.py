@@ -27,14 +27,16 @@ from numpy.typing import NDArray
 from xfast.engine import files
 from xfast.errors import FormatError, LayoutError, XfastError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
-from xfast.snapshots import infer, raw
+from xfast.snapshots import infer, raw, state_plans
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.json_text import DECODER, SHOWN, Span, Text
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu, kept, misnumbered
+from xfast.snapshots.kvm_fpu import FPU, IMAGE, differing, span_of, value_of
+from xfast.snapshots.model import Snapshot, Splice, Unseen, Vcpu, kept, misnumbered
+from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import Cpuid, Entry
-from xfast.xsave.features import AVX, FCW_INIT, KVM_XSAVE_SIZE, MXCSR_INIT, SSE, X87
+from xfast.xsave.features import KVM_XSAVE_SIZE
 from xfast.xsave.layout import Layout
 
 STATE = "state.json"
@@ -49,21 +51,8 @@ VCPU_LIMIT = 4096
 CPUID_TEXT_LIMIT = 1 << 15
 """Characters of a CPUID that is kept for others which are the same: 256 entries take as many."""
 
-FPU = {
-    "fcw": (X87, 0, "<u2", 1, FCW_INIT),
-    "fsw": (X87, 2, "<u2", 1, 0),
-    "ftwx": (X87, 4, "u1", 1, 0),
-    "last_opcode": (X87, 6, "<u2", 1, 0),
-    "last_ip": (X87, 8, "<u8", 1, 0),
-    "last_dp": (X87, 16, "<u8", 1, 0),
-    "mxcsr": (SSE | AVX, 24, "<u4", 1, MXCSR_INIT),
-    "fpr": (X87, 32, "u1", 128, 0),
-    "xmm": (SSE, 160, "u1", 256, 0),
-}
-"""The fields of struct kvm_fpu: components (any of them), offset in the area, type, how many
-numbers, and the value where none of the components is there."""
-
 NUMBER = re.compile(r"-?\d+")
+RECENT = "v39 or later"
 
 
 @dataclass(frozen=True)
@@ -153,12 +142,20 @@ def read(
     FormatError
         If the JSON is damaged, or lacks what a vCPU must have.
     """
-    vcpus = []
-    generation = ""
-    for index, state, text in _states(source):
-        generation = "v39 or later" if text.numbers is None else "v38 or earlier"
-        vcpus.append(_vcpu(index, text, state, layout))
-    doubts = misnumbered(vcpu.index for vcpu in vcpus)
+    if source.size > SIZE_LIMIT:
+        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
+    data = source.read(0, source.size)
+    known = state_plans.follow(data) if layout is None else None
+    vcpus = _unseen(source.path, data, *known) if known else None
+    if known and vcpus:
+        doubts, generation = misnumbered(vcpu.nr for vcpu in known[0].vcpus), RECENT
+    else:
+        parts = list(_parts(source.path, data, layout))
+        vcpus = [part.vcpu for part in parts]
+        generation = RECENT if parts[-1].text.numbers is None else "v38 or earlier"
+        if layout is None:
+            state_plans.remember(data, parts, _counting)
+        doubts = misnumbered(vcpu.index for vcpu in vcpus)
     told = _boot_vcpus(source)
     if told not in (None, len(vcpus)):
         doubts += (f"expected {told} vCPUs, as {CONFIG} beside it says, got {len(vcpus)}",)
@@ -174,6 +171,48 @@ def read(
             doubts=doubts,
         )
     ]
+
+
+def _parts(path: str, data: bytes, given: Layout | None) -> Iterator[state_plans.Part]:
+    """Yield the vCPUs of a state.json."""
+    for index, state, text in _states(path, data):
+        vcpu = _vcpu(index, text, state, given)
+        yield state_plans.Part(vcpu, text, state, tuple(kept(vcpu, Origin).fpu))
+
+
+def _counting(part: state_plans.Part) -> Iterator[tuple[Span, int, bool, int]]:
+    """Yield the numbers that make up a vCPU's area and the image of its fpu object."""
+    origin = kept(part.vcpu, Origin)
+    for i, place in enumerate(origin.words()[1]):
+        yield place, 4, False, 4 * i
+    for name, span in origin.fpu.items():
+        offset, width = span_of(name)
+        for i, place in enumerate(_numbers(part.text, span, FPU[name][3], 1 << 64)[1]):
+            yield place, width, True, offset + width * i
+
+
+def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Sequence[Vcpu] | None:
+    """Return the vCPUs that a plan found, made when somebody looks; None where it can't tell."""
+    told = []
+    layouts = {}
+    behind = len(plan.vcpus) * plan.size
+    for row, vcpu in enumerate(plan.vcpus):
+        start = row * plan.size
+        words = infer.WORDS.unpack_from(values, start)
+        place = infer.firm(words, cpuid=vcpu.cpuid, mask=vcpu.xcr0 or 0)
+        if place is None or place.layout is None:
+            return None
+        layouts[id(place.layout)] = place.layout
+        legacy, image = values[start : start + IMAGE], values[behind : behind + IMAGE]
+        told.append((words, differing(legacy, image, words[2], vcpu.fpu)))
+        behind += IMAGE
+    if len(layouts) > 1:
+        return None
+    areas = np.frombuffer(values, np.uint8, len(plan.vcpus) * plan.size)
+    (layout,) = layouts.values()
+    facts = packed_facts(areas.reshape(-1, plan.size), layout)
+    key = "cloud-hypervisor", plan.number, tuple(told), facts
+    return Unseen(key, len(told), lambda: [part.vcpu for part in _parts(path, data, None)])
 
 
 def _boot_vcpus(source: Source) -> int | None:
@@ -193,30 +232,24 @@ def _boot_vcpus(source: Source) -> int | None:
     return count if type(count) is int else None
 
 
-def _states(source: Source) -> Iterator[tuple[int, dict[str, Span], Text]]:
+def _states(path: str, data: bytes) -> Iterator[tuple[int, dict[str, Span], Text]]:
     """Yield every vCPU's number, where the members of its state lie, and in which text."""
-    if source.size > SIZE_LIMIT:
-        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
-    file = Text(source.path, source.read(0, source.size).decode("latin-1")).checked()
+    file = Text(path, data.decode("latin-1")).checked()
     members = file.members(0)
     for step in ("snapshots", "cpu-manager", "snapshots"):
         if step not in members:
-            raise FormatError(
-                source.path, None, f"expected the vCPUs in {step!r}, got no such member"
-            )
+            raise FormatError(path, None, f"expected the vCPUs in {step!r}, got no such member")
         members = file.members(members[step][0])
     if not members:
-        raise FormatError(source.path, None, "expected at least one vCPU, got none")
+        raise FormatError(path, None, "expected at least one vCPU, got none")
     if len(members) > VCPU_LIMIT:
-        raise FormatError(
-            source.path, None, f"expected at most {VCPU_LIMIT} vCPUs, got {len(members)}"
-        )
+        raise FormatError(path, None, f"expected at most {VCPU_LIMIT} vCPUs, got {len(members)}")
     for i, (key, span) in enumerate(members.items()):
         number = re.search(r"\d{1,9}$", key)
-        data = file.members(span[0]).get("snapshot_data")
-        if data is None:
+        held = file.members(span[0]).get("snapshot_data")
+        if held is None:
             raise file.error(span[0], f"vCPU {key[:SHOWN]!r}: found no 'snapshot_data'")
-        text = file.inner(data).checked()
+        text = file.inner(held).checked()
         state = text.members(0)
         if "Mshv" in state:
             raise file.error(span[0], "expected a vCPU of KVM, got one of the mshv hypervisor")
@@ -256,7 +289,7 @@ def _vcpu(index: int, text: Text, state: dict[str, Span], given: Layout | None) 
         cpuid=cpuid,
         pkru_enabled=None if cr4 is None else bool(cr4 & CR4_PKE),
         msrs=tuple(sorted(msrs)) if msrs else None,
-        fpu_differs=tuple(sorted(name for name in held if held[name] != _fpu_value(area, name))),
+        fpu_differs=tuple(sorted(name for name in held if held[name] != value_of(area, name))),
         origin=origin,
         facts=facts,
     )
@@ -398,15 +431,6 @@ def _held(text: Text, span: Span, name: str) -> list[int]:
     return found
 
 
-def _fpu_value(area: NDArray[np.uint8], name: str) -> list[int]:
-    """Return what a field of the fpu object must be for an XSAVE area."""
-    components, offset, dtype, count, init = FPU[name]
-    if not infer.header(area)[0] & components:
-        return [init] * count
-    values: list[int] = np.frombuffer(area.tobytes(), dtype, count, offset).tolist()
-    return values
-
-
 def splices(
     source: Source, snapshot: Snapshot, areas: Mapping[int, NDArray[np.uint8]]
 ) -> list[Splice]:
@@ -437,7 +461,7 @@ def splices(
         for word in np.flatnonzero(old.view("<u4") != words).tolist():
             found.append(text.splice(source, spans[word], str(words[word]), f"{where} xsave"))
         for name, span in origin.fpu.items():
-            before, after = _fpu_value(old, name), _fpu_value(new, name)
+            before, after = value_of(old, name), value_of(new, name)
             if before == after:
                 continue
             _, places = _numbers(text, span, len(after), 1 << 64)

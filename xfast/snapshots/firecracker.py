@@ -50,6 +50,8 @@ MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1
 
 XCRS = struct.pack("<QI", 392, 1)
 """A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
+TABLE_LIMIT = 256
+"""KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the walk takes no longer list, as the kernel."""
 MSR = struct.Struct("<I4xQ")
 """struct kvm_msr_entry: its index, and its value."""
 CPUID_BEHIND_COUNT = 8 + 24

@@ -6,7 +6,7 @@ A format neither judges nor prints; it finds the areas and says what it knows of
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
@@ -50,7 +50,7 @@ class CpuInfo:
     xsave_size_max: int | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Vcpu:
     """The extended state of one vCPU or thread. What a file does not tell is None.
 
@@ -116,6 +116,14 @@ class Vcpu:
     has_xsave: bool = True
     origin: Origin | None = field(default=None, repr=False, compare=False)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vcpu):
+            return NotImplemented
+        compared = [f.name for f in fields(self) if f.compare and f.name != "area"]
+        return np.array_equal(self.area, other.area) and all(
+            getattr(self, name) == getattr(other, name) for name in compared
+        )
 
     @property
     def where(self) -> dict[str, Span]:

@@ -16,7 +16,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -31,7 +31,8 @@ from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.entry import beside
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Vcpu, kept
+from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Unseen, Vcpu, kept
+from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout
@@ -138,6 +139,9 @@ def _cpuid_in(entries: bytes) -> Cpuid:
     return Cpuid(tuple(Entry(*row) for row in ENTRY.iter_unpack(entries)))
 
 
+NOWHERE = Layout(())
+"""Only the legacy region's place is certain where the layout is not known."""
+
 COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
 """The ends of the names of files that only go with raw areas, and what parses each."""
 
@@ -214,12 +218,26 @@ def _vcpus(
         alone = [
             _place(source, start + i * step, areas[i], layout, beside) for i in range(len(areas))
         ]
-        kinds = {one: _kind(areas, one, beside) for one in alone}
-        return [make(kinds[one], i, areas[i]) for i, one in enumerate(alone)]
+
+        def each() -> list[Vcpu]:
+            kinds = {one: _kind(areas, one, beside) for one in alone}
+            return [make(kinds[one], i, areas[i]) for i, one in enumerate(alone)]
+
+        if beside.cpuid is not None:  # more than a key should hold
+            return each()
+        return Unseen(_key(areas, alone, beside.xcr0), len(alone), each)
     sort_of = np.zeros(len(areas), np.uint32)  # pages of zeros take no memory
     places, classes = sorts.sort(areas, place, sort_of)
     stack = Stack(areas, [_kind(areas, one, beside) for one in places], classes, sort_of, make)
     return stack if len(areas) >= STACK_FROM else list(stack)
+
+
+def _key(areas: sorts.Rows, places: Sequence[infer.Place], xcr0: int | None) -> Hashable:
+    """Return what a few areas tell; see `Unseen`."""
+    layouts = [place.layout or NOWHERE for place in places]
+    told = [packed_facts(areas[i][np.newaxis], layout) for i, layout in enumerate(layouts)]
+    names = tuple([layout.name for layout in layouts])  # which equal layouts need not share
+    return "raw", areas.shape[1], xcr0, tuple(places), names, *told
 
 
 def _kind(areas: sorts.Rows, found: infer.Place, beside: Beside) -> Vcpu:

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,11 @@ from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source, Watch
 from xfast.snapshots.contract import Accompanied, Format, Whole
 from xfast.snapshots.model import Snapshot, Splice
 from xfast.xsave.layout import Layout, layout_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    Input: TypeAlias = str | os.PathLike[str] | Buffer | NDArray[np.uint8] | IO[bytes] | Source
 
 FORMATS = {
     "elfcore": "xfast.snapshots.elfcore",
@@ -167,7 +172,7 @@ def _claimed(folder: Folder) -> tuple[str, str]:
 
 
 def read(
-    path: Any,
+    path: Input,
     *,
     format: str | None = None,
     layout: Layout | str | None = None,
@@ -241,7 +246,10 @@ def splices(
     return format_named(snapshot.format).splices(cast(Source, source), snapshot, areas)
 
 
-def walk(paths: Iterable[str | os.PathLike[str]], links: list[str] | None = None) -> Iterator[str]:
+def walk(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    links: list[str] | None = None,
+) -> Iterator[str]:
     """Yield the paths to read: files as they are, directories expanded recursively.
 
     A directory of CRIU's images is one snapshot and yielded itself. In others what only goes
@@ -250,13 +258,14 @@ def walk(paths: Iterable[str | os.PathLike[str]], links: list[str] | None = None
 
     Parameters
     ----------
-    paths : iterable of str or path
+    paths : str, path, or iterable of them
         What is named here is followed if it is a symbolic link.
     links : list of str, optional
         Gets the symbolic links found in directories: they are passed over. What is yielded of a
         directory is an `Entry`, which is opened through no link, should it become one.
     """
-    for path in (os.fspath(path) for path in paths):
+    named = [paths] if isinstance(paths, str | os.PathLike) else paths
+    for path in (os.fspath(path) for path in named):
         if not os.path.isdir(path):
             yield path
             continue

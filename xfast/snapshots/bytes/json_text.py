@@ -63,6 +63,13 @@ class Text(NamedTuple):
         passed = int(np.searchsorted(starts, offset, "right"))
         return self.base + offset + (int(shifts[passed - 1]) if passed else 0)
 
+    def places(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where many characters lie in the file (bytes), of a text in a string."""
+        starts, shifts = _escapes(self.escaped)
+        passed = np.searchsorted(starts, offsets, "right")
+        moved: NDArray[np.int64] = np.concatenate([[0], shifts])[passed] + self.base + offsets
+        return moved
+
     def span(self, span: Span) -> Span:
         """Return offset and length in the file of what lies at `span`."""
         start = self.at(span[0])

@@ -140,10 +140,17 @@ class Source:
         """
         if hasattr(data, "read"):
             return cls(name, _spool(name, data, expand_limit)).expanded(expand_limit)
+        try:
+            view = memoryview(data)
+        except TypeError:
+            kind = type(data).__name__
+            raise TypeError(
+                f"expected a path, bytes, an array or a binary file to read, got {kind}"
+            ) from None
         fd = os.memfd_create("xfast", os.MFD_CLOEXEC)
         try:
             with open(fd, "wb", closefd=False) as file:
-                file.write(memoryview(data).cast("B"))
+                file.write(view.cast("B"))
         except BaseException:
             os.close(fd)
             raise

@@ -473,7 +473,9 @@ class Flow:
         place = self.walker.devices + kept.size - self.walker.head
         if kept.size + len(data) > HOLD_LIMIT:
             raise FormatError(
-                kept.path, place, f"found no end of the devices within {HOLD_LIMIT} bytes"
+                kept.path,
+                place,
+                f"expected the end of the devices within {HOLD_LIMIT} bytes, got more",
             )
         kept.append(data, place)
 
