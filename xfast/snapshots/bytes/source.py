@@ -236,7 +236,7 @@ class Source:
             If it does, and nobody gave an --expand-limit: it was made of holes, or packs too well
             to be anybody's.
         """
-        if total > max(least, ratio * self.stored) and not self.lifted:
+        if not self.lifted and total > least and total > ratio * self.stored:
             raise FormatError(
                 self.path,
                 offset,

@@ -84,6 +84,7 @@ class Kept(Source):
         self._head = b""
         self.fd = -1
         self.outer = None
+        self.lifted = True  # nothing of a pipe lies on a disk
         self.container = ()
         self.bytes_read = 0
         self.starts: list[tuple[int, int]] = []
