@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast import snapshots
+from xfast.engine import files as engine
 from xfast.errors import FormatError, PolicyError, XfastError
 from xfast.hosts.catalogue import catalogue
 from xfast.judge.judgement import check
@@ -217,6 +218,7 @@ class TestArchives:
         path.write_bytes(archive(files))
         opened = []
         monkeypatch.setattr(os, "open", _noting(os.open, opened))
+        monkeypatch.setattr(engine, "opened", _noting(engine.opened, opened))
         (snapshot,) = snapshots.read(path)
         new = snapshot.vcpus[0].area.copy()
         keep(new, snapshot.vcpus[0].layout, 3)
