@@ -16,13 +16,16 @@ import numpy as np
 
 from xfast.engine.template import Template
 from xfast.kernels.uapi import MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
-from xfast.snapshots.bytes.json_text import STATE_LIMIT, Span, Text
+from xfast.snapshots.bytes.json_text import Span, Text
 from xfast.snapshots.kvm_fpu import IMAGE
 from xfast.snapshots.model import Vcpu
 from xfast.xsave.cpuid import Cpuid
 
 PLANS_LIMIT, KEPT_LIMIT = 16, 2 << 20
 """How many texts are kept, and their bytes: where the numbers lie takes several times as many."""
+
+TEXT_LIMIT = 256 << 10
+"""The longest text that is kept: to learn one takes about a microsecond a byte."""
 
 MOST = (1 << 64) - 1
 """A plan has no number that is as large, or larger."""
@@ -93,7 +96,7 @@ def forget() -> None:
 def follow(data: bytes) -> tuple[Plan, bytes] | None:
     """Return the plan of a text and its values; None where it differs from all in more."""
     global _missed
-    if len(data) > STATE_LIMIT:
+    if len(data) > TEXT_LIMIT:
         return None
     for place, plan in enumerate(_plans):
         values = plan.template.follow(data)
@@ -112,7 +115,7 @@ def remember(data: bytes, parts: Sequence[Part], counting: Counting) -> None:
     After many texts in a row that followed no plan, few are kept: the 1st, the 2nd, the 4th ...
     """
     sizes = {part.vcpu.area.size for part in parts}
-    if len(data) > STATE_LIMIT or _missed & (_missed - 1) or len(sizes) != 1:
+    if len(data) > TEXT_LIMIT or _missed & (_missed - 1) or len(sizes) != 1:
         return
     (size,) = sizes
     if any(part.text.numbers is not None for part in parts):
