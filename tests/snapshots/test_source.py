@@ -342,3 +342,19 @@ def test_libvirt_headers_that_lie(tmp_path, change, words):
         image[offset : offset + len(new)] = new
     with pytest.raises(FormatError, match=words):
         Source.open(write(tmp_path, image))
+
+
+def test_an_edit_is_checked_against_the_file_and_not_against_what_was_read(tmp_path):
+    """The head that a source keeps stood in for the file: a change since then was written over."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(200)))
+    with Source.open(path) as source:
+        source.read(0, 200)
+        path.write_bytes(bytes(50) + bytes(range(50, 200)))
+        stale = Splice(20, bytes(range(20, 24)), b"abcd", "a field")
+        with path.open("r+b") as file, pytest.raises(FormatError, match="found other bytes"):
+            source.patch([stale], file.fileno())
+        fresh = Splice(60, bytes(range(60, 64)), b"abcd", "a field")
+        with path.open("r+b") as file:
+            source.patch([fresh], file.fileno())
+        assert source.read(0, 100)[58:66] == b"\x3a\x3babcd\x40\x41"

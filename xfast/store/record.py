@@ -15,6 +15,7 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -128,6 +129,12 @@ def edit_as_json(edit: Splice) -> dict[str, Any]:
     }
 
 
+@lru_cache
+def tool_version() -> str:
+    """Return the version of xfast, looked up on the disk once."""
+    return version("xfast")
+
+
 def record_of(
     snapshot: str,
     output: str,
@@ -150,7 +157,7 @@ def record_of(
         )
     return {
         "schema": SCHEMA,
-        "xfast": version("xfast"),
+        "xfast": tool_version(),
         "nonce": secrets.token_hex(16),
         "snapshot": os.path.abspath(snapshot),
         "output": os.path.abspath(output),

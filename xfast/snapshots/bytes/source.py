@@ -366,8 +366,10 @@ class Source:
             )
         for edit in edits:
             write_all(fd, edit.new, edit.offset)
+        self._head = b""
 
     def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
+        self._head = b""  # what the file holds counts, not what it held
         edits = sorted(splices)
         end = 0
         for edit in edits:
@@ -467,6 +469,7 @@ class View(Source):
     def patch(self, splices: Iterable[Splice], fd: int) -> None:
         """Write edits in place; see `Source.patch`. Offsets are the file's."""
         self.source.patch(splices, fd)
+        self._head = b""
 
 
 def _stdin(limit: int) -> int:
