@@ -104,8 +104,8 @@ def expand_limit_option(parser: argparse.ArgumentParser) -> None:
         "--expand-limit",
         type=size_of,
         metavar="BYTES",
-        help="refuse compressed data that expand to more (default: 256 times their size, at most "
-        "4G)",
+        help="refuse compressed data that expand to more (default: 64 times their size, from "
+        "64M to 4G)",
     )
 
 
