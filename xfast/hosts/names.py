@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from xfast.hosts.baseline import common
@@ -111,6 +112,7 @@ INSTANCES: tuple[Instance, ...] = (
 """The first pattern that a name matches whole, in lower case."""
 
 
+@lru_cache(maxsize=1024)
 def named(name: str) -> Host | None:
     """Return the host that a name stands for, or None.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from xfast.xsave.features import (
@@ -322,6 +322,7 @@ class Behaviours:
         return BEHAVIOURS[name].name in self.names
 
 
+@lru_cache(maxsize=1024)
 def parse_version(text: str) -> Version:
     """Return the version in `text` (``5.17-rc5``, ``6.1.60-1-amd64``, ``v6.6``).
 
@@ -345,6 +346,7 @@ def has_landed(behaviour: Behaviour, version: Version) -> bool:
     return version >= mainline or any(v[:2] == version[:2] and version >= v for v in stable)
 
 
+@lru_cache(maxsize=256)
 def of_release(text: str) -> Behaviours:
     """Return the behaviours of a kernel.org release, marked ``assumed``."""
     version = parse_version(text)
