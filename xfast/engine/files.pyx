@@ -7,7 +7,7 @@ as it should is left to the caller's slow way (None or a negative number), which
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from xfast.engine.words cimport swap_words
 
@@ -75,6 +75,7 @@ cdef extern from * nogil:
 
 # Opening
 
+
 def opened(str name not None, str journal not None, folder=None):
     """Open a regular file, unless a journal lies beside it, and read its head.
 
@@ -99,7 +100,8 @@ def opened(str name not None, str journal not None, folder=None):
     cdef char[512] head
     cdef xfast_file file
     try:
-        name_bytes, journal_bytes = PyUnicode_EncodeFSDefault(name), PyUnicode_EncodeFSDefault(journal)
+        name_bytes = PyUnicode_EncodeFSDefault(name)
+        journal_bytes = PyUnicode_EncodeFSDefault(journal)
     except UnicodeEncodeError:
         return None
     if b"\0" in name_bytes or b"\0" in journal_bytes:
@@ -460,7 +462,7 @@ def swap_runs(
     ValueError
         If a run is not inside.
     """
-    cdef Py_ssize_t i, k, start, length, unit, target
+    cdef Py_ssize_t i, start, length, unit, target
     cdef Py_ssize_t held = data.shape[0], room = out.shape[0]
     if runs.shape[1] != 4:
         raise ValueError(f"runs: expected 4 columns, got {runs.shape[1]}")

@@ -1,4 +1,4 @@
-"""Texts that differ from one another in numbers alone: a text, where its numbers lie, and a follower.
+"""Texts that differ from one another in numbers alone: one, where its numbers lie, a follower.
 
 What is equal is compared and not parsed; a number that differs is parsed and put where the
 text's own would go. Any other difference is left to the caller.
@@ -16,7 +16,9 @@ cdef enum:
 cdef uint64_t MOST = 0xFFFFFFFFFFFFFFFE
 
 
-cdef inline Py_ssize_t _alike(const uint8_t* one, const uint8_t* other, Py_ssize_t n) noexcept nogil:
+cdef inline Py_ssize_t _alike(
+    const uint8_t* one, const uint8_t* other, Py_ssize_t n
+) noexcept nogil:
     """Return how many bytes are the same, up to `n`."""
     cdef Py_ssize_t i = 0
     while i <= n - BLOCK and memcmp(one + i, other + i, BLOCK) == 0:
@@ -70,7 +72,7 @@ cdef class Template:
             before = slots[i, 1]
 
     def follow(self, bytes data not None):
-        """Return the values of another text: of its numbers where they differ; None if it is not so.
+        """Return the values of another text: of its numbers where they differ; None if others do.
 
         A number that differs has no leading zero, and is below 2^64 - 1 and what its bytes hold.
         """
