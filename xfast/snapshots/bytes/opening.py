@@ -26,6 +26,9 @@ JOURNAL = ".xfast-journal"
 Found = tuple[int, "Stamp", bytes]
 """What is known of a file when it is opened: its mode, its stamp, and its head."""
 
+Opened = tuple[int, int, "Stamp", bytes]
+"""The same behind its descriptor."""
+
 
 class DirectoryError(FormatError):
     """Where a file was expected there is a directory."""
@@ -38,7 +41,7 @@ def status_of(fd: int) -> Found:
     return status.st_mode, stamp, os.pread(fd, HEAD, 0)
 
 
-def regular(name: str) -> files.Opened:
+def regular(name: str) -> Opened:
     """Open a regular file or a block device; anything else might never end, or act when opened.
 
     Raises
@@ -59,7 +62,7 @@ def regular(name: str) -> files.Opened:
         raise XfastError(f"{name}: can't be opened: {reason}") from None
 
 
-def _opened(name: str, folder: int | None, last: str, flags: int) -> files.Opened:
+def _opened(name: str, folder: int | None, last: str, flags: int) -> Opened:
     """Open `last` in a folder, after a look at what it is; see `way_to`."""
     _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
     if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
