@@ -1,6 +1,7 @@
 """The running machine as a host: what it has, what its KVM offers, and what neither says."""
 
 import os
+import platform
 
 import pytest
 
@@ -79,3 +80,16 @@ def test_the_width_of_x87s_pointers_is_probed():
         pytest.skip("x87's pointers have neither 48 nor 57 bits here")
     assert this_host().x87_pointer_bits == width
     assert this_host().provenance["x87_pointer_bits"] == "probed"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86_64 machine")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_the_same_cpu_is_asked_wherever_the_process_runs():
+    """A dump and the next one differed in APIC IDs, where the process had moved in between."""
+    allowed = os.sched_getaffinity(0)
+    first = this.read_cpuid()
+    assert os.sched_getaffinity(0) == allowed
+    for _ in range(50):
+        os.sched_setaffinity(0, {max(allowed)})
+        os.sched_setaffinity(0, allowed)
+        assert this.read_cpuid() == first

@@ -14,7 +14,7 @@ import os
 import platform
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from fcntl import ioctl
 from typing import Any
@@ -180,7 +180,24 @@ def read_cpuid() -> Cpuid:
             for leaf in range(base, min(hw.cpuid(base)[0], base + 0x3F) + 1):
                 yield from ((leaf, subleaf) for subleaf in range(SUBLEAVES.get(leaf, 1)))
 
-    return Cpuid.from_rows({row: hw.cpuid(*row) for row in rows()})
+    with _on_one_cpu():
+        return Cpuid.from_rows({row: hw.cpuid(*row) for row in rows()})
+
+
+@contextmanager
+def _on_one_cpu() -> Iterator[None]:
+    """Run this thread on the first of its CPUs: each tells an APIC ID of its own."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    with suppress(OSError):  # a sandbox may forbid it: then the APIC ID is any of them
+        os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, allowed)
 
 
 SUBLEAVES = {7: 3, 0xD: 63, 0x1E: 2}
