@@ -1,5 +1,6 @@
 """Where tests find their files; a test that needs what is not here says so and is skipped."""
 
+import lzma
 import os
 from pathlib import Path
 
@@ -34,3 +35,15 @@ def shared() -> Path:
 def data() -> Path:
     """Return the project's own copies of real files."""
     return HERE / "data"
+
+
+@pytest.fixture(scope="session")
+def stream(data: Path) -> bytes:
+    """Return a QEMU stream of two vCPUs that hold no leak."""
+    return lzma.decompress((data / "qemu/q72-max-smp2-q35.qemustate.xz").read_bytes())
+
+
+@pytest.fixture(scope="session")
+def leak(data: Path) -> bytes:
+    """Return a QEMU stream with the PKRU leak of Linux 5.16."""
+    return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())

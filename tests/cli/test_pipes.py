@@ -1,6 +1,5 @@
 """Standard input that is a pipe: of any size, stalled, interrupted; and where a stream ends."""
 
-import lzma
 import os
 import pty
 import re
@@ -16,16 +15,6 @@ from xfast.cli.main import main
 
 HOST = "qemu-tcg-max@6.1"
 XFAST = [sys.executable, "-m", "xfast"]
-
-
-@pytest.fixture(scope="module")
-def stream(data):
-    return lzma.decompress((data / "qemu/q72-max-smp2-q35.qemustate.xz").read_bytes())
-
-
-@pytest.fixture(scope="module")
-def leak(data):
-    return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())
 
 
 VERBS = {

@@ -1,7 +1,6 @@
 """The filter without QEMUs: what passes, what does not, and where it ends when something breaks."""
 
 import contextlib
-import lzma
 import os
 import random
 import re
@@ -19,16 +18,6 @@ from xfast.repair.plan import plan_fix
 
 FILTER = [sys.executable, "-m", "xfast", "filter"]
 TCG = "qemu-tcg-max@6.1"
-
-
-@pytest.fixture(scope="session")
-def stream(data):
-    return lzma.decompress((data / "qemu/q72-max-smp2-q35.qemustate.xz").read_bytes())
-
-
-@pytest.fixture(scope="session")
-def leak(data):
-    return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())
 
 
 PEAK = """

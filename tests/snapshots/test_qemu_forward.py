@@ -1,6 +1,5 @@
 """Streams with something behind them: volumes, sparse files, old data; and where they end."""
 
-import lzma
 import subprocess
 import sys
 
@@ -16,16 +15,6 @@ from xfast.snapshots.qemu import forward
 from xfast.snapshots.qemu.stream import find_cpus
 
 GIB = 1 << 30
-
-
-@pytest.fixture(scope="session")
-def stream(data):
-    return lzma.decompress((data / "qemu/q72-max-smp2-q35.qemustate.xz").read_bytes())
-
-
-@pytest.fixture(scope="session")
-def leak(data):
-    return lzma.decompress((data / "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz").read_bytes())
 
 
 def volume(path, *parts, size=0):
