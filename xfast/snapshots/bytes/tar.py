@@ -18,7 +18,7 @@ MAGIC_OFFSET = 257
 NAME_LIMIT = 1 << 16
 MEMBER_LIMIT = 1 << 16
 HEADERS_LEAST, HEADERS_RATIO = 4 << 20, 2
-"""Bytes of the headers in a packed archive: so many, or twice what the archive takes on the disk."""
+"""Bytes of headers in a packed archive: so many, or twice what the archive takes on the disk."""
 
 REGULAR = (b"0", b"\0")
 GNU_LONG_NAME = b"L"
