@@ -82,7 +82,7 @@ def members(source: Source) -> Iterator[Member]:
                 yield Member(name.rpartition("/")[2], data, size)
             name = ""
         position = data + -(-size // BLOCK) * BLOCK
-    raise FormatError(source.path, position, f"found over {MEMBER_LIMIT} members")
+    raise FormatError(source.path, position, f"expected at most {MEMBER_LIMIT} members, got more")
 
 
 def _number(source: Source, offset: int, digits: bytes) -> int:
