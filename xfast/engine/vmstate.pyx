@@ -7,6 +7,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
+from xfast.engine.flat cimport flat
+
 cdef extern from "crc64.h" nogil:
     void crc64_fill()
     int crc64_folding()
@@ -28,14 +30,13 @@ cdef list _kept = []
 cdef Py_ssize_t _last = 0
 
 
-def crc64(const uint8_t[::1] data not None, bint tables=False) -> int:
+def crc64(data, bint tables=False) -> int:
     """Return the CRC-64/Jones of `data`; `tables`: as CPUs without PCLMULQDQ do."""
-    cdef Py_ssize_t n = data.shape[0]
-    if not n:
-        return 0
+    view = memoryview(data)
+    cdef Py_buffer *given = flat(view, 1, 1, False)
     if FOLDS and not tables:
-        return crc64_by_folding(&data[0], n)
-    return crc64_by_tables(0, &data[0], n)
+        return crc64_by_folding(<const uint8_t*>given.buf, given.len)
+    return crc64_by_tables(0, <const uint8_t*>given.buf, given.len)
 
 
 cdef inline bint _word(const uint8_t* at, Py_ssize_t n, Py_ssize_t offset, uint64_t* word) noexcept:
