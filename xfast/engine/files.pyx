@@ -25,6 +25,7 @@ cdef extern from "Python.h":
 cdef extern from * nogil:
     """
     #include <fcntl.h>
+    #include <string.h>
     #include <sys/stat.h>
     #include <unistd.h>
     struct xfast_file {
@@ -34,15 +35,30 @@ cdef extern from * nogil:
         int64_t size, modified;
         ssize_t got;
     };
-    /* Open a regular file and read its head; -1 where anything is not as it mostly is. */
-    static int xfast_open(int folder, const char *name, int nofollow, const char *journal,
-                          void *head, size_t room, struct xfast_file *file)
+    /* Tell the size of a regular file without a journal; -1 where it is anything else. */
+    static int64_t xfast_size(int folder, const char *name, int nofollow, const char *journal)
     {
         struct stat status;
         if (fstatat(folder, name, &status, nofollow ? AT_SYMLINK_NOFOLLOW : 0)
             || !S_ISREG(status.st_mode)
             || !faccessat(AT_FDCWD, journal, F_OK, AT_SYMLINK_NOFOLLOW))
             return -1;
+        return status.st_size;
+    }
+    /* Tell which of the names there is anything under; a NUL lies behind each: bit 0 the first. */
+    static unsigned xfast_present(const char *name, const char *end)
+    {
+        unsigned found = 0;
+        for (unsigned bit = 1; name < end; name += strlen(name) + 1, bit <<= 1)
+            if (!faccessat(AT_FDCWD, name, F_OK, 0))
+                found |= bit;
+        return found;
+    }
+    /* Open a regular file and read its head; -1 where anything is not as it mostly is. */
+    static int xfast_open(int folder, const char *name, int nofollow, void *head, size_t room,
+                          struct xfast_file *file)
+    {
+        struct stat status;
         file->fd = openat(folder, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK
                                         | (nofollow ? O_NOFOLLOW : 0));
         if (file->fd < 0)
@@ -66,12 +82,17 @@ cdef extern from * nogil:
         uint64_t device, inode
         long long size, modified
         Py_ssize_t got
+    unsigned xfast_present(const char* names, const char* end)
+    long long xfast_size(int folder, const char* name, int nofollow, const char* journal)
     int xfast_open(
-        int folder, const char* name, int nofollow, const char* journal, void* head, size_t room,
-        xfast_file* file,
+        int folder, const char* name, int nofollow, void* head, size_t room, xfast_file* file
     )
     enum:
         AT_FDCWD
+
+cdef enum:
+    WHOLE = 1 << 16  # files up to this size (bytes) are read when they are opened
+    HEAD = 512  # of larger ones, all that most formats are told by
 
 # Opening
 
@@ -89,15 +110,17 @@ def opened(str name not None, str journal not None, folder=None):
     Returns
     -------
     tuple or None
-        The descriptor; the mode; device, inode, size and mtime (ns); up to 512 bytes. None where
-        it can't be opened, is anything else, or the journal exists: the caller says so.
+        The descriptor; the mode; device, inode, size and mtime (ns); the head, which is all of a
+        file of up to 64 KiB, and 512 bytes of another. None where it can't be opened, is anything
+        else, or the journal exists: the caller says so.
     """
-    cdef bytes name_bytes, journal_bytes
+    cdef bytes name_bytes, journal_bytes, head
     cdef int directory = AT_FDCWD if folder is None else folder
     cdef int nofollow = folder is not None, failed
     cdef const char* name_at
     cdef const char* journal_at
-    cdef char[512] head
+    cdef char* head_at
+    cdef long long size
     cdef xfast_file file
     try:
         name_bytes = PyUnicode_EncodeFSDefault(name)
@@ -108,11 +131,41 @@ def opened(str name not None, str journal not None, folder=None):
         return None
     name_at, journal_at = name_bytes, journal_bytes
     with nogil:
-        failed = xfast_open(directory, name_at, nofollow, journal_at, head, sizeof(head), &file)
+        size = xfast_size(directory, name_at, nofollow, journal_at)
+    if size < 0:
+        return None
+    size = size if size <= WHOLE else HEAD
+    head = PyBytes_FromStringAndSize(NULL, size)
+    head_at = PyBytes_AS_STRING(head)
+    with nogil:
+        failed = xfast_open(directory, name_at, nofollow, head_at, size, &file)
     if failed:
         return None
-    stamp = file.device, file.inode, file.size, file.modified
-    return file.fd, file.mode, stamp, PyBytes_FromStringAndSize(head, file.got)
+    if file.got < size:
+        head = head[:file.got]
+    return file.fd, file.mode, (file.device, file.inode, file.size, file.modified), head
+
+
+def present(str names not None) -> int:
+    """Tell under which paths there is anything: a mask, bit 0 the first of up to 32.
+
+    Parameters
+    ----------
+    names : str
+        The paths, with a NUL behind each but the last one.
+    """
+    cdef bytes text
+    cdef const char* at
+    cdef Py_ssize_t n
+    cdef unsigned found
+    try:
+        text = PyUnicode_EncodeFSDefault(names)
+    except UnicodeEncodeError:
+        return 0
+    at, n = text, PyBytes_GET_SIZE(text)
+    with nogil:
+        found = xfast_present(at, at + n)
+    return found
 
 
 # JSON: text of one byte a character

@@ -28,14 +28,12 @@ cdef list _kept = []
 cdef Py_ssize_t _last = 0
 
 
-def crc64(const uint8_t[::1] data not None, bint tables=False) -> int:
+def crc64(bytes data not None, bint tables=False) -> int:
     """Return the CRC-64/Jones of `data`; `tables`: as CPUs without PCLMULQDQ do."""
-    cdef Py_ssize_t n = data.shape[0]
-    if not n:
-        return 0
+    cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(data)
     if FOLDS and not tables:
-        return crc64_by_folding(&data[0], n)
-    return crc64_by_tables(0, &data[0], n)
+        return crc64_by_folding(at, PyBytes_GET_SIZE(data))
+    return crc64_by_tables(0, at, PyBytes_GET_SIZE(data))
 
 
 cdef inline bint _word(const uint8_t* at, Py_ssize_t n, Py_ssize_t offset, uint64_t* word) noexcept:

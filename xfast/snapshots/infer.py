@@ -7,14 +7,17 @@ itself, only what lies at one place in every layout that is left is placed; the 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast._core import Table
+from xfast.engine import keys
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import (
     BY_NAME,
@@ -27,6 +30,7 @@ from xfast.xsave.features import (
     names_of,
 )
 from xfast.xsave.layout import PRESETS, Layout, Slot, candidates
+from xfast.xsave.rows import table_of
 
 KNOWN_MASK = sum(c.bit for c in COMPONENTS)
 MXCSR_MASK_OFFSET = 28
@@ -41,6 +45,10 @@ VENDORS = {
     "HygonGenuine": "amd",
 }
 """CPUID's vendor text -> the beginning of the names of its presets."""
+
+
+NOWHERE = Layout(())
+"""Only the legacy region's place is certain where the layout is not known."""
 
 
 class Place(NamedTuple):
@@ -79,14 +87,49 @@ def asks_bytes(
 WORDS = struct.Struct("<28xI432xQ40x2Q")
 """MXCSR_MASK, the kernel's word at byte 464, XSTATE_BV and XCOMP_BV: all that a layout may be told
 by, but the components' bytes."""
-FIRM_LIMIT = 1024
+_BOUNDS = sorted(
+    {
+        bound
+        for layout in PRESETS.values()
+        for slot in layout.slots
+        if slot.offset
+        for bound in (slot.offset, slot.offset + slot.size)
+    }
+)
+PIECES = struct.pack(f"<{len(_BOUNDS)}i", *_BOUNDS)
+"""Where the presets' components begin and end (`keys.filled`): of the components' bytes, a layout
+is told by nothing but which of these pieces are all zeros."""
+SEEN_LIMIT = 1024
 
 Words = tuple[int, int, int, int]
 
-_firm: dict[tuple[int, int, Words], tuple[Cpuid | None, Place | None]] = {}
+
+class Seen(NamedTuple):
+    """A place that was found, its layout for the engine, and a number that no other has.
+
+    `headed` tells whether the areas have a header with at least one component, and known ones only.
+    """
+
+    place: Place
+    table: Table
+    number: int
+    xstate_bv: int
+    headed: bool
 
 
-def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Place | None:
+_numbers = itertools.count()
+_seen: dict[tuple[object, ...], tuple[object, Seen | None]] = {}
+"""What was found before: by the id of a CPUID or a given layout, the mask and `WORDS`; None where
+the bytes are asked, and then also by the area's size and the pieces that are filled. What has an
+id in a key is kept with it, so that the id stays its own."""
+
+
+def forget() -> None:
+    """Empty the cache: for those who measure, or compare."""
+    _seen.clear()
+
+
+def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Seen | None:
     """Return what `place` finds for any area with these `WORDS`; None where it asks the bytes.
 
     Each is worked out once. `cpuid` and `mask` are as for `place`.
@@ -97,17 +140,64 @@ def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Place | 
         As `place` does.
     """
     key = id(cpuid), mask, words
-    known = _firm.get(key)
-    if known is None:
-        area = np.zeros(EXTENDED_OFFSET, np.uint8)
-        WORDS.pack_into(area.data, 0, *words)
-        asks = asks_bytes(area, cpuid=cpuid, mask=mask)
-        found = None if asks else _sought(area, cpuid, mask, None)
-        known = cpuid, found  # what is kept has an id of its own
-        if len(_firm) >= FIRM_LIMIT:
-            _firm.clear()
-        _firm[key] = known
-    return known[1]
+    known = _seen.get(key)
+    if known is not None:
+        return known[1]
+    area = np.zeros(EXTENDED_OFFSET, np.uint8)
+    WORDS.pack_into(area.data, 0, *words)
+    asks = asks_bytes(area, cpuid=cpuid, mask=mask)
+    if asks:
+        _remember(key, cpuid, None)
+        return None
+    return _learn(key, area, _sought(area, cpuid, mask, None), cpuid)
+
+
+def seen(
+    data: bytes,
+    start: int,
+    size: int,
+    *,
+    given: Layout | None = None,
+    cpuid: Cpuid | None = None,
+    mask: int = 0,
+) -> Seen:
+    """Return what `place` finds for the `size` bytes at `start`, which is worked out once.
+
+    Raises
+    ------
+    LayoutError
+        As `place` does.
+    """
+    words = WORDS.unpack_from(data, start)
+    if given is not None:
+        key: tuple[object, ...] = id(given), words
+    else:
+        found = firm(words, cpuid=cpuid, mask=mask)
+        if found is not None:
+            return found
+        key = id(cpuid), mask, words, size, keys.filled(data, start, size, PIECES)
+    known = _seen.get(key)
+    if known is not None:
+        return cast(Seen, known[1])
+    area = np.frombuffer(data, np.uint8, size, start)
+    place = Place(given, "given") if given is not None else _sought(area, cpuid, mask, None)
+    return _learn(key, area, place, given or cpuid)
+
+
+def _learn(key: tuple[object, ...], area: NDArray[np.uint8], place: Place, owner: object) -> Seen:
+    """Keep the place of areas like this one."""
+    table = table_of(place.layout or NOWHERE)
+    xstate_bv, _ = header(area)
+    found = Seen(place, table, next(_numbers), xstate_bv, headed(area) and xstate_bv != 0)
+    _remember(key, owner, found)
+    return found
+
+
+def _remember(key: tuple[object, ...], owner: object, found: Seen | None) -> None:
+    """Put something into the cache, which begins anew where it is full."""
+    if len(_seen) >= SEEN_LIMIT:
+        _seen.clear()
+    _seen[key] = owner, found
 
 
 def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
@@ -189,7 +279,7 @@ def place(
     if given is not None:
         return Place(given, "given")
     found = None if size else firm(WORDS.unpack_from(area.data), cpuid=cpuid, mask=mask)
-    return found or _sought(area, cpuid, mask, size)
+    return found.place if found else _sought(area, cpuid, mask, size)
 
 
 def _sought(area: NDArray[np.uint8], cpuid: Cpuid | None, mask: int, size: int | None) -> Place:

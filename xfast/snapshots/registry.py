@@ -10,7 +10,7 @@ import importlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
@@ -59,6 +59,15 @@ MAGICS = {
 JSON = "cloud-hypervisor", "crosvm"
 """The formats that are asked first of a file that begins with a brace."""
 
+STARTS = {
+    "elfcore": (b"\x7fE",),
+    "minidump": (b"MD",),
+    "xen": (b"Xe", b"li", b"Li", b"\xff\xff"),
+    "cloud-hypervisor": (b"{", b" ", b"\t", b"\n", b"\v", b"\f", b"\r"),
+    "crosvm": (b'{"', *(bytes([byte]) + b"g" for byte in (*range(0xA5, 0xB8), 0xBF))),
+}
+"""The first byte, or two, of a format's files: of a file that begins otherwise, it isn't asked."""
+
 
 @cache
 def _others() -> dict[str, Any]:
@@ -94,6 +103,13 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
+@lru_cache(maxsize=1024)
+def _possible(start: bytes) -> tuple[str, ...]:
+    """Return which of `FORMATS` a file may be of that begins with two bytes, in their order."""
+    names = dict.fromkeys([*JSON, *FORMATS] if start.startswith(b"{") else FORMATS)
+    return tuple([n for n in names if n not in STARTS or start.startswith(STARTS[n])])
+
+
 def open_input(
     path: Any, *, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
 ) -> Source | Folder:
@@ -110,7 +126,7 @@ def open_input(
     """
     if isinstance(path, Source):
         return path
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, (str, os.PathLike)):
         return Source.of(path, expand_limit=expand_limit)
     name = os.fspath(path)
     if name == "-" and not stat.S_ISREG(os.fstat(0).st_mode):
@@ -140,8 +156,7 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    names = _names()
-    for name in [*JSON, *names] if start.startswith(b"{") else names:
+    for name in (*_possible(start[:2]), *_others()):
         if format_named(name).sniff(source):
             return name
     if default:

@@ -71,6 +71,13 @@ class Source:
         Whether somebody said to what it may expand, so that state may pack as well as it does.
     """
 
+    outer: Source | None = None
+    codec = ""
+    body = 0
+    bytes_read = 0
+    lifted = False
+    container: tuple[str, ...] = ()
+
     def __init__(
         self,
         path: str,
@@ -82,17 +89,12 @@ class Source:
     ) -> None:
         self.path = path
         self.fd = fd
-        self.outer = outer
-        self.codec = codec
-        self.body = body
         self.mode, self._stamp, self._head = found or status_of(fd)
         self.size = self._stamp[2]
-        if self.is_device:
+        if stat.S_ISBLK(self.mode):
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
-        self.bytes_read = 0
-        self.lifted = False
-        self.container: tuple[str, ...] = ()
         if outer:
+            self.outer, self.codec, self.body = outer, codec, body
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
 
     @classmethod
@@ -121,13 +123,13 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        found = None
-        if fd is None and name == "-":
-            fd = _stdin(expand_limit)
-        elif fd is None:
-            fd, mode, stamp, head = regular(name)
-            found = mode, stamp, head
-        return cls(name, fd, found=found).expanded(expand_limit)
+        if fd is not None:
+            return cls(name, fd).expanded(expand_limit)
+        if name == "-":
+            return cls(name, _stdin(expand_limit)).expanded(expand_limit)
+        opened = regular(name)
+        source = cls(name, opened[0], found=opened[1:])
+        return source.expanded(expand_limit) if source._head.startswith(PACKED) else source
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
