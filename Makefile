@@ -4,6 +4,8 @@
 # make docs: the reference as a site in build/site.
 # make lint: what reads the sources. make bench: the benchmarks beside numpy, some minutes.
 # make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
+# make fuzz-engine TIME=60: the same with the engine's C covered and under the address sanitizer;
+# it needs clang.
 # All need Python 3.11+ with venv and headers, make and a C compiler; nothing else.
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ SOURCES := pyproject.toml setup.py $(wildcard xfast/_core.py[xi] xfast/_core.pxd
 STUBBED := xfast._core $(patsubst xfast/engine/%.pyi,xfast.engine.%,$(wildcard xfast/engine/*.pyi))
 SAN := build/san
 
-.PHONY: demo test docs lint san bench fuzz clean
+.PHONY: demo test docs lint san bench fuzz fuzz-engine clean
 
 demo: $(VENV)/.demo
 	@echo
@@ -55,6 +57,16 @@ TIME ?= 60
 TARGETS ?=
 fuzz: $(VENV)/.fuzz
 	$(BIN)/python fuzz/run.py --seconds $(TIME) $(TARGETS)
+
+# libFuzzer's own library has to be there first, as the sanitizers have. PYTHONMALLOC=malloc: each
+# object has an allocation of its own, whose end is watched.
+FUZZED := build/fuzz
+fuzz-engine: $(VENV)/.fuzz
+	CC=clang LDSHARED="clang -shared" XFAST_SANITIZE=address,fuzzer-no-link \
+	  $(BIN)/python setup.py -q build --build-base $(FUZZED) --build-lib $(FUZZED)/lib
+	LD_PRELOAD="$$($(BIN)/python -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc XFAST_BUILT=$(FUZZED)/lib \
+	  $(BIN)/python fuzz/run.py --seconds $(TIME) $(or $(TARGETS),core parsers)
 
 clean:
 	rm -rf $(VENV) build xfast/_core.c xfast/engine/*.c xfast/*.so xfast/engine/*.so *.egg-info

@@ -1,14 +1,17 @@
 """Fuzz the targets, coverage-guided (atheris), and print what came of it, a line a target.
 
-``python fuzz/run.py --seconds 600 [TARGET...]``. Each target runs in a process of its own. New
-inputs go to the corpus's working folder; the small corpus in ``fuzz/corpus`` is read, and replayed
-by ``--replay``, which measures the lines and branches that it covers (coverage.py).
+``python fuzz/run.py --seconds 600 [TARGET...]``; the package is the one beside this folder, or what
+XFAST_BUILT has, whose C may be built for coverage too (``make fuzz-engine``). Each target runs in a
+process of its own. New inputs go to the corpus's working folder; the small corpus in
+``fuzz/corpus`` is read, and replayed by ``--replay``, which measures the lines and branches that it
+covers (coverage.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +19,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "helpers")]
+BUILT = os.environ.get("XFAST_BUILT", str(HERE.parent))
+sys.path[:0] = [str(HERE), BUILT, str(HERE.parent / "tests" / "helpers")]
 INPUT_LIMIT = 1 << 16
 SECONDS_AN_INPUT = 10
 MEMORY_LIMIT = 2048

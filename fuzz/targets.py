@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import deeper
 import numpy as np
+import parsing
 import passing
 from snapshot_files import BUILDERS, READ_ONLY
 
@@ -171,4 +172,5 @@ TARGETS: dict[str, Target] = {
     "filter": Target(passing.through, passing.streams, ("xfast.repair", "xfast.snapshots.qemu")),
     "explain": Target(passing.explain, passing.pasted, ("xfast.messages",)),
     "core": Target(deeper.core, deeper.areas, ("xfast.xsave",)),
+    "parsers": Target(parsing.parsers, parsing.texts_and_files, ("xfast.snapshots",)),
 }

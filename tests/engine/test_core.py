@@ -90,6 +90,23 @@ def test_keep(layout, size, compacted):
 
 
 @pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("size", [1023, 1024, 1063, 1087, 1088])
+def test_keep_where_the_area_ends_within_a_kept_component(size):
+    """APX lies where MPX does: as long as it does not fit, dropped MPX is wiped all the same."""
+    layout = PRESETS["intel"]
+    mpx, apx = layout.by_nr[3], layout.by_nr[19]
+    assert mpx.offset + mpx.size == 1024
+    assert (apx.offset, apx.offset + apx.size) == (960, 1088)
+    areas = np.full((40, size), 7, np.uint8)
+    areas[:, 512:576] = 0
+    areas[:, [512, 514]] = (0xF, 0x8)
+    expected, dropped = reference.keep(areas[0].tobytes(), layout, 0x80007, True)
+    assert area.keep(areas, layout, 0x80007).tolist() == [dropped] * 40
+    assert [row.tobytes() for row in areas] == [expected] * 40
+    assert any(expected[960:1024]) == (size in (1023, 1088))
+
+
+@pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("to", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize(("layout", "size", "compacted"), CASES, ids=IDS)
 def test_relayout(layout, size, compacted, to):

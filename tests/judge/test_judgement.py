@@ -13,9 +13,10 @@ from xfast.judge import findings, judgement
 from xfast.judge.judgement import check
 from xfast.kernels.behaviour import of_release
 from xfast.snapshots.model import Snapshot, Stack, Vcpu
-from xfast.snapshots.sorts import Grouping
+from xfast.snapshots.sorts import classes_of
+from xfast.xsave.area import Groups
 from xfast.xsave.cpuid import Cpuid, Entry
-from xfast.xsave.layout import PRESETS, preset
+from xfast.xsave.layout import PRESETS, Layout, preset
 
 KERNELS = ("5.15", "5.16", "5.18", "6.0", "6.6", "6.12.66", "6.19")
 HOSTS = [
@@ -112,11 +113,10 @@ def test_a_stack_is_judged_as_its_areas_are_one_by_one(rows, order, told, host):
             i, row, **told[int(sort_of[i])]
         )  # fmt: skip
 
-    grouping = Grouping()
-    grouping.know(kind.layout for kind in kinds)
+    groups = Groups(*(kind.layout or Layout(()) for kind in kinds))
     for first in range(0, len(areas), 7):
-        grouping.add(areas[first : first + 7], first, sort_of[first : first + 7])
-    stack = Stack(areas, kinds, grouping.classes(), sort_of, make)
+        groups.add(areas[first : first + 7], sort_of[first : first + 7])
+    stack = Stack(areas, kinds, classes_of(groups), sort_of, make)
     snapshot = Snapshot("s", "raw", "vm", "kvm", stack)
     (verdict,) = check(snapshot, host)
     word, fixable, slow = judge_one_by_one(snapshot, host)

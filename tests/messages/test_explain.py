@@ -5,6 +5,7 @@ import io
 import re
 
 import pytest
+from effort import at_most
 
 from xfast.cli.main import main
 from xfast.judge.rules import RULES
@@ -290,6 +291,13 @@ def test_hostile_logs_cost_little():
     """A line that could make patterns walk back and forth, and one without end."""
     assert answers("a" * 1_000_000) == [answer("a" * 2000)]
     assert not answers("missing features " * 200_000)[0].line[2000:]
+
+
+@pytest.mark.parametrize("word", ["unsupported", "xsave", "intel ", "f", "amx", "#gp"])
+def test_a_line_of_nothing_but_a_patterns_own_words_costs_little(word):
+    """Found by fuzzing: 64 KB of them took 7 s, as each pattern began anew at every word."""
+    with at_most(0.1):
+        answers(word * 2000)
 
 
 def test_rules_without_words(run):

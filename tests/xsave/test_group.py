@@ -7,6 +7,7 @@ import pytest
 import reference
 from random_areas import LAYOUTS, random_areas
 
+from xfast.engine import tells
 from xfast.xsave import area
 from xfast.xsave.layout import PRESETS, Layout
 
@@ -107,3 +108,46 @@ def test_threads_share_one():
         assert [tuple(classes[names][k]) for k in indices[i]] == [
             facts_of(row, INTEL) for row in part
         ]
+
+
+@pytest.mark.usefixtures("streamed")
+def test_rows_of_several_layouts_are_described_each_by_its_own():
+    rng = np.random.default_rng(9)
+    layouts = [*LAYOUTS, Layout(())]
+    areas = random_areas(rng, INTEL, 300, 2752, False)
+    sorts = rng.integers(0, len(layouts), len(areas)).astype(np.uint32)
+    sorts[50:80] = 1
+    found = area.Groups(*layouts)
+    index = np.concatenate([found.add(areas[:77], sorts[:77]), found.add(areas[77:], sorts[77:])])
+    classes = found.classes
+    for row, sort, number in zip(areas, sorts.tolist(), index, strict=True):
+        assert classes["sort"][number] == sort
+        assert tuple(classes[list(area.FACTS.names)][number]) == facts_of(row, layouts[sort])
+    assert classes["count"].tolist() == np.bincount(index).tolist()
+    assert classes["first"].tolist() == np.unique(index, return_index=True)[1].tolist()
+
+
+def test_a_sort_without_a_layout_is_refused():
+    areas = np.zeros((3, 576), np.uint8)
+    with pytest.raises(ValueError, match="expected numbers below 1, got 1"):
+        area.Groups(INTEL).add(areas, np.array([0, 1, 0], np.uint32))
+    with pytest.raises(ValueError, match="sorts"):
+        area.Groups(INTEL).add(areas, np.zeros(2, np.uint32))
+
+
+def test_what_is_known_of_areas_is_asked_once_each():
+    """More different ones than the table begins with, sought again among others."""
+    known = tells.Known()
+    rng = np.random.default_rng(3)
+    told = rng.integers(0, 1 << 63, (1000, 5), np.uint64)
+    order = rng.integers(0, len(told), 5000)
+    asked = []
+
+    def new(row):
+        asked.append(int(order[row]))
+        return -int(order[row])
+
+    index = np.empty(len(order), np.int64)
+    known.look_up(told[order].ravel(), index, new)
+    assert index.tolist() == (-order).tolist()
+    assert sorted(asked) == np.unique(order).tolist()

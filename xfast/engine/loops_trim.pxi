@@ -4,7 +4,10 @@
 cdef inline void scrub_one(
     uint8_t *row, const Place *at, const Slots *slots, uint64_t drop, uint64_t kept, bint stream
 ) noexcept nogil:
-    """Give dropped components their init value, and leave the bytes of kept ones alone."""
+    """Give dropped components their init value, and leave the bytes of kept ones alone.
+
+    A kept component that reaches beyond the row has none: what lies in its place is wiped.
+    """
     cdef uint64_t rest = drop & at.found & ~<uint64_t>(FP | SSE)
     cdef uint32_t start = 0, end = 0
     cdef int c
@@ -19,7 +22,7 @@ cdef inline void scrub_one(
         store32(row + 24, MXCSR_INIT)
     while rest:  # components that lie side by side are wiped at once
         c = take_lowest(&rest)
-        if not is_compacted(at.xcomp) and slots.overlap[c] & kept:
+        if not is_compacted(at.xcomp) and slots.overlap[c] & kept & at.found:
             continue
         if at.offset[c] != end:
             wipe(row + start, end - start, stream)

@@ -12,6 +12,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memmove, strerror
 from posix.unistd cimport read, write
 
+from xfast.engine.flat cimport flat
 from xfast.engine.walk cimport Walker
 
 cdef extern from "fcntl.h" nogil:
@@ -90,7 +91,7 @@ cdef int write_some(int fd, const uint8_t *data, Py_ssize_t size) except -1:
     return 0
 
 
-def read_and_narrow(int fd, uint8_t[::1] into not None, int capacity):
+def read_and_narrow(int fd, into, int capacity):
     """Read what a pipe holds and, before its writer can go on, let it hold less.
 
     Parameters
@@ -113,11 +114,13 @@ def read_and_narrow(int fd, uint8_t[::1] into not None, int capacity):
         If it can't be read.
     """
     cdef bint narrow = False
-    cdef Py_ssize_t count = read_some(fd, &into[0], into.shape[0], capacity, &narrow)
+    view = memoryview(into)
+    cdef Py_buffer *room = flat(view, 1, 1, True)
+    cdef Py_ssize_t count = read_some(fd, <uint8_t *>room.buf, room.len, capacity, &narrow)
     return count, narrow
 
 
-def write_all(int fd, const uint8_t[::1] data not None):
+def write_all(int fd, data):
     """Write all of `data`, also where `fd` does not wait by itself.
 
     Raises
@@ -125,13 +128,14 @@ def write_all(int fd, const uint8_t[::1] data not None):
     OSError
         If it can't be written: the reader went away.
     """
-    if data.shape[0]:
-        write_some(fd, &data[0], data.shape[0])
+    view = memoryview(data)
+    cdef Py_buffer *given = flat(view, 1, 1, False)
+    write_some(fd, <const uint8_t *>given.buf, given.len)
 
 
 def pass_memory(
-    Walker walker not None, int source, int target, uint8_t[::1] buffer not None,
-    Py_ssize_t have, int small, int large, watch,
+    Walker walker not None, int source, int target, buffer, Py_ssize_t have, int small, int large,
+    watch,
 ):
     """Pass a stream on up to its first device, or its end.
 
@@ -163,22 +167,27 @@ def pass_memory(
     cdef Py_ssize_t count, done, size
     cdef uint64_t enough
     cdef bint narrow = small > 0
+    view = memoryview(buffer)
+    cdef Py_buffer *room = flat(view, 1, 1, True)
+    cdef uint8_t *data = <uint8_t *>room.buf
+    if not 0 <= have <= room.len:
+        raise ValueError(f"have: expected 0 to {room.len} bytes, got {have}")
     while not walker.stopped:
         if watch is not None:
             watch(source, walker.position)
-        size = buffer.shape[0] - have
+        size = room.len - have
         if narrow and size > small:
             size = small
-        count = read_some(source, &buffer[have], size, small, &narrow)
+        count = read_some(source, data + have, size, small, &narrow)
         if not count:
             break
         have += count
-        done = walker.over(&buffer[0], have)
+        done = walker.over(data, have)
         enough = LAST if walker.last else FRESH
         if narrow and walker.under_way() > enough:
             fcntl(source, F_SETPIPE_SZ, large)
             narrow = False
-        write_some(target, &buffer[0], done)
+        write_some(target, data, done)
         have -= done
-        memmove(&buffer[0], &buffer[done], have)
+        memmove(data, data + done, have)
     return have, narrow

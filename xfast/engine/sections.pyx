@@ -7,13 +7,14 @@ no judgement can tell apart.
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
 cimport numpy as cnp
 
 from xfast._core cimport Table, loops, scan_of
 from xfast.engine.area cimport Facts
+from xfast.engine.flat cimport flat
 from xfast.engine.loops cimport Scan
 from xfast.engine.words cimport swap_words
 
@@ -23,6 +24,13 @@ cdef enum:
     NUMBERS = 5  # of each section: XCR0, XSTATE_BV, and others that only tell
     HEADER = 512
     FPSSE = 3
+
+cdef struct Run:
+    int32_t start, length  # in a section
+    int32_t unit, target  # bytes of its words, and where they go in the rows
+
+cdef struct Number:
+    int32_t start, length
 
 
 cdef class Sections:
@@ -54,37 +62,52 @@ cdef class Sections:
     cdef cnp.ndarray rows
     cdef Table table
     cdef Scan scan
-    cdef const int[:, ::1] runs, numbers
-    cdef const uint64_t[::1] held
+    cdef object views  # which hold what the pointers are into
+    cdef const Run *run
+    cdef const Number *number
+    cdef const uint64_t *held
+    cdef Py_ssize_t runs, numbers
     cdef uint64_t longer
     cdef Py_ssize_t reach
     cdef cython.pymutex lock
 
-    def __init__(self, cnp.ndarray rows not None, Table table not None,
-                 const int[:, ::1] runs not None, const int[:, ::1] numbers not None,
-                 const uint64_t[::1] held not None, uint64_t longer):
-        cdef Py_ssize_t i, start, length, unit, target, room = rows.size
-        self.rows, self.table, self.runs, self.numbers = rows, table, runs, numbers
-        self.held, self.longer = held, longer
+    def __init__(
+        self, cnp.ndarray rows not None, Table table not None, runs, numbers, held,
+        uint64_t longer,
+    ):
+        cdef Py_ssize_t i, room = rows.size
+        cdef Run run
+        cdef Number number
+        self.views = memoryview(runs), memoryview(numbers), memoryview(held)
+        cdef Py_buffer *of_runs = flat(self.views[0], 2, sizeof(int32_t), False)
+        cdef Py_buffer *of_numbers = flat(self.views[1], 2, sizeof(int32_t), False)
+        cdef Py_buffer *of_held = flat(self.views[2], 1, sizeof(uint64_t), False)
+        self.rows, self.table, self.longer = rows, table, longer
         self.scan = scan_of(rows, "rows", True, table)
-        if not cnp.PyArray_IS_C_CONTIGUOUS(rows) or self.scan.n != held.shape[0]:
+        self.run, self.runs = <const Run *>of_runs.buf, of_runs.shape[0]
+        self.number, self.numbers = <const Number *>of_numbers.buf, of_numbers.shape[0]
+        self.held = <const uint64_t *>of_held.buf
+        if not cnp.PyArray_IS_C_CONTIGUOUS(rows) or self.scan.n != of_held.shape[0]:
             raise ValueError("rows: expected one a section, without gaps")
-        if runs.shape[1] != 4 or numbers.shape[1] != 2:
+        if of_runs.shape[1] != 4 or of_numbers.shape[1] != 2:
             raise ValueError("runs, numbers: expected 4 and 2 columns")
-        if numbers.shape[0] != NUMBERS * self.scan.n:
-            raise ValueError(f"numbers: expected {NUMBERS} a section, got {numbers.shape[0]}")
-        for i in range(runs.shape[0]):
-            start, length, unit, target = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3]
-            if unit not in (1, 2, 4, 8) or length <= 0 or length % unit:
+        if self.numbers != NUMBERS * self.scan.n:
+            raise ValueError(f"numbers: expected {NUMBERS} a section, got {self.numbers}")
+        for i in range(self.runs):
+            run = self.run[i]
+            if run.unit not in (1, 2, 4, 8) or run.length <= 0 or run.length % run.unit:
                 raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
-            if min(start, target) < 0 or target > room - length:
+            if min(run.start, run.target) < 0 or run.target > room - run.length:
                 raise ValueError(f"runs: expected them in {room} bytes, got run {i} outside")
-            self.reach = max(self.reach, start + length)
-        for i in range(numbers.shape[0]):
-            start, length = numbers[i, 0], numbers[i, 1]
-            if start < -1 or not 0 <= length <= 8 or (start < 0) != (length == 0):
+            self.reach = max(self.reach, <Py_ssize_t>run.start + run.length)
+        for i in range(self.numbers):
+            number = self.number[i]
+            if (
+                number.start < -1 or not 0 <= number.length <= 8
+                or (number.start < 0) != (number.length == 0)
+            ):
                 raise ValueError(f"numbers: expected places and up to 8 bytes, got number {i}")
-            self.reach = max(self.reach, start + length)
+            self.reach = max(self.reach, <Py_ssize_t>number.start + number.length)
 
     def key(self, bytes data not None, Py_ssize_t first, int kvm):
         """Tell what is in sections, places counted from `first` of `data`.
@@ -105,6 +128,7 @@ cdef class Sections:
         Where KVM did not, an area's XSTATE_BV is what XCR0 enables of what the section holds.
         """
         cdef Py_ssize_t i, k, n = self.scan.n
+        cdef Run run
         cdef const uint8_t* at
         cdef uint8_t* row
         cdef uint64_t* number
@@ -117,8 +141,8 @@ cdef class Sections:
         number = <uint64_t*>PyBytes_AS_STRING(key)
         for i in range(NUMBERS * n):
             value = 0
-            for k in range(self.numbers[i, 1]):
-                value = value << 8 | at[self.numbers[i, 0] + k]
+            for k in range(self.number[i].length):
+                value = value << 8 | at[self.number[i].start + k]
             number[i] = value
         if kvm < 0:
             kvm = 0
@@ -130,11 +154,9 @@ cdef class Sections:
                     return None, True
         with self.lock:
             memset(self.scan.rows, 0, n * self.scan.size)
-            for i in range(self.runs.shape[0]):
-                swap_words(
-                    at + self.runs[i, 0], self.scan.rows + self.runs[i, 3], self.runs[i, 1],
-                    self.runs[i, 2],
-                )
+            for i in range(self.runs):
+                run = self.run[i]
+                swap_words(at + run.start, self.scan.rows + run.target, run.length, run.unit)
             for i in range(n):
                 row = self.scan.rows + i * self.scan.stride
                 value = number[NUMBERS * i + 1]

@@ -8,6 +8,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from xfast.engine.flat cimport flat
+
 cdef enum:
     BLOCK = 64
     DIGITS = 20  # of 2^64
@@ -26,6 +28,11 @@ cdef inline Py_ssize_t _alike(
     while i < n and one[i] == other[i]:
         i += 1
     return i
+
+
+cdef struct Slot:
+    int32_t start, end  # in the text
+    int32_t width, target  # of its value; -1: it goes nowhere
 
 
 cdef class Template:
@@ -48,28 +55,34 @@ cdef class Template:
 
     cdef readonly bytes text
     cdef readonly bytes values
-    cdef const int32_t[:, ::1] slots
+    cdef object view  # which holds what the slots are in
+    cdef const Slot *slot
+    cdef Py_ssize_t slots
 
-    def __init__(self, bytes text not None, const int32_t[:, ::1] slots not None, Py_ssize_t size):
+    def __init__(self, bytes text not None, slots, Py_ssize_t size):
         cdef Py_ssize_t i, before = -1, n = PyBytes_GET_SIZE(text)
         cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(text)
         cdef char* to
-        if slots.shape[1] != 4 or size < 0:
-            raise ValueError(f"slots: expected 4 columns, got {slots.shape[1]}")
-        self.text, self.slots = text, slots
+        cdef const Slot *slot
+        self.view = memoryview(slots)
+        cdef Py_buffer *given = flat(self.view, 2, sizeof(int32_t), False)
+        if given.shape[1] != 4 or size < 0:
+            raise ValueError(f"slots: expected 4 columns, got {given.shape[1]}")
+        self.text, self.slot, self.slots = text, <const Slot *>given.buf, given.shape[0]
         self.values = PyBytes_FromStringAndSize(NULL, size)  # with bytes, one byte would be shared
         to = PyBytes_AS_STRING(self.values)
         memset(to, 0, size)
-        for i in range(slots.shape[0]):
+        for i in range(self.slots):
+            slot = self.slot + i
             if (
-                not before < slots[i, 0] < slots[i, 1] < n
-                or slots[i, 2] not in (1, 2, 4, 8)
-                or slots[i, 3] < -1
-                or 0 <= slots[i, 3] and slots[i, 3] > size - slots[i, 2]
-                or _put(at, slots[i, 0], n, &slots[i, 0], to) != slots[i, 1]
+                not before < slot.start < slot.end < n
+                or slot.width not in (1, 2, 4, 8)
+                or slot.target < -1
+                or 0 <= slot.target and slot.target > size - slot.width
+                or _put(at, slot.start, n, slot, to) != slot.end
             ):
                 raise ValueError(f"slots: expected numbers in the text, got another slot {i}")
-            before = slots[i, 1]
+            before = slot.end
 
     def follow(self, bytes data not None):
         """Return the values of another text: of its numbers where they differ; None if others do.
@@ -77,7 +90,7 @@ cdef class Template:
         A number that differs has no leading zero, and is below 2^64 - 1 and what its bytes hold.
         """
         cdef Py_ssize_t n = PyBytes_GET_SIZE(self.text), m = PyBytes_GET_SIZE(data)
-        cdef Py_ssize_t i = 0, j = 0, run, low = 0, high, middle, count = self.slots.shape[0]
+        cdef Py_ssize_t i = 0, j = 0, run, low = 0, high, middle, count = self.slots
         cdef const uint8_t* ours = <const uint8_t*>PyBytes_AS_STRING(self.text)
         cdef const uint8_t* theirs = <const uint8_t*>PyBytes_AS_STRING(data)
         cdef bytes values = PyBytes_FromStringAndSize(NULL, PyBytes_GET_SIZE(self.values))
@@ -92,26 +105,26 @@ cdef class Template:
             high = count
             while low < high:  # the first slot that ends here or later
                 middle = (low + high) // 2
-                if self.slots[middle, 1] < i:
+                if self.slot[middle].end < i:
                     low = middle + 1
                 else:
                     high = middle
-            if low == count or self.slots[low, 0] > i:
+            if low == count or self.slot[low].start > i:
                 return None
-            j = _put(theirs, j - (i - self.slots[low, 0]), m, &self.slots[low, 0], to)
+            j = _put(theirs, j - (i - self.slot[low].start), m, self.slot + low, to)
             if j < 0:
                 return None
-            i = self.slots[low, 1]
+            i = self.slot[low].end
             low += 1
 
 
 cdef Py_ssize_t _put(
-    const uint8_t* at, Py_ssize_t i, Py_ssize_t n, const int32_t* slot, char* values
+    const uint8_t* at, Py_ssize_t i, Py_ssize_t n, const Slot *slot, char* values
 ) noexcept:
     """Put the number at `i` where its slot says; return where it ends, or -1 if it does not fit."""
     cdef Py_ssize_t first = i
     cdef uint64_t value = 0, digit
-    cdef int32_t width = slot[2]
+    cdef int32_t width = slot.width
     while i < n and 48 <= at[i] <= 57:
         digit = at[i] - 48
         if i - first >= DIGITS or value > (MOST - digit) // 10:
@@ -120,6 +133,6 @@ cdef Py_ssize_t _put(
         i += 1
     if i == first or at[first] == 48 and i > first + 1 or width < 8 and value >> 8 * width:
         return -1
-    if slot[3] >= 0:
-        memcpy(values + slot[3], &value, width)  # little-endian, as the values are
+    if slot.target >= 0:
+        memcpy(values + slot.target, &value, width)  # little-endian, as the values are
     return i

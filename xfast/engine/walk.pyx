@@ -11,6 +11,8 @@ parse_ramblock_mapped_ram(); migration/block-dirty-bitmap.c dirty_bitmap_load_he
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from xfast.engine.flat cimport flat
+
 cdef extern from *:
     """
     #define be16(p) ((uint16_t)((p)[0] << 8 | (p)[1]))
@@ -119,13 +121,15 @@ cdef class Walker:
         """Bytes that came of a part of guest memory that is not over; 0 between two."""
         return self.position - self.entered if self.state == RAM else 0
 
-    def feed(self, const uint8_t[::1] data not None):
+    def feed(self, data):
         """Parse what `data` holds from `position` on; return how many bytes of it are done.
 
         The rest (less than `NEEDED` bytes) has to come again, with what follows it. Where
         `stopped` turns true, the rest begins at what stopped the walk.
         """
-        return self.over(&data[0] if data.shape[0] else NULL, data.shape[0])
+        view = memoryview(data)
+        cdef Py_buffer *given = flat(view, 1, 1, False)
+        return self.over(<const uint8_t *>given.buf, given.len)
 
     cdef Py_ssize_t over(self, const uint8_t *p, Py_ssize_t n) except -1:
         cdef Py_ssize_t at = 0, step

@@ -55,7 +55,7 @@ HINTS = (
     (r"\bmpx\b|bndregs|bndcsr|bndcfg", "HOST-MISSING XCR0", "MPX is components 3 and 4."),
     (r"\bcet\b|shstk|shadow.?stack|\bxss\b", "XSS",
      "CET is supervisor state, enabled by IA32_XSS."),
-    (r"(?=.*(?:restor|snapshot|migrat))(?:\bintel\b.*\bamd\b|\bamd\b.*\bintel\b)", "LAYOUT ISA",
+    (r"^(?=.*(?:restor|snapshot|migrat))(?=.*\bintel\b)(?=.*\bamd\b)", "LAYOUT ISA",
      "Intel and AMD place AVX-512 and PKRU at different offsets of the standard format."),
     (r"mxcsr", "MXCSR", "MXCSR bits that MXCSR_MASK does not allow are refused."),
 )  # fmt: skip

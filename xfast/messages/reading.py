@@ -23,7 +23,7 @@ _NAMED = re.compile(
     r"feature:? '?([\w.\-]+)'?\s+(?:required|is|not)"
     r"|cpuid\.(\w+)'? (?:was|is|has)|vmfeature\.cpuid\.(\w+)"
     r"|(?:cpu-feature|host-model-required-features)\.node\.kubevirt\.io/([\w.\-]+)"
-    r"|X86_CPUID_\w*?FEATURE_E[ABCD]X_(\w+)|\bflag_(\w+)|[0-9a-f]+,[0-9a-f]+ = (\w+)"
+    r"|X86_CPUID_\w*?FEATURE_E[ABCD]X_(\w+)|\bflag_(\w+)|[0-9a-f]{1,8},[0-9a-f]{1,8} = (\w+)"
     r"|this virtual machine requires (\w+) but",
     re.IGNORECASE,
 )

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,61 +125,25 @@ def sort(
     classes : list of Class
         In the order in which they first occur; `kind` is an index into the places.
     """
-    sorts, grouping = _Sorts(place), Grouping()
+    sorts, groups = _Sorts(place), Groups()
+    known = 0
     for first, block in _blocks(areas):
         index = sorts.find(block, first)
-        grouping.know(place.layout for place in sorts.places)
-        grouping.add(block, first, index)
-        if index.any():
+        for found in list(sorts.places)[known:]:
+            groups.know(found.layout or Layout(()))
+        known = len(sorts.places)
+        groups.add(block, index)
+        if known > 1:
             sort_of[first : first + len(block)] = index
-    return list(sorts.places), grouping.classes()
+    return list(sorts.places), classes_of(groups)
 
 
-class Grouping:
-    """Areas of several sorts, grouped by all that a judgement reads."""
-
-    def __init__(self) -> None:
-        self.groups: list[_Group] = []
-
-    def know(self, layouts: Iterable[Layout | None]) -> None:
-        """Tell the layouts of all sorts so far, in their order."""
-        self.groups += [_Group(layout) for layout in islice(layouts, len(self.groups), None)]
-
-    def add(self, areas: NDArray[np.uint8], first: int, index: NDArray[np.integer]) -> None:
-        """Add areas, whose rows are `first` and after; `index` has their sorts."""
-        kinds = np.flatnonzero(np.bincount(index, minlength=len(self.groups))).tolist()
-        if len(kinds) == 1:
-            self.groups[kinds[0]].add(areas, first, None)
-            return
-        for kind in kinds:
-            mine = np.flatnonzero(index == kind)
-            self.groups[kind].add(areas[mine], first, mine)
-
-    def classes(self) -> list[Class]:
-        """Return the classes, in the order in which they first occur."""
-        found = [one for kind, group in enumerate(self.groups) for one in group.classes(kind)]
-        return sorted(found, key=lambda one: one.first)
-
-
-class _Group:
-    """The classes of the areas of one layout, and the row that showed each first."""
-
-    def __init__(self, layout: Layout | None) -> None:
-        self.groups = Groups(layout or Layout(()))
-        self.first: list[int] = []
-
-    def add(self, areas: NDArray[np.uint8], start: int, numbers: NDArray[np.intp] | None) -> None:
-        """Add areas; `numbers` are their rows, counted from `start`, if they are not all."""
-        index = self.groups.add(areas)
-        for new in range(len(self.first), int(index.max()) + 1):
-            row = int((index == new).argmax())
-            self.first.append(start + (row if numbers is None else int(numbers[row])))
-
-    def classes(self, kind: int) -> Iterator[Class]:
-        """Yield the classes."""
-        found = self.groups.classes.tolist()
-        for first, (*facts, _, count) in zip(self.first, found, strict=True):
-            yield Class(kind, first, count, tuple(facts))
+def classes_of(groups: Groups) -> list[Class]:
+    """Return what was grouped, in the order in which it first occurs."""
+    return [
+        Class(sort, first, count, tuple(facts))
+        for *facts, sort, first, count in groups.classes.tolist()
+    ]
 
 
 class _Sorts:
@@ -191,72 +155,36 @@ class _Sorts:
     def __init__(self, place: Callable[[NDArray[np.uint8], int], tuple[infer.Place, bool]]) -> None:
         self.place = place
         self.places: dict[infer.Place, int] = {}
-        self._words = _Known(4)
-        self._stretches = _Known(5)
+        self._by_words = tells.Known()
+        self._by_stretches = tells.Known()
 
-    def find(self, areas: NDArray[np.uint8], first: int) -> NDArray[np.int64]:
+    def find(self, areas: NDArray[np.uint8], first: int) -> NDArray[np.uint32]:
         """Return each area's index into `places`; the areas are `first` and after."""
-        words = np.empty((len(areas), 4), np.uint64)
-        tells.words(areas, words, MXCSR_MASK_AMD)
+        told = np.empty(5 * len(areas), np.uint64)
+        tells.words(areas, told, MXCSR_MASK_AMD)
 
         def place(row: int) -> int:
             found, asks = self.place(areas[row], first + row)
             return -1 if asks else self._index(found)
 
-        index = self._words.look_up(words, place)
+        index = np.empty(len(areas), np.int64)
+        self._by_words.look_up(told, index, place)
         if index.min() < 0:
             left = np.flatnonzero(index < 0)
             mine = areas if len(left) == len(areas) else areas[left]
-            filled = xinuse(mine, _stretches(areas.shape[1])) & ~np.uint64(XFEATURE_MASK_FPSSE)
-            more = np.column_stack([words[left], filled])
-            index[left] = self._stretches.look_up(
-                more, lambda i: self._index(self.place(mine[i], first + int(left[i]))[0])
+            more = told.reshape(-1, 5)[left]
+            more[:, 4] = xinuse(mine, _stretches(areas.shape[1])) & ~np.uint64(XFEATURE_MASK_FPSSE)
+            found = np.empty(len(left), np.int64)
+            self._by_stretches.look_up(
+                more.ravel(),
+                found,
+                lambda i: self._index(self.place(mine[i], first + int(left[i]))[0]),
             )
-        return index
+            index[left] = found
+        return index.astype(np.uint32)
 
     def _index(self, place: infer.Place) -> int:
         return self.places.setdefault(place, len(self.places))
-
-
-class _Known:
-    """A table from rows of words to numbers, which is looked up for many rows at a time.
-
-    Rows are sought by a sum with secret factors, and then compared.
-    """
-
-    def __init__(self, words: int) -> None:
-        self.factors = np.frombuffer(os.urandom(8 * words), np.uint64) | np.uint64(1)
-        self.sums = np.empty(0, np.uint64)  # ascending
-        self.rows = np.empty((0, words), np.uint64)
-        self.values = np.empty(0, np.int64)
-
-    def look_up(self, rows: NDArray[np.uint64], new: Callable[[int], int]) -> NDArray[np.int64]:
-        """Return each row's number; `new` gives it for a row (by its place) not met before."""
-        sums = (rows * self.factors).sum(axis=1)
-        while True:
-            if len(self.sums):
-                at = np.searchsorted(self.sums, sums).clip(max=len(self.sums) - 1)
-                missing = np.flatnonzero((self.rows[at] != rows).any(axis=1))
-                if not len(missing):
-                    found: NDArray[np.int64] = self.values[at]
-                    return found
-            else:
-                missing = np.arange(len(rows))
-            _, where = np.unique(sums[missing], return_index=True)
-            fresh = np.sort(missing[where])
-            values = [new(int(row)) for row in fresh]
-            self._learn(rows[fresh], sums[fresh], values)
-
-    def _learn(
-        self, rows: NDArray[np.uint64], sums: NDArray[np.uint64], values: Sequence[int]
-    ) -> None:
-        sums = np.concatenate([self.sums, sums])
-        order = np.argsort(sums, kind="stable")
-        self.sums = sums[order]
-        if (self.sums[1:] == self.sums[:-1]).any():
-            raise XfastError("areas: two sorts have one sum; try again")
-        self.rows = np.concatenate([self.rows, rows])[order]
-        self.values = np.concatenate([self.values, np.array(values, np.int64)])[order]
 
 
 @lru_cache(maxsize=64)
@@ -272,4 +200,4 @@ def _stretches(size: int) -> Layout:
     return Layout(tuple(Slot(nr, end - start, start) for nr, (start, end) in spans))
 
 
-__all__ = ["FileRows", "Grouping", "Rows", "sort"]
+__all__ = ["FileRows", "Rows", "classes_of", "sort"]

@@ -89,8 +89,11 @@ FACTS = np.dtype(
 header's reserved bytes is not zero.
 """
 
-GROUPS = np.dtype([*FACTS.descr, ("first", "<i8"), ("count", "<i8")])
-"""Areas that have the same `FACTS`: the row that showed them first, and how many rows do."""
+GROUPS = np.dtype([*FACTS.descr, ("sort", "<i8"), ("first", "<i8"), ("count", "<i8")])
+"""Areas of one sort that have the same `FACTS`: the row that showed them first, and how many do.
+
+`sort` is the number of their layout; it is 0 where all rows are of one.
+"""
 
 
 class Groups:
@@ -101,21 +104,33 @@ class Groups:
 
     Parameters
     ----------
-    layout : Layout
-        Where the components of all these areas lie.
+    *layouts : Layout
+        Where the components of these areas lie, for each sort of area.
     """
 
-    def __init__(self, layout: Layout | str) -> None:
+    def __init__(self, *layouts: Layout | str) -> None:
         from xfast.engine import group  # which only those load who group
 
-        self._table = table_of(layout)
         self._found = group.Groups()
+        for layout in layouts:
+            self.know(layout)
 
-    def add(self, areas: Any) -> NDArray[np.uint32]:
-        """Return each row's class: an index into `classes`, the same for equal facts."""
+    def know(self, layout: Layout | str) -> None:
+        """Learn the layout of the next sort of area."""
+        self._found.know(table_of(layout))
+
+    def add(self, areas: Any, sorts: NDArray[np.uint32] | None = None) -> NDArray[np.uint32]:
+        """Return each row's class: an index into `classes`, the same for equal facts.
+
+        Parameters
+        ----------
+        areas : (n, size) uint8
+        sorts : (n,) uint32, optional
+            Of which sort each is: the number of its layout. All are of the first if it is left out.
+        """
         rows, _ = rows_of(areas)
         index = np.empty(len(rows), np.uint32)
-        self._found.add(rows, self._table, index)
+        self._found.add(rows, sorts, index)
         return index
 
     @property
