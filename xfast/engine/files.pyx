@@ -7,7 +7,7 @@ as it should is left to the caller's slow way (None or a negative number), which
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memchr, memcmp, memset
 
 from xfast.engine.words cimport swap_words
 
@@ -556,13 +556,25 @@ def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not No
 
 def holds(bytes data not None, bytes piece not None, Py_ssize_t start, Py_ssize_t end) -> bool:
     """Tell whether `piece` lies in ``data[start:end]``."""
+    cdef const char* sought = PyBytes_AS_STRING(piece)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(piece)
+    cdef const char* at
+    cdef const char* stop
+    cdef int i
     start, end = max(start, 0), min(end, PyBytes_GET_SIZE(data))
     if start > end:
         return False
-    return memmem(
-        PyBytes_AS_STRING(data) + start, end - start,
-        PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece),
-    ) != NULL
+    at, stop = PyBytes_AS_STRING(data) + start, PyBytes_AS_STRING(data) + end
+    for i in range(16):  # where its first byte is rare, this takes a tenth of the time
+        if n == 0 or stop - at < n:
+            return n == 0
+        at = <const char*>memchr(at, sought[0], stop - at - n + 1)
+        if at == NULL:
+            return False
+        if memcmp(at, sought, n) == 0:
+            return True
+        at += 1
+    return memmem(at, stop - at, sought, n) != NULL
 
 
 cdef class Marks:

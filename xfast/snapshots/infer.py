@@ -11,12 +11,11 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast._core import Table
 from xfast.engine import keys
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import (
@@ -111,7 +110,7 @@ class Seen(NamedTuple):
     """
 
     place: Place
-    table: Table
+    table: Any
     number: int
     xstate_bv: int
     headed: bool
@@ -207,9 +206,9 @@ def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
     return cpuid.layout, VENDORS.get(cpuid.vendor or "", "")
 
 
-def header(area: NDArray[np.uint8]) -> tuple[int, int]:
-    """Return XSTATE_BV and XCOMP_BV of one area of at least 576 bytes."""
-    xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area.data, 512)
+def header(area: Any) -> tuple[int, int]:
+    """Return XSTATE_BV and XCOMP_BV of one area, any buffer of at least 576 bytes."""
+    xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area, 512)
     return xstate_bv, xcomp_bv
 
 
@@ -223,19 +222,19 @@ def software_mask(area: NDArray[np.uint8]) -> int:
     return int(mask) if plausible else 0
 
 
-def headed(area: NDArray[np.uint8]) -> bool:
+def headed(area: Any) -> bool:
     """Tell whether bytes have the header of an XSAVE area, with known components only."""
     xstate_bv, xcomp_bv = header(area)
     known = not (xstate_bv | xcomp_bv & ~XCOMP_BV_COMPACTED) & ~KNOWN_MASK
     return known and (not xcomp_bv or bool(xcomp_bv & XCOMP_BV_COMPACTED))
 
 
-def controlled(area: NDArray[np.uint8]) -> bool:
+def controlled(area: Any) -> bool:
     """Tell whether bytes have FCW and MXCSR as a CPU can have written them.
 
     *Source*: Intel SDM vol. 1 section 8.1.5 (FCW bit 6 is always set), section 10.2.3.
     """
-    fcw, mxcsr = struct.unpack_from("<H22xI", area.data)
+    fcw, mxcsr = struct.unpack_from("<H22xI", area)
     return fcw & 0xE0C0 == 0x40 and not mxcsr & ~MXCSR_MASK_AMD
 
 

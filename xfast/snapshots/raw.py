@@ -159,15 +159,18 @@ COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2":
 
 def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
-    if _has_npy_magic(source) or _name(source).endswith(".xsave"):
-        return True
-    if source.size == fxsave.SIZE:
-        return fxsave.plausible(source.read(0, fxsave.SIZE))
-    sizes = (KVM_XSAVE_SIZE, XSAVE2_SIZES[0])
-    paged = source.size >= KVM_XSAVE_SIZE and not all(source.size % size for size in sizes)
-    if not paged and source.size not in PTRACE_SIZES:
+    return _is_shaped(source) or _has_npy_magic(source) or _name(source).endswith(".xsave")
+
+
+def _is_shaped(source: Source) -> bool:
+    """Tell whether a file begins like an area, and has a size that fits."""
+    size = source.size
+    if size == fxsave.SIZE:
+        return fxsave.plausible(source.read(0, size))
+    paged = size >= KVM_XSAVE_SIZE and not (size % KVM_XSAVE_SIZE and size % XSAVE2_SIZES[0])
+    if not paged and size not in PTRACE_SIZES:
         return False
-    area = np.frombuffer(source.read(0, min(source.size, KVM_XSAVE_SIZE)), np.uint8)
+    area = source.read(0, min(size, KVM_XSAVE_SIZE))
     return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import files
 from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
@@ -59,14 +61,15 @@ MAGICS = {
 JSON = "cloud-hypervisor", "crosvm"
 """The formats that are asked first of a file that begins with a brace."""
 
-STARTS = {
-    "elfcore": (b"\x7fE",),
-    "minidump": (b"MD",),
-    "xen": (b"Xe", b"li", b"Li", b"\xff\xff"),
-    "cloud-hypervisor": (b"{", b" ", b"\t", b"\n", b"\v", b"\f", b"\r"),
-    "crosvm": (b'{"', *(bytes([byte]) + b"g" for byte in (*range(0xA5, 0xB8), 0xBF))),
-}
-"""The first byte, or two, of a format's files: of a file that begins otherwise, it isn't asked."""
+SIGNS = re.compile(
+    rb"\x7fELF|MDMP|Xen saved domain|libvirt-xml|LibxlFmt|\xff{8}XENF|QEVM|QFI\xfb|LibvirtQemud|"
+    rb"\x19CVT|G8\x05U|.{257}ustar|\s*\{|[\xa5-\xb7\xbf]gvcpu_id",
+    re.DOTALL,
+)
+STREAM = b"QEVM\0\0\0\3\7"
+"""What a file of any format but `UNSIGNED` begins with; only QEMU's may also lie further on."""
+
+UNSIGNED = "raw", "firecracker"
 
 
 @cache
@@ -103,11 +106,14 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
-@lru_cache(maxsize=1024)
-def _possible(start: bytes) -> tuple[str, ...]:
-    """Return which of `FORMATS` a file may be of that begins with two bytes, in their order."""
-    names = dict.fromkeys([*JSON, *FORMATS] if start.startswith(b"{") else FORMATS)
-    return tuple([n for n in names if n not in STARTS or start.startswith(STARTS[n])])
+def _possible(source: Source) -> list[str]:
+    """Return the formats that a file may be of, in the order in which they are tried."""
+    head = source.head
+    whole = len(head) == source.size and source.outer is None
+    if whole and not SIGNS.match(head) and not files.holds(head, STREAM, 0, len(head)):
+        return [*UNSIGNED, *_others()]
+    first = JSON if head.startswith(b"{") else ()
+    return [*first, *_names()]
 
 
 def open_input(
@@ -156,7 +162,7 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    for name in (*_possible(start[:2]), *_others()):
+    for name in _possible(source):
         if format_named(name).sniff(source):
             return name
     if default:

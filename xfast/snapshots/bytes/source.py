@@ -63,6 +63,8 @@ class Source:
     ----------
     size : int
         Bytes.
+    head : bytes
+        The first ones, as far as they are known: all of a small file.
     container : tuple of str
         What was taken off so far, outermost first.
     bytes_read : int
@@ -89,7 +91,7 @@ class Source:
     ) -> None:
         self.path = path
         self.fd = fd
-        self.mode, self._stamp, self._head = found or status_of(fd)
+        self.mode, self._stamp, self.head = found or status_of(fd)
         self.size = self._stamp[2]
         if stat.S_ISBLK(self.mode):
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
@@ -129,7 +131,7 @@ class Source:
             return cls(name, _stdin(expand_limit)).expanded(expand_limit)
         opened = regular(name)
         source = cls(name, opened[0], found=opened[1:])
-        return source.expanded(expand_limit) if source._head.startswith(PACKED) else source
+        return source.expanded(expand_limit) if source.head.startswith(PACKED) else source
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -261,9 +263,9 @@ class Source:
                 f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
                 f"(of {self.size} in all)",
             )
-        if offset + length <= len(self._head):
+        if offset + length <= len(self.head):
             self.bytes_read += length
-            return self._head[offset : offset + length]
+            return self.head[offset : offset + length]
         return self._fetch(offset, length)
 
     def _fetch(self, offset: int, length: int) -> bytes:
@@ -276,7 +278,7 @@ class Source:
                 f"expected {length - len(data)} bytes more, got the end",
             )
         if not offset and length <= CHUNK:
-            self._head = data  # whoever tells formats apart reads this, and the format again
+            self.head = data  # whoever tells formats apart reads this, and the format again
         return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
@@ -368,10 +370,10 @@ class Source:
             )
         for edit in edits:
             write_all(fd, edit.new, edit.offset)
-        self._head = b""
+        self.head = b""
 
     def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
-        self._head = b""  # what the file holds counts, not what it held
+        self.head = b""  # what the file holds counts, not what it held
         edits = sorted(splices)
         end = 0
         for edit in edits:
@@ -413,7 +415,7 @@ class View(Source):
     def __init__(self, source: Source, size: int, locate: Locate) -> None:
         self.path = source.path
         self.source = source
-        self._head = b""
+        self.head = b""
         self.size = size
         self.locate = locate
         self.container = source.container
@@ -471,7 +473,7 @@ class View(Source):
     def patch(self, splices: Iterable[Splice], fd: int) -> None:
         """Write edits in place; see `Source.patch`. Offsets are the file's."""
         self.source.patch(splices, fd)
-        self._head = b""
+        self.head = b""
 
 
 def _stdin(limit: int) -> int:

@@ -81,7 +81,7 @@ class Kept(Source):
         self.path = path
         self.file = tempfile.SpooledTemporaryFile(HOLD_IN_MEMORY)  # noqa: SIM115
         self.size = 0
-        self._head = b""
+        self.head = b""
         self.fd = -1
         self.outer = None
         self.lifted = True  # nothing of a pipe lies on a disk
