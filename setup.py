@@ -19,9 +19,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 JOBS = min(4, CPUS)
 SANITIZE = os.environ.get("XFAST_SANITIZE")
-SANITIZED = (
-    [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1"] if SANITIZE else []
-)
+SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1"] if SANITIZE else []
 
 # GCC would call memset for runs of a few lines, which costs more than to write them.
 OF_GCC = "-fno-tree-loop-distribute-patterns"

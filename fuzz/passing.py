@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import snapshot_files as files
 from deeper import HOSTS
-from qemu_files import END_OF_PAGES, PAGES, qcow2_image, undescribed
+from qemu_files import qcow2_image, undescribed, with_pages
 
 from xfast import check, snapshots
 from xfast.errors import FormatError, PolicyError
@@ -97,11 +97,8 @@ def streams() -> Iterator[bytes]:
     yield undescribed(files.qemu_stream())
     yield files.qemu_stream(files.qemu_devices(xstate_bv=0x207))
     yield files.qemu_stream(footers=False)
-    memory = (1 << 20 | 4).to_bytes(8, "big") + b"\6pc.ram" + (1 << 20).to_bytes(8, "big")
-    pages = b"".join(PAGES.values()) + END_OF_PAGES
-    ram = memory + END_OF_PAGES + b"\x7e\0\0\0\2\x02\0\0\0\2" + pages
-    yield files.qemu_stream(ram=ram)
-    yield undescribed(files.qemu_stream(ram=ram))
+    yield with_pages(files.qemu_stream())
+    yield undescribed(with_pages(files.qemu_stream()))
 
 
 def images() -> Iterator[bytes]:

@@ -16,10 +16,11 @@ import xfast
 from xfast.errors import XfastError
 from xfast.fleet import run
 from xfast.fleet.dataset import tables
-from xfast.fleet.judging import _opened
-from xfast.fleet.remote import Remote
+from xfast.fleet.judging import Question, judge
+from xfast.fleet.remote import BLOCK, Remote, fetched
 from xfast.hosts import resolve
-from xfast.snapshots.bytes.source import Source
+from xfast.judge.verdict import Policy
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 
 pytest.importorskip("pyarrow", reason="needs pyarrow")
 pytest.importorskip("fsspec", reason="needs fsspec")
@@ -76,7 +77,7 @@ def test_the_answer_is_that_of_the_file(nginx):
         if path.suffix in (".xcrs", ".cpuid2"):
             continue
         (here,) = xfast.read(path)
-        (there,) = xfast.read(_opened(nginx + path.name, {}))
+        (there,) = xfast.read(Remote(nginx + path.name).expanded(EXPAND_LIMIT))
         assert [v.area.tobytes() for v in there.vcpus] == [v.area.tobytes() for v in here.vcpus]
 
 
@@ -107,6 +108,61 @@ def test_a_scan_of_a_server(nginx, tmp_path):
     (table,) = tables(os.fspath(tmp_path / "out"), "snapshots")
     errors = {row["snapshot"]: row["error"] for row in table.to_pylist() if row["error"]}
     assert "there is no such object" in errors[nginx + "nothing-here"]
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers no one before eight requests at a time have waited for an answer."""
+
+    waiting = threading.Semaphore(7)
+    together = threading.Event()
+    body = LEAK.read_bytes()
+
+    def do_HEAD(self):
+        self.answer(200, b"", len(self.body))
+
+    def do_GET(self):
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.answer(206, self.body[first : last + 1], last + 1 - first)
+
+    def answer(self, code, data, length):
+        if not self.waiting.acquire(blocking=False):
+            self.together.set()
+        self.together.wait(timeout=60)
+        self.send_response(code)
+        self.send_header("Content-Length", str(length))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_many_objects_are_on_their_way_at_a_time():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    names = [f"http://127.0.0.1:{server.server_port}/{i}.qemustate" for i in range(32)]
+    try:
+        result = judge(names, Question(tuple(HOSTS), Policy(), {}).packed())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Slow.together.is_set()
+    assert (result.snapshots, result.failed) == (32, 0)
+    assert [row[0] for row in result.rows] == names
+    whole = judge([os.fspath(LEAK)] * 32, Question(tuple(HOSTS), Policy(), {}).packed())
+    assert result.classes == whole.classes
+
+
+def test_what_was_read_of_one_object_is_fetched_of_the_next(nginx):
+    for turn, future in enumerate(fetched([nginx + LEAK.name] * 40)):
+        with future.result() as source:
+            before = source.bytes_fetched
+            xfast.read(source)
+            if turn == 39:
+                assert before == source.bytes_fetched <= 256 << 10
+                assert source.tail > BLOCK
 
 
 class Broken(BaseHTTPRequestHandler):
@@ -188,5 +244,5 @@ def test_s3(tmp_path, monkeypatch):
 def test_a_zip_on_the_disk(tmp_path):
     archive = shutil.make_archive(os.fspath(tmp_path / "a"), "zip", EXAMPLES)
     url = f"zip://{LEAK.name}::{archive}"
-    (there,) = xfast.read(_opened(url, {}))
+    (there,) = xfast.read(Remote(url))
     assert there.vcpus[0].xcr0 == 7

@@ -81,6 +81,15 @@ PAGES = {
 """Every kind of record that guest memory comes in."""
 
 
+def with_pages(stream):
+    """Return a stream of `snapshot_files` with guest memory that can be walked, of each kind."""
+    ram = b"\x01" + struct.pack(">IB3sII", 2, 3, b"ram", 0, 4)
+    listed = struct.pack(">Q", 1 << 20 | 4) + b"\6pc.ram" + struct.pack(">Q", 1 << 20)
+    part = b"\x7e" + struct.pack(">I", 2) + b"\x02" + struct.pack(">I", 2)
+    pages = listed + END_OF_PAGES + part + b"".join(PAGES.values()) + END_OF_PAGES
+    return stream.replace(ram + bytes(512), ram + pages, 1)
+
+
 def places_of(stream):
     """Return where the first device section of a real stream begins, and its RAM section's id."""
     section = re.search(b"\x01(.{4})\x03ram\0{7}\x04", stream, re.DOTALL)[1]

@@ -199,7 +199,7 @@ def test_too_large_a_file_is_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr("xfast.hosts.readers.SIZE_LIMIT", 100)
     path = tmp_path / "h.json"
     path.write_text(to_json([Host("x" * 200)]))
-    with pytest.raises(FormatError, match="more than 100 bytes"):
+    with pytest.raises(FormatError, match="at most 100 bytes"):
         load(path)
 
 

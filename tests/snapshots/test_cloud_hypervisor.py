@@ -348,6 +348,6 @@ def test_a_small_compressed_file_takes_neither_time_nor_memory(tmp_path, kind):
 @pytest.mark.parametrize("name", ["ch-numbers.json.gz", "ch-lists.json.gz"])
 def test_the_hostile_files(shared, name):
     begin = time.process_time()
-    with pytest.raises(FormatError, match=r"found 6\d+ bytes, over|found \d+ lists"):
+    with pytest.raises(FormatError, match=r"bytes, got 6\d+|strings, got \d+"):
         snapshots.read(shared / "cases/hostile" / name, format="cloud-hypervisor")
     assert time.process_time() - begin < 3

@@ -339,7 +339,7 @@ class TestBadInput:
         image = bytearray(core(thread(1, area(7, 832)), xnum=True))
         image[-20:-16] = b"\xff\xff\xff\xff"
         (tmp_path / "core").write_bytes(image)
-        with pytest.raises(FormatError, match="found 4294967295 segments"):
+        with pytest.raises(FormatError, match="got 4294967295"):
             snapshots.read(tmp_path / "core")
 
     def test_notes_that_overlap_are_not_read_again_and_again(self, tmp_path):
@@ -354,7 +354,7 @@ class TestBadInput:
 
     def test_a_million_empty_notes_are_too_many(self, tmp_path):
         (tmp_path / "core").write_bytes(core(struct.pack("<3I", 0, 0, 7) * ((1 << 20) + 1)))
-        with pytest.raises(FormatError, match="found over 262144 notes"):
+        with pytest.raises(FormatError, match="expected at most 262144 notes"):
             snapshots.read(tmp_path / "core")
 
     def test_an_area_too_small_or_too_large(self, tmp_path):

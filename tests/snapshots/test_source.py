@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast.errors import FormatError, XfastError
+from xfast.snapshots.bytes import codecs
 from xfast.snapshots.bytes.source import Source, View
 from xfast.snapshots.model import Splice
 
@@ -165,12 +166,31 @@ def test_libvirt_bodies_are_read_through_and_keep_their_header(tmp_path, number,
     assert UNPACKERS[codec](result[source.body :]) == b"QE" + PAYLOAD[2:]
 
 
+@pytest.mark.parametrize("what", ["earlier in PATH", "another's", "writable", "nowhere"])
+def test_a_tenants_lzop_does_not_run(tmp_path, monkeypatch, what):
+    """What is sought by name, or what others can write, would be a tenant's program as root."""
+    program = tmp_path / "lzop"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o777 if what == "writable" else 0o755)
+    if what == "another's":
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        os.chown(program, 4321, 4321)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if what != "earlier in PATH":
+        places = (f"{tmp_path}/none",) if what == "nowhere" else (f"{tmp_path}/lzop",)
+        monkeypatch.setattr(codecs, "LZOP", places)
+    with pytest.raises(XfastError, match=r"found damage|only root can write|ended with"):
+        Source.open(write(tmp_path, libvirt_image(b"\x89LZO", 4)))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_lzop_bodies_go_through_the_program_or_say_what_is_missing(tmp_path):
     try:
         body = subprocess.run(["lzop", "-c"], input=PAYLOAD, stdout=-1, check=True).stdout
     except FileNotFoundError:
         path = write(tmp_path, libvirt_image(b"\x89LZO", 4))
-        with pytest.raises(XfastError, match="file: lzop: no such program"):
+        with pytest.raises(XfastError, match="expected a program that only root can write"):
             Source.open(path)
         return
     with Source.open(write(tmp_path, libvirt_image(body, 4))) as source:

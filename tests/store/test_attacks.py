@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,15 +166,22 @@ def test_what_a_tenant_puts_at_our_temporary_names(leak, tmp_path, name, kind):
     assert victim.stat().st_nlink == 1 + place.exists() * (kind == "hard link")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "hard link", "folder"])
+RESULT_KINDS = ["pipe", "socket", "device", "link", "dangling link", "hard link", "folder"]
+
+
+@pytest.mark.parametrize("kind", RESULT_KINDS)
 @pytest.mark.parametrize("end", [".xfast.json", ".orig", ""])
 def test_what_a_tenant_puts_at_the_names_of_results(leak, tmp_path, end, kind):
     victim = tmp_path / "victim"
     victim.write_bytes(b"another's")
     way = {"in_place": True, "backup": True} if end else {"output": str(leak) + ".new"}
     place = Path(str(leak) + (end or ".new"))
+    if kind == "device" and os.geteuid():
+        pytest.skip("only root can make a device")
     {
         "pipe": lambda: os.mkfifo(place),
+        "socket": lambda: os.mknod(place, stat.S_IFSOCK | 0o666),
+        "device": lambda: os.mknod(place, stat.S_IFCHR | 0o666, os.makedev(1, 3)),
         "link": lambda: place.symlink_to(victim),
         "dangling link": lambda: place.symlink_to(tmp_path / "nothing"),
         "hard link": lambda: os.link(victim, place),
@@ -184,6 +193,55 @@ def test_what_a_tenant_puts_at_the_names_of_results(leak, tmp_path, end, kind):
     assert leak.read_bytes() == old
     assert victim.read_bytes() == b"another's"
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_name_that_leads_through_a_descriptor_is_a_link(leak):
+    """/proc/PID/fd has names that lead anywhere, though no link can be seen on the way."""
+    with leak.open("rb") as file:
+        there = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        with pytest.raises(XfastError, match="is a symbolic link"):
+            plan(there).apply(in_place=True)
+        for output in (there, "/dev/null", "/proc/self/fd/new"):
+            with pytest.raises(XfastError, match=r"exists|a symbolic link lies on the way"):
+                plan(leak).apply(output)
+    assert leak.read_bytes() == area()
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe.xsave", b"\x1b[31m\r\n.xsave", "\u202e.xsave".encode()]
+)
+def test_a_name_that_is_no_text_is_fixed_and_undone(tmp_path, capsys, name):
+    """Bytes that are no UTF-8, escapes, a line's end: in the record as they are, shown escaped."""
+    path = os.path.join(os.fsencode(tmp_path), name)
+    Path(os.fsdecode(path)).write_bytes(area())
+    words = ["fix", os.fsdecode(path), "--host", HOST, "--layout", "intel", "--in-place"]
+    assert main(words) == 3
+    new = Path(os.fsdecode(path)).read_bytes()
+    assert new != area()
+    assert main(["undo", os.fsdecode(path) + ".xfast.json"]) == 0
+    assert Path(os.fsdecode(path)).read_bytes() == area()
+    said = capsys.readouterr()
+    assert not {"\x1b", "\r", "\u202e"} & set(said.out + said.err)
+    assert "xsave\n" in said.out
+
+
+@AS_ROOT
+def test_a_file_that_is_mounted_on_another_name_is_not_replaced(leak, tmp_path):
+    """rename() refuses a mount point: the file stays, and nothing else is left."""
+    name = tmp_path / "mounted.xsave"
+    name.touch()
+    run = f"mount --bind {leak} {name} && exec {sys.executable} -m xfast fix {name} --in-place "
+    run += f"--layout intel --host {HOST}"
+    here = {**os.environ, "PYTHONPATH": str(Path(xfast.__file__).parents[1])}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", run], env=here, capture_output=True, text=True, check=False
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip("mounts are not allowed here")
+    assert done.returncode == 3
+    assert done.stderr.endswith("can't be written: Device or resource busy\n")
+    assert leak.read_bytes() == area()
+    assert everything(tmp_path) == {"leak.xsave", "mounted.xsave"}
 
 
 def test_a_folder_behind_a_link_is_not_written_to(leak, tmp_path):
@@ -454,9 +512,10 @@ def test_a_file_in_the_making_that_a_tenant_gets_hold_of_is_not_published(
 
 
 @AS_ROOT
-def test_in_a_folder_that_everybody_writes_and_a_tenant_owns(leak, tmp_path):
+@pytest.mark.parametrize("owner", [0, TENANT])
+def test_in_a_folder_that_everybody_writes(leak, tmp_path, owner):
     tmp_path.chmod(0o1777)
-    os.chown(tmp_path, TENANT, TENANT)
+    os.chown(tmp_path, owner, owner)
     os.chown(leak, TENANT, TENANT)
     record = str(leak) + ".xfast.json"
     assert plan(leak).apply(in_place=True)

@@ -7,7 +7,6 @@ Guest memory that is full of random bytes is put into a real stream and comes fr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import resource
@@ -17,13 +16,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import BinaryIO
 
 import numpy as np
 
-from xfast.bench.engine import machine
-from xfast.bench.fleet import Row, print_row
+from xfast.bench.fleet import Row, tell
 from xfast.errors import XfastError
 from xfast.hosts import resolve
 from xfast.hosts.model import Host
@@ -224,16 +221,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the results as they come; return 1 if a target is missed."""
-    rows = []
-    if not args.json:
-        print(f"targets: {SOURCE}", file=sys.stderr)
     size = max(args.memory, 16) * 1_000_000
-    for row in run_all(args.stream, resolve(args.host), max(args.samples, 3), size):
-        rows.append(row)
-        if not args.json:
-            print_row(row)
-    if args.json:
-        found = [asdict(row) | {"reached": row.reached} for row in rows]
-        answer = {"schema": "xfast/1", "machine": machine(), "targets": SOURCE, "filter": found}
-        print(json.dumps(answer, indent=1))
-    return 0 if all(row.reached for row in rows) else 1
+    rows = run_all(args.stream, resolve(args.host), max(args.samples, 3), size)
+    return tell("filter", rows, SOURCE, args.json)

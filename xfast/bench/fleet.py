@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -67,6 +67,22 @@ def print_row(row: Row) -> None:
         f"{row.target:g}){'' if row.reached else '  missed'}",
         flush=True,
     )
+
+
+def tell(name: str, results: Iterable[Row], source: str, as_json: bool) -> int:
+    """Print results as they come, or all as JSON; return 1 if a target is missed."""
+    rows = []
+    if not as_json:
+        print(f"targets: {source}", file=sys.stderr)
+    for row in results:
+        rows.append(row)
+        if not as_json:
+            print_row(row)
+    if as_json:
+        found = [asdict(row) | {"reached": row.reached} for row in rows]
+        answer = {"schema": "xfast/1", "machine": machine(), "targets": source, name: found}
+        print(json.dumps(answer, indent=1))
+    return 0 if all(row.reached for row in rows) else 1
 
 
 def bracket(
@@ -378,15 +394,5 @@ def run(args: argparse.Namespace) -> int:
         (snapshot,) = read(path)
         with open(path, "rb") as file:
             inputs[NAMES.get(snapshot.format, snapshot.format)] = file.read()
-    rows = []
-    if not args.json:
-        print(f"targets: {SOURCE}", file=sys.stderr)
-    for row in run_all(inputs, max(args.samples, 3), args.areas, args.streams):
-        rows.append(row)
-        if not args.json:
-            print_row(row)
-    if args.json:
-        found = [asdict(row) | {"reached": row.reached} for row in rows]
-        answer = {"schema": "xfast/1", "machine": machine(), "targets": SOURCE, "fleet": found}
-        print(json.dumps(answer, indent=1))
-    return 0 if all(row.reached for row in rows) else 1
+    rows = run_all(inputs, max(args.samples, 3), args.areas, args.streams)
+    return tell("fleet", rows, SOURCE, args.json)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import pickle
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import PerClass, Policy, Verdict, Verdicts
 from xfast.report.rows import layout_name
+from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.snapshots.registry import read
 from xfast.xsave.area import classify, headers
@@ -98,9 +99,11 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
     """
     question = _question(packed)
     result = Result()
+    objects = _objects(names, question.options)
     for name in names:
         try:
-            found = read(_opened(name, question.options), **question.options)
+            source = next(objects)() if is_url(name) else name
+            found = read(source, **question.options)
             if not found:
                 fail(name, f"{name}: expected a snapshot, got none in it", result)
             for snapshot in found:
@@ -112,14 +115,16 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
     return result
 
 
-def _opened(name: str, options: dict[str, Any]) -> Any:
-    """Return what `xfast.read` opens: a path, or an object in a store."""
-    if not is_url(name):
-        return name
-    from xfast.fleet.remote import Remote
-    from xfast.snapshots.bytes.source import EXPAND_LIMIT
+def _objects(names: Sequence[str], options: dict[str, Any]) -> Iterator[Callable[[], Source]]:
+    """Yield what opens each URL among the names; see `xfast.fleet.remote.fetched`."""
+    urls = [name for name in names if is_url(name)]
+    if not urls:
+        return
+    from xfast.fleet.remote import fetched
 
-    return Remote(name).expanded(options.get("expand_limit") or EXPAND_LIMIT)
+    limit = options.get("expand_limit") or EXPAND_LIMIT
+    for future in fetched(urls):
+        yield lambda future=future: future.result().expanded(limit)  # type: ignore[misc]
 
 
 def fail(name: str, message: str, result: Result) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
+from itertools import islice
 from typing import IO, Any
 
 from xfast.errors import FormatError, XfastError
@@ -17,8 +23,18 @@ BLOCK = 16 << 10
 WHOLE_BLOCK = 8 << 20
 """What is fetched at a time where all of an object is needed (bytes)."""
 
+TAIL = 240 << 10
+"""What is fetched at most of an object's end before anybody asks (bytes)."""
+
+IN_FLIGHT = 32
+"""How many objects a process has on the way at a time."""
+
 TRIES = 3
 """How often a request is made before its error counts."""
+
+
+_turn = threading.Lock()
+"""Held by who makes a store's client, or uses one that is not made for several at a time."""
 
 
 @lru_cache(maxsize=64)
@@ -56,13 +72,16 @@ class Remote(Source):
     ----------
     bytes_fetched : int
         What came over the network until now.
+    tail : int
+        How far from its end the object was read (bytes), its first block left out.
     """
 
     def __init__(self, url: str) -> None:
-        self.system, self.key = file_system(url)
+        with _turn:
+            self.system, self.key = file_system(url)
         super().__init__(url, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         self.blocks: dict[int, bytes] = {}
-        self.bytes_fetched = 0
+        self.bytes_fetched = self.tail = 0
         try:
             info = self._try(lambda: self.system.info(self.key))
             self.size = _size_of(url, info)
@@ -73,9 +92,11 @@ class Remote(Source):
 
     def _try(self, ask: Any) -> Any:
         """Return what `ask` answers; what fails is asked again, since stores have moods."""
+        several = getattr(self.system, "async_impl", False)
         for turn in range(TRIES):
             try:
-                return ask()
+                with nullcontext() if several else _turn:
+                    return ask()
             except FileNotFoundError:
                 raise XfastError(f"{self.path}: there is no such object") from None
             except PermissionError as problem:
@@ -92,6 +113,8 @@ class Remote(Source):
         self.bytes_read += length
         if not length:
             return b""
+        if offset + length > BLOCK:
+            self.tail = max(self.tail, self.size - max(offset, BLOCK))
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK
         missing = [block for block in range(first, last + 1) if block not in self.blocks]
         if missing:
@@ -111,6 +134,14 @@ class Remote(Source):
         whole = b"".join(self.blocks[block] for block in range(first, last + 1))
         return whole[offset - first * BLOCK :][:length]
 
+    def fetch_ahead(self, tail: int) -> None:
+        """Fetch what a reader is going to ask for: the first block, and so much of the end."""
+        near = self.size <= tail + 2 * BLOCK
+        self._fetch(0, self.size if near else BLOCK)
+        if not near:
+            self._fetch(self.size - tail, tail)
+        self.bytes_read = self.tail = 0
+
     def whole(self) -> IO[bytes]:
         """Fetch all of the object into a file that vanishes: only what is packed needs it."""
         file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, the caller closes it
@@ -123,6 +154,36 @@ class Remote(Source):
             file.close()
             raise
         return file
+
+
+def fetched(urls: Iterable[str]) -> Iterator[Future[Remote]]:
+    """Yield objects in their order, while those behind them are on their way.
+
+    Of each comes ahead what a reader asked of the one before: in a fleet they are alike. One is
+    asked for after the other where its store's client is not made for several at a time.
+    """
+    tail = BLOCK
+
+    def fetch(url: str) -> Remote:
+        source = Remote(url)
+        try:
+            source.fetch_ahead(tail)
+        except BaseException:
+            source.close()
+            raise
+        return source
+
+    rest = iter(urls)
+    ahead: deque[Future[Remote]] = deque()
+    with ThreadPoolExecutor(IN_FLIGHT, "xfast-fetch") as pool:
+        while True:
+            ahead += [pool.submit(fetch, url) for url in islice(rest, IN_FLIGHT - len(ahead))]
+            if not ahead:
+                return
+            future = ahead.popleft()
+            yield future
+            if not future.exception():
+                tail = min(future.result().tail, TAIL)
 
 
 def _size_of(url: str, info: dict[str, Any]) -> int:

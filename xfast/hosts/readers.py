@@ -232,7 +232,9 @@ def parse(data: bytes, path: str) -> list[Host]:
         If it is of no kind in READERS, or damaged.
     """
     if len(data) > SIZE_LIMIT:
-        raise FormatError(path, SIZE_LIMIT, f"found more than {SIZE_LIMIT} bytes of a host")
+        raise FormatError(
+            path, SIZE_LIMIT, f"expected at most {SIZE_LIMIT} bytes of a host, got more"
+        )
     document = Document(data, path)
     reader = find(document)
     if reader is not None:

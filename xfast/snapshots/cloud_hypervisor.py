@@ -142,7 +142,9 @@ def read(
         If the JSON is damaged, or lacks what a vCPU must have.
     """
     if source.size > SIZE_LIMIT:
-        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
+        raise FormatError(
+            source.path, None, f"expected at most {SIZE_LIMIT} bytes, got {source.size}"
+        )
     data = source.read(0, source.size)
     known = state_plans.follow(data) if layout is None else None
     vcpus: Sequence[Vcpu]

@@ -246,7 +246,9 @@ def _segments(source: Source) -> tuple[str, int, list[tuple[int, int]]]:
             f"expected program headers of {row.itemsize} bytes, got {entry}",
         )
     if count > SEGMENT_LIMIT:
-        raise FormatError(source.path, table, f"found {count} segments, over {SEGMENT_LIMIT}")
+        raise FormatError(
+            source.path, table, f"expected at most {SEGMENT_LIMIT} segments, got {count}"
+        )
     if table + entry * count > source.size:
         raise FormatError(
             source.path,
@@ -287,7 +289,9 @@ def _take(source: Source, found: Found, long_size: int, start: int, end: int) ->
     for note in _notes(source, start, end):
         found.notes += 1
         if found.notes > NOTE_LIMIT:
-            raise FormatError(source.path, note.offset, f"found over {NOTE_LIMIT} notes")
+            raise FormatError(
+                source.path, note.offset, f"expected at most {NOTE_LIMIT} notes, got more"
+            )
         found.first = note.type if found.first is None else found.first
         found.names.add(note.name if note.name in OWNERS else OTHERS)
         if note.type == NT_PRSTATUS and (note.name, long_size) in PID_OFFSET:

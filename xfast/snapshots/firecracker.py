@@ -230,7 +230,9 @@ def _version(source: Source) -> tuple[str, str]:
             f"(Firecracker 1.8 to 1.14), got {text}: {WAY_OUT}",
         )
     if source.size > SIZE_LIMIT:
-        raise FormatError(source.path, None, f"found {source.size} bytes, over {SIZE_LIMIT}")
+        raise FormatError(
+            source.path, None, f"expected at most {SIZE_LIMIT} bytes, got {source.size}"
+        )
     return text, MAJORS[major]
 
 

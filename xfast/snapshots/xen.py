@@ -313,7 +313,9 @@ def _take_context(source: Source, found: Found, piece: Piece, body: bytes) -> No
             rows = data[8 : 8 + (length - 8) // MSR.size * MSR.size]
             found.msrs[number] = {index: value for index, _, value in MSR.iter_unpack(rows)}
         at += 8 + length
-    raise FormatError(source.path, piece.offset + at, f"found over {ENTRY_LIMIT} HVM entries")
+    raise FormatError(
+        source.path, piece.offset + at, f"expected at most {ENTRY_LIMIT} HVM entries, got more"
+    )
 
 
 def _cpuid(source: Source, piece: Piece, body: bytes) -> Cpuid:

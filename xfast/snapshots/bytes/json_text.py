@@ -107,7 +107,9 @@ class Text(NamedTuple):
         """
         tokens = files.tokens(self.text)
         if tokens > TOKEN_LIMIT:
-            raise self.error(0, f"found {tokens} lists, objects and strings, over {TOKEN_LIMIT}")
+            raise self.error(
+                0, f"expected at most {TOKEN_LIMIT} lists, objects and strings, got {tokens}"
+            )
         return self
 
     def end(self, start: int) -> int:
@@ -184,7 +186,11 @@ class Text(NamedTuple):
         """Return the text in the string at `start`."""
         escapes = whole.count("\\")
         if len(whole) > STATE_LIMIT or escapes > 2 * ESCAPE_LIMIT:
-            raise self.error(start, f"found a state of {len(whole)} bytes, over the limits")
+            raise self.error(
+                start,
+                f"expected a state of at most {STATE_LIMIT} bytes with {2 * ESCAPE_LIMIT} escapes, "
+                f"got {len(whole)} with {escapes}",
+            )
         text = files.unescaped(whole, 0, len(whole))
         if text is None:
             text, _ = self.value(start)
@@ -193,7 +199,9 @@ class Text(NamedTuple):
     def _bytes(self, whole: str, start: int) -> Text:
         """Return the text in the array of bytes at `start`."""
         if whole.count(",") >= STATE_LIMIT:
-            raise self.error(start, f"found an array of over {STATE_LIMIT} bytes")
+            raise self.error(
+                start, f"expected an array of at most {STATE_LIMIT} bytes, got a longer one"
+            )
         values = self.value(start)[0] if BYTES.fullmatch(whole) else []
         if not values or max(values) > 255:
             raise self.error(start, "expected an array of bytes, got another array")

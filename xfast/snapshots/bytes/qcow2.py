@@ -88,7 +88,9 @@ def internals(source: Source) -> list[Internal]:
 def _check_tables(source: Source, offset: int, count: int, cluster: int) -> None:
     """Require the disk's L1 table and every L2 table in it to lie in the file."""
     if 8 * count > L1_LIMIT:
-        raise FormatError(source.path, 36, f"found {count} L1 entries, over {L1_LIMIT // 8}")
+        raise FormatError(
+            source.path, 36, f"expected at most {L1_LIMIT // 8} L1 entries, got {count}"
+        )
     entries = np.frombuffer(source.read(offset, 8 * count), ">u8") & np.uint64(OFFSET_MASK)
     end = int(entries.max(initial=0)) + cluster
     if entries.any() and end > source.size:

@@ -17,6 +17,8 @@ BLOCK = 512
 MAGIC_OFFSET = 257
 NAME_LIMIT = 1 << 16
 MEMBER_LIMIT = 1 << 16
+HEADERS_LEAST, HEADERS_RATIO = 4 << 20, 2
+"""Bytes of headers in a packed archive: so many, or twice what the archive takes on the disk."""
 
 REGULAR = (b"0", b"\0")
 GNU_LONG_NAME = b"L"
@@ -34,6 +36,11 @@ class Member(NamedTuple):
     size: int
 
 
+def room(member: Member) -> int:
+    """Return what a member takes in its archive: header, bytes and padding."""
+    return BLOCK + -(-member.size // BLOCK) * BLOCK
+
+
 def sniff(source: Source) -> bool:
     """Tell whether a file is a tar archive."""
     return source.size >= BLOCK and source.read(MAGIC_OFFSET, 5) == b"ustar"
@@ -45,10 +52,11 @@ def members(source: Source) -> Iterator[Member]:
     Raises
     ------
     FormatError
-        If it is damaged, or has more than `MEMBER_LIMIT` members.
+        If it is damaged, has more than `MEMBER_LIMIT` members, or was made to pack too well.
     """
     position, name = 0, ""
-    for _ in range(MEMBER_LIMIT):
+    for number in range(MEMBER_LIMIT):
+        source.require_stored(number * BLOCK, HEADERS_LEAST, HEADERS_RATIO, position)
         header = source.read(position, BLOCK) if position < source.size else b""
         if not any(header):
             return
@@ -74,7 +82,7 @@ def members(source: Source) -> Iterator[Member]:
                 yield Member(name.rpartition("/")[2], data, size)
             name = ""
         position = data + -(-size // BLOCK) * BLOCK
-    raise FormatError(source.path, position, f"found over {MEMBER_LIMIT} members")
+    raise FormatError(source.path, position, f"expected at most {MEMBER_LIMIT} members, got more")
 
 
 def _number(source: Source, offset: int, digits: bytes) -> int:
@@ -90,7 +98,7 @@ def _number(source: Source, offset: int, digits: bytes) -> int:
 def resized(source: Source, member: Member, splice: Splice) -> Splice:
     """Return an edit within a member as one of the archive, with the header that it needs."""
     start = member.offset - BLOCK
-    old = source.read(start, BLOCK + -(-member.size // BLOCK) * BLOCK)
+    old = source.read(start, room(member))
     begin = splice.offset - start
     content = old[BLOCK:begin] + splice.new + old[begin + len(splice.old) : BLOCK + member.size]
     header = bytearray(old[:BLOCK])

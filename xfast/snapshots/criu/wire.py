@@ -84,7 +84,7 @@ def fields(data: bytes, limit: int = FIELD_LIMIT) -> Iterator[Field]:
         position += size
         yield Field(tag >> 3, data[position - size : position], data[start:position])
     if position < end:
-        raise Broken(f"found over {limit} fields in a message")
+        raise Broken(f"expected at most {limit} fields in a message, got more")
 
 
 def inner(message: Iterable[Field], number: int) -> bytes | None:
