@@ -45,6 +45,15 @@ def test_pieces_are_filled_where_a_byte_is_not_zero(seed):
     assert not mask >> len(bounds)
 
 
+def test_tuples_are_the_same_where_each_object_is():
+    one, other = [1], [1]
+    assert keys.same((), ())
+    assert keys.same((one, other), (one, other))
+    assert not keys.same((one,), (other,))
+    assert not keys.same((one,), (one, other))
+    assert not keys.same((one, one), (one,))
+
+
 def test_what_is_not_inside_is_refused():
     table, data = table_of(PRESETS["intel"]), bytes(1000)
     for start, size in ((-1, 576), (425, 576), (0, 1001), (0, 575), (1 << 62, 1 << 62), (0, -1)):

@@ -15,6 +15,17 @@ cdef enum:
     STEP = 64
 
 
+def same(tuple one not None, tuple other not None) -> bool:
+    """Tell whether two tuples hold the same objects, not only equal ones."""
+    cdef Py_ssize_t i
+    if len(one) != len(other):
+        return False
+    for i in range(len(one)):
+        if one[i] is not other[i]:
+            return False
+    return True
+
+
 def facts(bytes data not None, Py_ssize_t start, Py_ssize_t size, Table table not None) -> bytes:
     """Return what a judgement reads from one area, as `xfast.xsave.area.facts` does.
 

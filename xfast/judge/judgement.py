@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
 
+from xfast.engine.keys import same
 from xfast.hosts.model import Host
 from xfast.judge.findings import WHOLE
 from xfast.judge.registry import FUNCTIONS
@@ -199,10 +199,10 @@ def _pool_of(hosts: tuple[Host | str, ...]) -> _Pool:
     for last in _LAST:
         if hosts is last.hosts:
             return last
-        if len(hosts) == len(last.hosts) and all(map(is_, hosts, last.hosts)):
+        if same(hosts, last.hosts):
             return last
     pool = _POOLS.get(tuple(map(id, hosts))) or _new_pool(hosts)
-    if pool.hosts and all(map(is_, hosts, pool.hosts)):
+    if pool.hosts and same(hosts, pool.hosts):
         _LAST[:] = [pool]
     return pool
 
@@ -273,7 +273,7 @@ def check(
             known = None if layout is None else layout_of(layout)
             vcpu = Vcpu(0, area, known, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
-    pool = _pool_of((hosts,) if isinstance(hosts, Host | str) else tuple(hosts))
+    pool = _pool_of((hosts,) if isinstance(hosts, (Host, str)) else tuple(hosts))
     return Verdicts(snapshot.name, pool.names, _case_of(snapshot).answer(pool, rules))
 
 

@@ -56,6 +56,8 @@ PTRACE_SIZES = {EXTENDED_OFFSET} | {
 PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
+RESERVED = bytes(48)
+"""What the header has behind XCOMP_BV, as all CPUs so far write it."""
 FEW = 8
 """Areas up to which each is asked for its layout by itself: sorting them would take longer."""
 STACK_FROM = 256
@@ -170,8 +172,8 @@ def _is_shaped(source: Source) -> bool:
     paged = size >= KVM_XSAVE_SIZE and not (size % KVM_XSAVE_SIZE and size % XSAVE2_SIZES[0])
     if not paged and size not in PTRACE_SIZES:
         return False
-    area = source.read(0, min(size, KVM_XSAVE_SIZE))
-    return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
+    area = source.read(0, EXTENDED_OFFSET)
+    return area[528:576] == RESERVED and infer.headed(area) and infer.controlled(area)
 
 
 def read(
@@ -201,7 +203,7 @@ def read(
     """
     if source.size == fxsave.SIZE and size is None:
         return [_fxsave(source)]
-    beside = _beside(source)
+    beside = _beside(source.path)
     npy = _has_npy_magic(source)
     where = _stacked(source) if npy else _plain(source, size, beside)
     find = _few if where.n <= FEW else _many
@@ -411,13 +413,11 @@ def _areas(source: Source, where: Lie) -> sorts.Rows:
     return sorts.FileRows(source, start, count, size)
 
 
-def _beside(source: Source) -> Beside:
+def _beside(path: str) -> Beside:
     """Read the companion files, where there are any."""
-    path = source.path
     if path == "-":
         return ALONE
-    stems = _stems(path)
-    if not files.present("\0".join([stem + end for stem in stems for end in COMPANIONS])):
+    if not files.present("\0".join([f"{stem}.xcrs\0{stem}.cpuid2" for stem in _stems(path)])):
         return ALONE
     return Beside(_companion(path, ".xcrs", xcr0_of), _companion(path, ".cpuid2", cpuid_of))
 
@@ -438,9 +438,11 @@ def _companion(path: str, suffix: str, parse: Callable[[bytes], T]) -> T | None:
 def _stems(path: str) -> list[str]:
     """Return what the paths of companions begin with: a file's own, and that it is a variant of."""
     start = path.rfind("/") + 1
-    stem, end = os.path.splitext(path)
-    if end in COMPRESSION:
-        stem = os.path.splitext(stem)[0]
+    stem = path
+    if "." in path[start:]:
+        stem, end = os.path.splitext(path)
+        if end in COMPRESSION:
+            stem = os.path.splitext(stem)[0]
     dash = stem.rfind("-", start)
     return [stem, stem[:dash]] if dash > start else [stem]
 

@@ -117,7 +117,7 @@ def _possible(source: Source) -> list[str]:
 
 
 def open_input(
-    path: Any, *, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
+    path: Any, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
 ) -> Source | Folder:
     """Open a file, standard input (``-``), what is a snapshot in a directory, or bytes.
 
@@ -233,12 +233,15 @@ def read(
     XfastError
         If it can't be opened.
     """
-    with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT, watch=watch) as source:
+    source: Any = open_input(path, expand_limit or EXPAND_LIMIT, watch)
+    try:
         reader = format_named(format or recognise(source, "raw" if layout or size else ""))
         known = layout_of(layout) if layout is not None else None
-        found = reader.read(cast(Source, source), layout=known, size=size)
+        found = reader.read(source, layout=known, size=size)
         for snapshot in found:
             snapshot.stamp = snapshot.stamp or source.stamp
+    finally:
+        source.close()
     return found
 
 

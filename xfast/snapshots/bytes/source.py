@@ -93,7 +93,7 @@ class Source:
         self.fd = fd
         self.mode, self._stamp, self.head = found or status_of(fd)
         self.size = self._stamp[2]
-        if stat.S_ISBLK(self.mode):
+        if not self.size and stat.S_ISBLK(self.mode):
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
         if outer:
             self.outer, self.codec, self.body = outer, codec, body
