@@ -190,7 +190,7 @@ def test_opening_tells_what_the_system_tells(tmp_path):
     for size in (0, 1, 511, 512, 513, 65_536, 65_537):
         path.write_bytes(bytes(range(256)) * (size // 256) + bytes(size % 256))
         for name, folder in ((str(path), None), ("file", os.open(tmp_path, os.O_RDONLY))):
-            fd, mode, stamp, head = files.opened(name, f"{path}.journal", folder)
+            fd, (mode, stamp, head) = files.opened(name, f"{path}.journal", folder)
             status = os.fstat(fd)
             wanted = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
             assert (mode, stamp) == (status.st_mode, wanted)

@@ -84,8 +84,8 @@ def asked_one_by_one(source):
     """Return the first format that says it is its file, of all of them."""
     start = source.read(0, min(8, source.size))
     certain = registry.MAGICS.get(start[:4]) or registry.MAGICS.get(start)
-    first = registry.JSON if start.startswith(b"{") else ()
-    names = [certain] if certain else [*first, *FORMATS]
+    names = registry.JSON_FIRST if start.startswith(b"{") else FORMATS
+    names = [certain] if certain else names
     return next((name for name in names if registry.format_named(name).sniff(source)), "none")
 
 

@@ -8,6 +8,7 @@ import pytest
 import snapshot_files as files
 
 from xfast.snapshots import infer
+from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import MXCSR_MASK_AMD, MXCSR_MASK_INTEL
 from xfast.xsave.layout import PRESETS
@@ -68,7 +69,8 @@ def test_what_was_seen_is_what_a_look_finds(seed):
     for _ in range(2):
         for area, place in zip(found, wanted, strict=True):
             data = b"xy" + area.tobytes()
-            seen = infer.seen(data, 2, area.size, cpuid=cpuid, mask=mask)
+            seen, facts = infer.seen(data, 2, area.size, cpuid=cpuid, mask=mask)
+            assert facts == packed_facts(area[np.newaxis], place.layout or infer.NOWHERE)
             assert seen.place == place
             assert (seen.place.layout and seen.place.layout.name) == (
                 place.layout and place.layout.name
@@ -81,19 +83,18 @@ def test_what_was_seen_is_what_a_look_finds(seed):
 
 def test_the_user_s_word_is_what_is_seen():
     data = files.area(1, 4096, 7)
-    one, two = (infer.seen(data, 0, 4096, given=PRESETS[name]) for name in ("intel", "amd-zen3"))
+    one, two = (infer.seen(data, 0, 4096, PRESETS[name])[0] for name in ("intel", "amd-zen3"))
     assert one.place == infer.Place(PRESETS["intel"], "given")
     assert two.place == infer.Place(PRESETS["amd-zen3"], "given")
     assert one.number != two.number
-    assert infer.seen(data, 0, 4096, given=PRESETS["intel"]) is one
+    assert infer.seen(data, 0, 4096, PRESETS["intel"])[0] is one
 
 
-def test_a_number_is_never_given_again(monkeypatch):
+def test_a_number_is_never_given_again():
     """What a full cache forgets is numbered anew: an old key stands for what it stood for."""
-    monkeypatch.setattr(infer, "SEEN_LIMIT", 3)
     numbers = set()
-    for bv in BVS * 2:
-        data = bytearray(files.area(1, 4096, 7))
-        data[512:520] = bv.to_bytes(8, "little")
-        numbers.add(infer.seen(bytes(data), 0, 4096).number)
-    assert len(numbers) == 2 * len(BVS)
+    for _ in range(3):
+        infer.forget()
+        for bv in BVS:
+            numbers.add(infer.seen(files.area(1, 4096, bv), 0, 4096)[0].number)
+    assert len(numbers) == 3 * len(BVS)

@@ -110,9 +110,9 @@ def opened(str name not None, str journal not None, folder=None):
     Returns
     -------
     tuple or None
-        The descriptor; the mode; device, inode, size and mtime (ns); the head, which is all of a
-        file of up to 64 KiB, and 512 bytes of another. None where it can't be opened, is anything
-        else, or the journal exists: the caller says so.
+        The descriptor, and what was found: the mode; device, inode, size and mtime (ns); the head,
+        which is all of a file of up to 64 KiB, and 512 bytes of another. None where it can't be
+        opened, is anything else, or the journal exists: the caller says so.
     """
     cdef bytes name_bytes, journal_bytes, head
     cdef int directory = AT_FDCWD if folder is None else folder
@@ -143,7 +143,8 @@ def opened(str name not None, str journal not None, folder=None):
         return None
     if file.got < size:
         head = head[:file.got]
-    return file.fd, file.mode, (file.device, file.inode, file.size, file.modified), head
+    stamp = file.device, file.inode, file.size, file.modified
+    return file.fd, (file.mode, stamp, head)
 
 
 def present(str names not None) -> int:
@@ -560,12 +561,11 @@ def holds(bytes data not None, bytes piece not None, Py_ssize_t start, Py_ssize_
     cdef Py_ssize_t n = PyBytes_GET_SIZE(piece)
     cdef const char* at
     cdef const char* stop
-    cdef int i
     start, end = max(start, 0), min(end, PyBytes_GET_SIZE(data))
     if start > end:
         return False
     at, stop = PyBytes_AS_STRING(data) + start, PyBytes_AS_STRING(data) + end
-    for i in range(16):  # where its first byte is rare, this takes a tenth of the time
+    for _ in range(16):  # where its first byte is rare, this takes a tenth of the time
         if n == 0 or stop - at < n:
             return n == 0
         at = <const char*>memchr(at, sought[0], stop - at - n + 1)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.engine import files, keys
+from xfast.engine import files
 from xfast.errors import FormatError, LayoutError, XfastError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer, raw, state_plans
@@ -198,9 +198,8 @@ def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Se
     told: list[Hashable] = ["cloud-hypervisor", plan.number]
     size, start, behind = plan.size, 0, len(plan.vcpus) * plan.size
     for vcpu in plan.vcpus:
-        one = infer.seen(values, start, size, cpuid=vcpu.cpuid, mask=vcpu.xcr0 or 0)
+        one, facts = infer.seen(values, start, size, None, vcpu.cpuid, vcpu.xcr0 or 0)
         legacy, image = values[start : start + IMAGE], values[behind : behind + IMAGE]
-        facts = keys.facts(values, start, size, one.table)
         told += one.number, differing(legacy, image, one.xstate_bv, vcpu.fpu), facts
         start += size
         behind += IMAGE
@@ -215,7 +214,7 @@ def _boot_vcpus(source: Source) -> int | None:
     *Source*: Cloud Hypervisor vmm/src/vm_config.rs (struct CpusConfig); vmm/src/vm.rs
     Vm::resize() keeps it up to date.
     """
-    if os.path.basename(source.path) != STATE:
+    if not source.path.endswith(STATE) or os.path.basename(source.path) != STATE:
         return None
     try:
         with Source.open(os.path.join(os.path.dirname(source.path), CONFIG)) as file:

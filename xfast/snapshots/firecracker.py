@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.engine import keys, vmstate
+from xfast.engine import vmstate
 from xfast.errors import FormatError, LayoutError
 from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots import infer
@@ -37,6 +37,8 @@ MAGIC = 0x0710_1984_8664_0000
 MAGIC_ARM = 0x0710_1984_AAAA_0000
 
 U64 = struct.Struct("<Q")
+HEAD = struct.Struct("<2Q")
+"""The magic, and the length of the version that follows."""
 
 SIZE_LIMIT = 10 << 20
 """Firecracker reads no larger file either."""
@@ -202,7 +204,7 @@ def _version(source: Source) -> tuple[str, str]:
     FormatError
         If it can't; says which release wrote it.
     """
-    magic, length = source.unpack("<2Q", 0)
+    magic, length = HEAD.unpack(source.read(0, HEAD.size))
     if magic & ~0xFFFF == MAGIC_ARM:
         raise FormatError(source.path, 0, "expected a snapshot of x86_64, got one of aarch64")
     if magic & ~0xFFFF != MAGIC:
@@ -255,10 +257,9 @@ def _unseen(path: str, data: bytes, hits: Sequence[Hit]) -> Sequence[Vcpu] | Non
         xcr0, size = hit.xcr0, KVM_XSAVE_SIZE + hit.extra_size
         area, at = (_area(data, hit), 0) if hit.extra_size else (data, hit.area)
         try:
-            one = infer.seen(area, at, size, cpuid=_cpuid_of(hit.cpuid), mask=xcr0 or 0)
+            one, facts = infer.seen(area, at, size, None, _cpuid_of(hit.cpuid), xcr0 or 0)
         except LayoutError:
             return None
-        facts = keys.facts(area, at, size, one.table)
         told += one.number, hit.msrs, xcr0, hit.pkru_enabled, size, facts
     return Unseen(tuple(told), len(hits), lambda: _vcpus(path, data, hits, None))
 

@@ -83,9 +83,6 @@ def asks_bytes(
     return len(_groups(names, wanted, bool(xcomp_bv & XCOMP_BV_COMPACTED))) != 1
 
 
-WORDS = struct.Struct("<28xI432xQ40x2Q")
-"""MXCSR_MASK, the kernel's word at byte 464, XSTATE_BV and XCOMP_BV: all that a layout may be told
-by, but the components' bytes."""
 _BOUNDS = sorted(
     {
         bound
@@ -96,107 +93,70 @@ _BOUNDS = sorted(
     }
 )
 PIECES = struct.pack(f"<{len(_BOUNDS)}i", *_BOUNDS)
-"""Where the presets' components begin and end (`keys.filled`): of the components' bytes, a layout
-is told by nothing but which of these pieces are all zeros."""
+"""Where the presets' components begin and end: of the components' bytes, a layout is told by
+nothing but which of these pieces are all zeros."""
 SEEN_LIMIT = 1024
-
-Words = tuple[int, int, int, int]
 
 
 class Seen(NamedTuple):
-    """A place that was found, its layout for the engine, and a number that no other has.
+    """A place that was found, and a number that no other has.
 
     `headed` tells whether the areas have a header with at least one component, and known ones only.
     """
 
     place: Place
-    table: Any
     number: int
     xstate_bv: int
     headed: bool
 
 
 _numbers = itertools.count()
-_seen: dict[tuple[object, ...], tuple[object, Seen | None]] = {}
-"""What was found before: by the id of a CPUID or a given layout, the mask and `WORDS`; None where
-the bytes are asked, and then also by the area's size and the pieces that are filled. What has an
-id in a key is kept with it, so that the id stays its own."""
+_seen = keys.Seen(PIECES, SEEN_LIMIT)
 
-
-def forget() -> None:
-    """Empty the cache: for those who measure, or compare."""
-    _seen.clear()
-
-
-def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Seen | None:
-    """Return what `place` finds for any area with these `WORDS`; None where it asks the bytes.
-
-    Each is worked out once. `cpuid` and `mask` are as for `place`.
-
-    Raises
-    ------
-    LayoutError
-        As `place` does.
-    """
-    key = id(cpuid), mask, words
-    known = _seen.get(key)
-    if known is not None:
-        return known[1]
-    area = np.zeros(EXTENDED_OFFSET, np.uint8)
-    WORDS.pack_into(area.data, 0, *words)
-    asks = asks_bytes(area, cpuid=cpuid, mask=mask)
-    if asks:
-        _remember(key, cpuid, None)
-        return None
-    return _learn(key, area, _sought(area, cpuid, mask, None), cpuid)
+forget = _seen.clear
+"""Empty the cache: for those who measure, or compare."""
 
 
 def seen(
     data: bytes,
     start: int,
     size: int,
-    *,
     given: Layout | None = None,
     cpuid: Cpuid | None = None,
     mask: int = 0,
-) -> Seen:
-    """Return what `place` finds for the `size` bytes at `start`, which is worked out once.
+) -> tuple[Seen, bytes]:
+    """Return what `place` finds for the `size` bytes at `start`, worked out once for all alike.
+
+    Returns
+    -------
+    Seen
+    bytes
+        The area's `xfast.xsave.area.FACTS` by that layout. With the number they are all that
+        there is to know of the area but its registers' values: what a key is made of.
 
     Raises
     ------
     LayoutError
         As `place` does.
     """
-    words = WORDS.unpack_from(data, start)
-    if given is not None:
-        key: tuple[object, ...] = id(given), words
-    else:
-        found = firm(words, cpuid=cpuid, mask=mask)
-        if found is not None:
-            return found
-        key = id(cpuid), mask, words, size, keys.filled(data, start, size, PIECES)
-    known = _seen.get(key)
-    if known is not None:
-        return cast(Seen, known[1])
+    owner = cpuid if given is None else given
+    return _seen.find(data, start, size, owner, mask) or _learn(
+        data, start, size, given, cpuid, mask
+    )
+
+
+def _learn(
+    data: bytes, start: int, size: int, given: Layout | None, cpuid: Cpuid | None, mask: int
+) -> tuple[Seen, bytes]:
     area = np.frombuffer(data, np.uint8, size, start)
     place = Place(given, "given") if given is not None else _sought(area, cpuid, mask, None)
-    return _learn(key, area, place, given or cpuid)
-
-
-def _learn(key: tuple[object, ...], area: NDArray[np.uint8], place: Place, owner: object) -> Seen:
-    """Keep the place of areas like this one."""
-    table = table_of(place.layout or NOWHERE)
     xstate_bv, _ = header(area)
-    found = Seen(place, table, next(_numbers), xstate_bv, headed(area) and xstate_bv != 0)
-    _remember(key, owner, found)
-    return found
-
-
-def _remember(key: tuple[object, ...], owner: object, found: Seen | None) -> None:
-    """Put something into the cache, which begins anew where it is full."""
-    if len(_seen) >= SEEN_LIMIT:
-        _seen.clear()
-    _seen[key] = owner, found
+    one = Seen(place, next(_numbers), xstate_bv, headed(area) and xstate_bv != 0)
+    asks = asks_bytes(area, given=given, cpuid=cpuid, mask=mask)
+    owner = cpuid if given is None else given
+    table = table_of(place.layout or NOWHERE)
+    _seen.add(data, start, size, owner, mask, asks, table, one)
+    return cast(tuple[Seen, bytes], _seen.find(data, start, size, owner, mask))
 
 
 def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
@@ -277,8 +237,9 @@ def place(
     """
     if given is not None:
         return Place(given, "given")
-    found = None if size else firm(WORDS.unpack_from(area.data), cpuid=cpuid, mask=mask)
-    return found.place if found else _sought(area, cpuid, mask, size)
+    if size:
+        return _sought(area, cpuid, mask, size)
+    return seen(area.tobytes(), 0, area.size, cpuid=cpuid, mask=mask)[0].place
 
 
 def _sought(area: NDArray[np.uint8], cpuid: Cpuid | None, mask: int, size: int | None) -> Place:

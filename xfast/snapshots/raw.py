@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from xfast.engine import files, keys
+from xfast.engine import files
 from xfast.errors import FormatError, LayoutError, PolicyError
 from xfast.snapshots import fxsave, infer, sorts
 from xfast.snapshots.bytes import edit
@@ -222,9 +222,9 @@ def _few(source: Source, where: Lie, layout: Layout | None, beside: Beside) -> S
     found = []
     told: list[Hashable] = ["raw", size, beside.xcr0]
     for at in range(0, count * size, size):
-        one = _seen(source, start + at, data, at, size, layout, beside)
+        one, facts = _seen(source, start + at, data, at, size, layout, beside)
         found.append(one)
-        told += one.number, keys.facts(data, at, size, one.table)
+        told += one.number, facts
 
     def make() -> list[Vcpu]:
         rows = np.frombuffer(data, np.uint8).reshape(count, size)
@@ -295,7 +295,7 @@ def _place(
     source: Source, offset: int, area: NDArray[np.uint8], layout: Layout | None, beside: Beside
 ) -> infer.Place:
     """Find the layout of the area at `offset`, if it is one."""
-    return _seen(source, offset, area.tobytes(), 0, area.size, layout, beside).place
+    return _seen(source, offset, area.tobytes(), 0, area.size, layout, beside)[0].place
 
 
 def _seen(
@@ -306,14 +306,14 @@ def _seen(
     size: int,
     layout: Layout | None,
     beside: Beside,
-) -> infer.Seen:
-    """Find the layout of the area at `offset`, which is at `at` of `data`, if it is one."""
+) -> tuple[infer.Seen, bytes]:
+    """Find the layout and the facts of an area: it lies at `offset`, which is `at` in `data`."""
     xcr0, cpuid = beside
     try:
-        found = infer.seen(data, at, size, given=layout, cpuid=cpuid, mask=xcr0 or 0)
+        found = infer.seen(data, at, size, layout, cpuid, xcr0 or 0)
     except LayoutError as problem:
         raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
-    if found.headed:
+    if found[0].headed:
         return found
     area = np.frombuffer(data, np.uint8, size, at)
     if not infer.headed(area) and not infer.controlled(area):

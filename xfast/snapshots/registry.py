@@ -58,8 +58,8 @@ MAGICS = {
 }
 """The first 4 or 8 bytes of files that are of one format for certain: no other is asked."""
 
-JSON = "cloud-hypervisor", "crosvm"
-"""The formats that are asked first of a file that begins with a brace."""
+JSON_FIRST = "cloud-hypervisor", "crosvm", *FORMATS
+"""The formats in the order in which they are asked of a file that begins with a brace."""
 
 SIGNS = re.compile(
     rb"\x7fELF|MDMP|Xen saved domain|libvirt-xml|LibxlFmt|\xff{8}XENF|QEVM|QFI\xfb|LibvirtQemud|"
@@ -106,14 +106,15 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
-def _possible(source: Source) -> list[str]:
-    """Return the formats that a file may be of, in the order in which they are tried."""
+def _possible(source: Source) -> tuple[str, ...]:
+    """Return which of `FORMATS` a file may be of, in the order in which they are tried."""
     head = source.head
+    if head.startswith(b"{"):
+        return JSON_FIRST
     whole = len(head) == source.size and source.outer is None
     if whole and not SIGNS.match(head) and not files.holds(head, STREAM, 0, len(head)):
-        return [*UNSIGNED, *_others()]
-    first = JSON if head.startswith(b"{") else ()
-    return [*first, *_names()]
+        return UNSIGNED
+    return tuple(FORMATS)
 
 
 def open_input(
@@ -162,7 +163,7 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    for name in _possible(source):
+    for name in (*_possible(source), *_others()):
         if format_named(name).sniff(source):
             return name
     if default:

@@ -53,11 +53,11 @@ class Source:
         The name as the user gave it; ``-`` is standard input.
     fd : int
         A regular file or block device, which the Source owns from here on.
+    found : tuple, optional
+        Its mode, stamp and head, where they are known already; see `files.opened`.
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
-    found : tuple, optional
-        Its mode, stamp and head, where they are known already; see `files.opened`.
 
     Attributes
     ----------
@@ -84,10 +84,10 @@ class Source:
         self,
         path: str,
         fd: int,
+        found: Found | None = None,
         outer: Source | None = None,
         codec: str = "",
         body: int = 0,
-        found: Found | None = None,
     ) -> None:
         self.path = path
         self.fd = fd
@@ -125,12 +125,9 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        if fd is not None:
-            return cls(name, fd).expanded(expand_limit)
-        if name == "-":
-            return cls(name, _stdin(expand_limit)).expanded(expand_limit)
-        opened = regular(name)
-        source = cls(name, opened[0], found=opened[1:])
+        if fd is not None or name == "-":
+            return cls(name, _stdin(expand_limit) if fd is None else fd).expanded(expand_limit)
+        source = cls(name, *regular(name))
         return source.expanded(expand_limit) if source.head.startswith(PACKED) else source
 
     @classmethod
@@ -177,7 +174,7 @@ class Source:
                 if not codec:
                     return source
                 fd = _expand(source, codec, body, limit)
-                source = Source(self.path, fd, source, codec, body)
+                source = Source(self.path, fd, None, source, codec, body)
                 source.lifted = limit != EXPAND_LIMIT
             raise FormatError(self.path, 0, f"expected fewer layers, got {source.container}")
         except BaseException:
@@ -220,7 +217,7 @@ class Source:
     @property
     def stamp(self) -> Stamp:
         """What tells that the file is the same one, unchanged: as it was when it was opened."""
-        return self.base._stamp
+        return self.outer.stamp if self.outer else self._stamp
 
     @property
     def stored(self) -> int:
