@@ -21,6 +21,7 @@ cdef extern from "Python.h":
 
 cdef extern from "Python.h":
     bytes PyUnicode_EncodeFSDefault(str text)
+    long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
 
 cdef extern from * nogil:
     """
@@ -167,6 +168,42 @@ def present(str names not None) -> int:
     with nogil:
         found = xfast_present(at, at + n)
     return found
+
+
+# Reading
+
+
+cdef class Reader:
+    """Bytes of which the first ones may be known already; a subclass fetches all others.
+
+    Attributes
+    ----------
+    size : int
+    head : bytes
+        The first ones, as far as they are known.
+    bytes_read : int
+        How many were asked for until now.
+    """
+
+    cdef public long long size, bytes_read
+    cdef public bytes head
+
+    def __cinit__(self):
+        self.head = b""
+
+    def read(self, offset, length) -> bytes:
+        """Return `length` bytes from `offset`; what is not all inside is left to `_refuse`."""
+        cdef int far = 0, wide = 0
+        cdef long long start = PyLong_AsLongLongAndOverflow(offset, &far)
+        cdef long long n = PyLong_AsLongLongAndOverflow(length, &wide)
+        if far or wide or start < 0 or n < 0 or start > self.size - n:
+            return self._refuse(offset, length)
+        if n > PyBytes_GET_SIZE(self.head) - start:
+            return self._fetch(offset, length)
+        self.bytes_read += n
+        if n == PyBytes_GET_SIZE(self.head):
+            return self.head
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.head) + start, n)
 
 
 # JSON: text of one byte a character

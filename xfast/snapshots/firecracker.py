@@ -39,6 +39,7 @@ MAGIC_ARM = 0x0710_1984_AAAA_0000
 U64 = struct.Struct("<Q")
 HEAD = struct.Struct("<2Q")
 """The magic, and the length of the version that follows."""
+VERSION_LIMIT = 64
 
 SIZE_LIMIT = 10 << 20
 """Firecracker reads no larger file either."""
@@ -219,7 +220,7 @@ def _version(source: Source) -> tuple[str, str]:
             "expected Firecracker 1.8 to 1.14, got a versionize snapshot (Firecracker 1.6 or "
             f"before): {WAY_OUT}",
         )
-    text, major = _major_of(source.read(16, length) if length <= 64 else b"")
+    text, major = _major_of(source.read(16, length) if length <= VERSION_LIMIT else b"")
     if major is None:
         raise FormatError(
             source.path, 8, "expected the version as MAJOR.MINOR.PATCH, got another text"

@@ -14,8 +14,9 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from xfast.engine.files import Reader
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
@@ -44,7 +45,7 @@ Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
 
 
-class Source:
+class Source(Reader):
     """Read-only random access to the bytes of one input, after decompression.
 
     Parameters
@@ -76,7 +77,6 @@ class Source:
     outer: Source | None = None
     codec = ""
     body = 0
-    bytes_read = 0
     lifted = False
     container: tuple[str, ...] = ()
 
@@ -245,25 +245,13 @@ class Source:
                 f"{self.stored} on the disk" + "; see --expand-limit" * bool(self.outer),
             )
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`.
-
-        Raises
-        ------
-        FormatError
-            If they are not all inside.
-        """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise FormatError(
-                self.path,
-                offset,
-                f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
-                f"(of {self.size} in all)",
-            )
-        if offset + length <= len(self.head):
-            self.bytes_read += length
-            return self.head[offset : offset + length]
-        return self._fetch(offset, length)
+    def _refuse(self, offset: int, length: int) -> NoReturn:
+        raise FormatError(
+            self.path,
+            offset,
+            f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
+            f"(of {self.size} in all)",
+        )
 
     def _fetch(self, offset: int, length: int) -> bytes:
         self.bytes_read += length
@@ -412,11 +400,9 @@ class View(Source):
     def __init__(self, source: Source, size: int, locate: Locate) -> None:
         self.path = source.path
         self.source = source
-        self.head = b""
         self.size = size
         self.locate = locate
         self.container = source.container
-        self.bytes_read = 0
 
     @property
     def is_device(self) -> bool:
