@@ -27,8 +27,7 @@ cdef enum:
     AUDIT_AHEAD = 64  # rows whose two lines an audit fetches ahead
     KEEP_AHEAD = 32  # the same where little else of a row is touched
     HOLE = 512  # bytes between rows that a scan does not skip
-    LEGACY_LINES = 0x7F  # one bit each: those with x87 and XMM registers
-    SSE_LINES = 0x38  # those of which XMM registers are all
+    LEGACY_LINES = 7  # that x87 and XMM registers lie in
 
 include "loops_lines.pxi"
 include "loops_find.pxi"

@@ -90,16 +90,10 @@ cdef inline void wipe(uint8_t *dst, uint32_t n, bint stream) noexcept nogil:
         n -= 1
 
 
-cdef inline bint nonzero(
-    const uint8_t *p, uint32_t n, bint early, Py_ssize_t ahead
-) noexcept nogil:
-    """Whether one of `n` bytes is not 0; `early`: read no further than needed.
-
-    Each line asks for the one `ahead` bytes on, unless that is 0.
-    """
+cdef inline line_t any_of(const uint8_t *p, uint32_t lines, Py_ssize_t ahead) noexcept nogil:
+    """Combine lines by or. Each asks for the one `ahead` bytes on, unless that is 0."""
     cdef line_t any = line_zero()
-    cdef uint64_t rest = 0
-    while not early and n >= 4 * LINE:
+    while lines >= 4:
         if ahead:
             prefetch_far(p + ahead)
             prefetch_far(p + ahead + LINE)
@@ -108,12 +102,29 @@ cdef inline bint nonzero(
         any = line_or(any, line_or(line_load(p), line_load(p + LINE)))
         any = line_or(any, line_or(line_load(p + 2 * LINE), line_load(p + 3 * LINE)))
         p += 4 * LINE
-        n -= 4 * LINE
-    while n >= LINE:
+        lines -= 4
+    while lines:
         if ahead:
             prefetch_far(p + ahead)
         any = line_or(any, line_load(p))
-        if early and line_any(any):
+        p += LINE
+        lines -= 1
+    return any
+
+
+cdef inline bint nonzero(
+    const uint8_t *p, uint32_t n, bint early, Py_ssize_t ahead
+) noexcept nogil:
+    """Whether one of `n` bytes is not 0; `early`: read no further than needed."""
+    cdef line_t any = line_zero()
+    cdef uint64_t rest = 0
+    if not early:
+        any = any_of(p, n // LINE, ahead)
+        p += n // LINE * LINE
+        n %= LINE
+    while n >= LINE:
+        any = line_load(p)
+        if line_any(any):
             return True
         p += LINE
         n -= LINE
@@ -128,32 +139,42 @@ cdef inline bint nonzero(
     return (rest != 0) | line_any(any)
 
 
-cdef inline bint differ(
-    const uint8_t *a, const uint8_t *b, uint32_t n, bint stream
+cdef inline line_t difference(
+    const uint8_t *a, const uint8_t *b, uint32_t lines, Py_ssize_t ahead
 ) noexcept nogil:
-    """Whether `n` bytes differ; lines are read to the end, in order, as prefetchers like it.
+    """Combine what lines differ in; they are read to the end, in order, as prefetchers like it.
 
-    `stream`: each asks for the one a page on, where another row is.
+    Each asks for the one `ahead` bytes on, unless that is 0.
     """
     cdef line_t any = line_zero()
     cdef line_t more = line_zero()
-    while n >= 2 * LINE:
-        if stream:
-            prefetch_far(a + PAGE)
-            prefetch_far(b + PAGE)
-            prefetch_far(a + PAGE + LINE)
-            prefetch_far(b + PAGE + LINE)
+    while lines >= 2:
+        if ahead:
+            prefetch_far(a + ahead)
+            prefetch_far(b + ahead)
+            prefetch_far(a + ahead + LINE)
+            prefetch_far(b + ahead + LINE)
         any = line_or(any, line_xor(line_load(a), line_load(b)))
         more = line_or(more, line_xor(line_load(a + LINE), line_load(b + LINE)))
         a += 2 * LINE
         b += 2 * LINE
-        n -= 2 * LINE
-    if n >= LINE:
+        lines -= 2
+    if lines:
+        if ahead:
+            prefetch_far(a + ahead)
+            prefetch_far(b + ahead)
         any = line_or(any, line_xor(line_load(a), line_load(b)))
-        a += LINE
-        b += LINE
-        n -= LINE
-    return line_any(line_or(any, more)) | (n != 0 and memcmp(a, b, n) != 0)
+    return line_or(any, more)
+
+
+cdef inline bint differ(
+    const uint8_t *a, const uint8_t *b, uint32_t n, Py_ssize_t ahead
+) noexcept nogil:
+    """Whether `n` bytes differ."""
+    cdef uint32_t lines = n // LINE
+    cdef bint out = line_any(difference(a, b, lines, ahead))
+    n %= LINE
+    return out | (n != 0 and memcmp(a + lines * LINE, b + lines * LINE, n) != 0)
 
 
 cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noexcept nogil:

@@ -71,25 +71,32 @@ cdef inline bint fcw_in_use(const uint8_t *row, bint clear) noexcept nogil:
     return (fcw != FCW_INIT) & ((fcw != 0) | (not clear))
 
 
+cdef struct Run:
+    uint32_t lines
+    uint64_t of  # components that own each of them whole; FP stands for the legacy region
+
 cdef struct Dense:
     # Rows that follow each other with few lines between their components, or that are to be read
-    # whole: line by line, holes and all, as prefetchers like it, and components asked afterwards.
-    uint32_t lines  # of each row, up to 64; 0: go from component to component
+    # whole: run by run, holes and all, as prefetchers like it, and other components afterwards.
+    uint32_t runs  # 0: go from component to component
     uint64_t xcomp  # of the rows that the rest holds for
-    uint64_t whole  # components that own whole lines among them
-    uint64_t own[COMPONENTS]  # those lines, one bit each
+    uint64_t whole  # components that own runs
+    Run run[LINE]
 
 
 cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept nogil:
     cdef const Slots *slots = scan.slots
     cdef uint64_t rest = at.found & ~<uint64_t>(FP | SSE)
-    cdef uint32_t end = EXTENDED
-    cdef int c
-    dense.lines = 0
+    cdef uint64_t of[LINE]  # each line's owners
+    cdef uint32_t end = EXTENDED, lines = 0
+    cdef int c, i
+    dense.runs = 0
     dense.xcomp = at.xcomp
     dense.whole = 0
     if not scan.stream:
         return
+    for i in range(LINE):
+        of[i] = FP if i < LEGACY_LINES else 0
     while rest:
         c = take_lowest(&rest)
         end = max(end, at.offset[c] + slots.size[c])
@@ -99,74 +106,82 @@ cdef void plan_dense(const Place *at, const Scan *scan, Dense *dense) noexcept n
             slots.size[c] and (at.offset[c] | slots.size[c]) % LINE == 0 and end <= LINE * LINE
         ):
             dense.whole |= bit(c)
-            dense.own[c] = (
-                ~<uint64_t>0 >> (LINE - slots.size[c] // LINE) << at.offset[c] // LINE
-            )
+            for i in range(<int>(slots.size[c] // LINE)):
+                of[at.offset[c] // LINE + i] |= bit(c)
     if scan.whole:
-        dense.lines = <uint32_t>min(scan.size // LINE, <Py_ssize_t>LINE)
+        lines = <uint32_t>min(scan.size // LINE, <Py_ssize_t>LINE)
     elif end <= LINE * LINE and scan.stride < end + HOLE:
-        dense.lines = min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
+        lines = min((end + LINE - 1) // LINE, <uint32_t>(scan.size // LINE))
+    for i in range(<int>lines):
+        if i == 0 or of[i] != of[i - 1]:
+            dense.run[dense.runs] = Run(0, of[i])
+            dense.runs += 1
+        dense.run[dense.runs - 1].lines += 1
 
 
-cdef inline uint64_t lines_in_use(
-    const uint8_t *row, uint32_t lines, Py_ssize_t ahead
+cdef inline uint64_t runs_in_use(
+    const uint8_t *row, const Dense *dense, Py_ssize_t ahead
 ) noexcept nogil:
-    """One bit for each line that is not all 0."""
-    cdef uint64_t bits = 0
-    cdef uint32_t i
-    for i in range(lines):
-        if ahead:
-            prefetch_far(row + ahead)
-        bits |= <uint64_t>line_any(line_load(row)) << i
-        row += LINE
-    return bits
+    """Return the owners of the runs that are not all 0.
+
+    One load walks the whole row: AMD's prefetcher goes by the instruction, and four that take turns
+    are slower by a tenth. So is a look at the header before its line's turn comes.
+    """
+    cdef uint64_t used = 0
+    cdef line_t any
+    cdef uint32_t i, _j
+    for i in range(dense.runs):
+        any = line_zero()
+        for _j in range(dense.run[i].lines):
+            if ahead:
+                prefetch_far(row + ahead)
+            any = line_or(any, line_load(row))
+            row += LINE
+        used |= dense.run[i].of if line_any(any) else 0
+    return used
 
 
-cdef inline uint64_t lines_that_differ(
-    const uint8_t *a, const uint8_t *b, uint32_t lines, Py_ssize_t ahead
+cdef inline uint64_t runs_that_differ(
+    const uint8_t *a, const uint8_t *b, const Dense *dense, Py_ssize_t ahead
 ) noexcept nogil:
-    """One bit for each line in which two rows differ."""
-    cdef uint64_t bits = 0
-    cdef uint32_t i
-    for i in range(lines):
-        if ahead:
-            prefetch_far(a + ahead)
-            prefetch_far(b + ahead)
-        bits |= <uint64_t>line_any(line_xor(line_load(a), line_load(b))) << i
-        a += LINE
-        b += LINE
-    return bits
-
-
-cdef inline uint64_t in_lines(
-    const Dense *dense, const Place *at, uint64_t bits, uint64_t *rest
-) noexcept nogil:
-    """Take the components that own whole lines from `rest`; return those with a bit set."""
-    cdef uint64_t whole = rest[0] & dense.whole if at.xcomp == dense.xcomp else 0
+    """Return the owners of the runs in which two rows differ; see `runs_in_use`."""
     cdef uint64_t out = 0
-    cdef int c
-    rest[0] ^= whole
-    while whole:
-        c = take_lowest(&whole)
-        out |= <uint64_t>(bits & dense.own[c] != 0) << c
+    cdef line_t any
+    cdef uint32_t i, _j
+    for i in range(dense.runs):
+        any = line_zero()
+        for _j in range(dense.run[i].lines):
+            if ahead:
+                prefetch_far(a + ahead)
+                prefetch_far(b + ahead)
+            any = line_or(any, line_xor(line_load(a), line_load(b)))
+            a += LINE
+            b += LINE
+        out |= dense.run[i].of if line_any(any) else 0
     return out
+
+
+cdef inline uint64_t told(const Dense *dense, const Place *at, uint64_t *rest) noexcept nogil:
+    """Take the components that runs tell about from `rest`, and return them."""
+    cdef uint64_t whole = rest[0] & dense.whole if at.xcomp == dense.xcomp else 0
+    rest[0] ^= whole
+    return whole
 
 
 cdef inline uint64_t xinuse_one(
     const uint8_t *row, const Place *at, const Slots *slots, bint early, Py_ssize_t ahead,
-    const Dense *dense,
+    uint64_t runs, const Dense *dense,
 ) noexcept nogil:
-    """Find the components that are not init; `ahead`: fetch the same lines so many bytes on."""
+    """Find the components that are not init.
+
+    `dense`: `runs` tells the owners of runs that are not 0. Else fetch the same lines `ahead` bytes
+    on, unless that is 0.
+    """
     cdef uint64_t rest = at.found & at.bv if early else at.found
-    cdef uint64_t used = 0, bits = 0
+    cdef uint64_t used = 0
     cdef int c
     if dense != NULL:
-        bits = lines_in_use(row, dense.lines, ahead)
-        used = in_lines(dense, at, bits, &rest)
-        if bits & SSE_LINES:
-            rest &= ~<uint64_t>SSE
-            used |= SSE & at.found
-        ahead = 0
+        used = runs & told(dense, at, &rest)
     elif ahead:
         for c in range(EXTENDED // LINE):
             prefetch_far(row + ahead + c * LINE)
@@ -197,10 +212,10 @@ cdef inline uint64_t xinuse_one(
 
 cdef inline void describe(
     const uint8_t *row, const Place *at, const Slots *slots, Py_ssize_t ahead,
-    const Dense *dense, Facts *facts,
+    uint64_t runs, const Dense *dense, Facts *facts,
 ) noexcept nogil:
     """Fill in all that a judgement reads from one area."""
-    cdef uint64_t data = xinuse_one(row, at, slots, False, ahead, dense)
+    cdef uint64_t data = xinuse_one(row, at, slots, False, ahead, runs, dense)
     cdef uint64_t reserved = 0
     cdef uint32_t csr = load32(row + 24)
     cdef int i
@@ -224,15 +239,22 @@ cdef void classify(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
     cdef Facts *facts = <Facts *>scan.out
     cdef Py_ssize_t i, ahead
+    cdef uint64_t runs
     cdef Dense dense
     cdef Place at
     at.found = 0
     for i in range(scan.n):
-        locate(scan.slots, row, scan.size, &at)
         if i == 0:
+            locate(scan.slots, row, scan.size, &at)
             plan_dense(&at, scan, &dense)
         ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n + scan.beyond else 0
-        describe(row, &at, scan.slots, ahead, &dense if dense.lines else NULL, &facts[i])
+        if dense.runs:
+            runs = runs_in_use(row, &dense, ahead)
+            locate(scan.slots, row, scan.size, &at)
+            describe(row, &at, scan.slots, 0, runs, &dense, &facts[i])
+        else:
+            locate(scan.slots, row, scan.size, &at)
+            describe(row, &at, scan.slots, ahead, 0, NULL, &facts[i])
         row += scan.stride
 
 
@@ -252,32 +274,38 @@ cdef void xinuse(const Scan *scan) noexcept nogil:
     cdef const uint8_t *row = scan.rows
     cdef uint64_t *used = <uint64_t *>scan.out
     cdef Py_ssize_t i, ahead
+    cdef uint64_t runs
     cdef Dense dense
     cdef Place at
     at.found = 0
     for i in range(scan.n):
-        locate(scan.slots, row, scan.size, &at)
         if i == 0:
+            locate(scan.slots, row, scan.size, &at)
             plan_dense(&at, scan, &dense)
         ahead = scan.ahead * scan.stride if i + scan.ahead < scan.n else 0
-        if not scan.early and dense.lines:
-            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, &dense)
+        if dense.runs and not scan.early:
+            runs = runs_in_use(row, &dense, ahead)
+            locate(scan.slots, row, scan.size, &at)
+            used[i] = xinuse_one(row, &at, scan.slots, False, 0, runs, &dense)
         elif not scan.early:
-            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, NULL)
+            locate(scan.slots, row, scan.size, &at)
+            used[i] = xinuse_one(row, &at, scan.slots, False, ahead, 0, NULL)
         else:
+            locate(scan.slots, row, scan.size, &at)
             if ahead:
                 fetch_starts(row + ahead, &at, ahead)
-            used[i] = xinuse_one(row, &at, scan.slots, True, 0, NULL)
+            used[i] = xinuse_one(row, &at, scan.slots, True, 0, 0, NULL)
         row += scan.stride
 
 
 cdef inline uint64_t diff_one(
     const uint8_t *a, const Place *p, const Slots *pslots, const uint8_t *b, const Place *q,
-    const Slots *qslots, bint stream, uint64_t bits, const Dense *dense,
+    const Slots *qslots, Py_ssize_t ahead, uint64_t runs, const Dense *dense,
 ) noexcept nogil:
     """Compare by value: a clear bit is the init value, whatever bytes lie there.
 
-    `dense`: `bits` tells which lines differ.
+    `dense`: `runs` tells the owners of runs that differ. Else fetch the same lines `ahead` bytes
+    on, unless that is 0.
     """
     cdef uint64_t unread = (p.bv & ~p.found) | (q.bv & ~q.found)
     cdef uint64_t both = p.bv & q.bv & ~unread
@@ -285,27 +313,27 @@ cdef inline uint64_t diff_one(
     cdef uint64_t rest = both & ~<uint64_t>(FP | SSE)
     cdef uint32_t n
     cdef int c
-    if dense != NULL and bits & LEGACY_LINES == 0:
+    if dense != NULL and not runs & FP:
         legacy = 0
-    if legacy & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, stream)):
+    if legacy & FP and (memcmp(a, b, 24) or differ(a + 32, b + 32, 128, ahead)):
         out |= FP
     if (load32(a + 24) if has_mxcsr(p.bv, p.xcomp) else MXCSR_INIT) != (
         load32(b + 24) if has_mxcsr(q.bv, q.xcomp) else MXCSR_INIT
     ):
         out |= SSE
-    if legacy & SSE and differ(a + 160, b + 160, 256, stream):
+    if legacy & SSE and differ(a + 160, b + 160, 256, ahead):
         out |= SSE
     if dense != NULL and p.xcomp == q.xcomp:
-        out |= in_lines(dense, p, bits, &rest)
+        out |= runs & told(dense, p, &rest)
     while rest:
         c = take_lowest(&rest)
         n = PKRU_SIZE if c == 9 else min(pslots.size[c], qslots.size[c])
-        if differ(a + p.offset[c], b + q.offset[c], n, stream):
+        if differ(a + p.offset[c], b + q.offset[c], n, ahead):
             out |= bit(c)
     if p.bv & ~both:
-        out |= xinuse_one(a, p, pslots, True, 0, NULL) & ~both
+        out |= xinuse_one(a, p, pslots, True, 0, 0, NULL) & ~both
     if q.bv & ~both:
-        out |= xinuse_one(b, q, qslots, True, 0, NULL) & ~both
+        out |= xinuse_one(b, q, qslots, True, 0, 0, NULL) & ~both
     return out
 
 
@@ -315,25 +343,27 @@ cdef void diff(const Scan *scan) noexcept nogil:
     cdef uint64_t *out = <uint64_t *>scan.out
     cdef Place p, q
     cdef Py_ssize_t i
-    cdef uint64_t bits
+    cdef uint64_t runs = 0
     cdef Dense dense
     p.found = q.found = 0
     for i in range(scan.n):
-        locate(scan.slots, a, scan.size, &p)
-        locate(scan.other_slots, b, scan.other_size, &q)
         if i == 0:
+            locate(scan.slots, a, scan.size, &p)
             plan_dense(&p, scan, &dense)
             if not (
                 scan.other_slots == scan.slots and scan.other_size == scan.size
                 and scan.other_stride == scan.stride
             ):
-                dense.lines = 0
-        if dense.lines:
-            bits = lines_that_differ(a, b, dense.lines, scan.ahead * scan.stride)
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, bits, &dense)
+                dense.runs = 0
+        if dense.runs:
+            runs = runs_that_differ(a, b, &dense, scan.ahead * scan.stride)
+        locate(scan.slots, a, scan.size, &p)
+        locate(scan.other_slots, b, scan.other_size, &q)
+        if dense.runs:
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, 0, runs, &dense)
         elif scan.stream:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, True, 0, NULL)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, PAGE, 0, NULL)
         else:
-            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, False, 0, NULL)
+            out[i] = diff_one(a, &p, scan.slots, b, &q, scan.other_slots, 0, 0, NULL)
         a += scan.stride
         b += scan.other_stride
