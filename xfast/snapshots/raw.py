@@ -16,28 +16,26 @@ import io
 import math
 import os
 import struct
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from xfast.engine import files
-from xfast.errors import FormatError, LayoutError, PolicyError
+from xfast.errors import FormatError, LayoutError, PolicyError, XfastError
 from xfast.snapshots import fxsave, infer, sorts
 from xfast.snapshots.bytes import edit
-from xfast.snapshots.bytes.entry import beside
+from xfast.snapshots.bytes.entry import found_as
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Unseen, Vcpu, kept
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout
-
-T = TypeVar("T")
 
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER_LIMIT = 4096
@@ -417,19 +415,30 @@ def _beside(path: str) -> Beside:
     """Read the companion files, where there are any."""
     if path == "-":
         return ALONE
-    if not files.present("\0".join([f"{stem}.xcrs\0{stem}.cpuid2" for stem in _stems(path)])):
+    paths = [stem + end for stem in _stems(path) for end in COMPANIONS]
+    there = files.present("\0".join(paths))
+    if not there:
         return ALONE
-    return Beside(_companion(path, ".xcrs", xcr0_of), _companion(path, ".cpuid2", cpuid_of))
+    found = [one for i, one in enumerate(paths) if there >> i & 1]
+    return Beside(_companion(path, found, ".xcrs"), _companion(path, found, ".cpuid2"))
 
 
-def _companion(path: str, suffix: str, parse: Callable[[bytes], T]) -> T | None:
-    for other in companion_paths(path, suffix):
-        if not os.access(other, os.F_OK) or not os.path.isfile(other):
-            continue  # access raises no exception, which is most of what isfile costs
-        with Source.open(other) as file:
+def _companion(path: str, found: Iterable[str], suffix: str) -> Any:
+    """Return what the first of the files tells that has this suffix; None if none has."""
+    for name in found:
+        if not name.endswith(suffix):
+            continue
+        other = found_as(path, name)
+        try:
+            file = Source.open(other)
+        except XfastError:
+            if os.path.isfile(other):
+                raise
+            continue
+        with file:
             data = file.read(0, min(file.size, COMPANION_LIMIT))
         try:
-            return parse(data)
+            return COMPANIONS[suffix](data)
         except ValueError as problem:
             raise FormatError(other, 0, str(problem)) from None
     return None
@@ -449,7 +458,7 @@ def _stems(path: str) -> list[str]:
 
 def companion_paths(path: str, suffix: str) -> list[str]:
     """Return where a companion of a file is looked for: under its own name, and its variant's."""
-    return [beside(path, os.path.basename(stem) + suffix) for stem in _stems(path)]
+    return [found_as(path, stem + suffix) for stem in _stems(path)]
 
 
 def splices(
