@@ -296,7 +296,7 @@ def _walk(
     listed, but lie before RAM. Returns the `cpu` sections, what makes one doubt that they are
     all, and which device it stopped at (see `plans.remember`); adds the sections to `walked`.
     """
-    cpus = []
+    cpus: list[CpuSection] = []
     doubts = []
     text = end + 6
     more = b"", 0
