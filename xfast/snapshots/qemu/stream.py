@@ -44,6 +44,8 @@ DESCRIPTION_LIMIT = 16 << 20
 DESCRIBED_LEAST, DESCRIBED_RATIO = 4 << 20, 4
 """Nor than so many bytes, or so many times what the file takes on the disk: guest memory, which
 packs worse, lies beside it."""
+VCPU_LIMIT = 4096
+"""KVM_MAX_VCPUS. More of them in a description cost what no machine needs."""
 CONFIGURATION_PARTS = 8
 """The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
@@ -295,7 +297,7 @@ def _walk(
     listed, but lie before RAM. Returns the `cpu` sections, what makes one doubt that they are
     all, and which device it stopped at (see `plans.remember`); adds the sections to `walked`.
     """
-    cpus = []
+    cpus: list[CpuSection] = []
     doubts = []
     text = end + 6
     more = b"", 0
@@ -314,6 +316,9 @@ def _walk(
             )
         head = bytes([len(name) & 0xFF]) + name + struct.pack(">I", instance)
         if name == b"cpu":
+            if len(cpus) == VCPU_LIMIT:
+                words = f"expected at most {VCPU_LIMIT} vCPUs, got more"
+                raise FormatError(stream.path, offset, words)
             cpus.append(described_cpu(stream, device, text, found, size))
             head += struct.pack(">I", version)
         start = offset - 14 - len(name)
