@@ -37,6 +37,8 @@ from xfast.snapshots.qemu.search import (
 
 MAGIC = b"QEVM\0\0\0\3"
 CONFIGURATION = 7
+FAR = MAGIC + bytes([CONFIGURATION])
+"""What a stream that does not begin at the file's start begins with."""
 DESCRIPTION_LIMIT = 16 << 20
 """No description is longer (bytes): it takes about 8 KB a vCPU."""
 DESCRIBED_LEAST, DESCRIBED_RATIO = 4 << 20, 4
@@ -70,8 +72,7 @@ def start_of(source: Source) -> int | None:
     if source.size >= len(MAGIC) and source.read(0, len(MAGIC)) == MAGIC:
         return 0
     head = source.read(0, min(HEAD_LIMIT, source.size))
-    magic = MAGIC + bytes([CONFIGURATION])
-    return head.find(magic) if files.holds(head, magic, 0, len(head)) else None
+    return head.find(FAR) if files.holds(head, FAR, 0, len(head)) else None
 
 
 def configuration(stream: Source, start: int) -> Configuration:
