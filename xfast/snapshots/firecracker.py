@@ -15,7 +15,7 @@ import re
 import struct
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -52,10 +52,11 @@ MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1
 
 XCRS = struct.pack("<QI", 392, 1)
 """A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
-XCRS_SIZE = 8 + 392
-XSAVE_LENGTHS = {4: KVM_XSAVE_SIZE, 8: KVM_XSAVE_SIZE + 8}
+XSAVE_LENGTHS = {"4": KVM_XSAVE_SIZE, "8": KVM_XSAVE_SIZE + 8}
 """What precedes a kvm_xsave, in the versions of which a file was seen: with 8 more, the number of
 words that AMX adds. In a file of another version all have the same."""
+LENGTH_FROM_PLACES = KVM_XSAVE_SIZE - (8 + 392) - 8
+"""From where an area lies behind its kvm_xcrs to what precedes it: both have a length in front."""
 TABLE_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the walk takes no longer list, as the kernel."""
 MSR = struct.Struct("<I4xQ")
@@ -69,6 +70,10 @@ WAY_OUT = (
     "this can't be judged; print it with that release's snapshot-editor (info-vmstate "
     "vcpu-states) and give the XSAVE areas as a raw file"
 )
+
+
+Found = tuple[int, int, int, int, int, int, int, bytes, bytes, int | None, int | None]
+"""A Hit's fields, as the engine finds them: most files are never looked into any further."""
 
 
 class Hit(NamedTuple):
@@ -95,10 +100,6 @@ class Hit(NamedTuple):
     def pkru_enabled(self) -> bool | None:
         """CR4.PKE."""
         return None if self.cr4 is None else bool(self.cr4 & CR4_PKE)
-
-
-_hit = partial(tuple.__new__, Hit)
-"""Hit._make without its checks."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def read(
         raise FormatError(
             source.path, len(data) - 8, f"expected the CRC64 {counted:#x}, got {stored:#x}"
         )
-    hits = list(map(_hit, vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)))
+    hits = vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)
     if not hits:
         raise FormatError(
             source.path,
@@ -191,17 +192,17 @@ def read(
     ]
 
 
-def _doubts(data: bytes, hits: list[Hit], version: str) -> tuple[str, ...]:
+def _doubts(data: bytes, hits: Sequence[Found], version: str) -> tuple[str, ...]:
     """Compare the number of vCPUs with that of their vector, and the lengths of their kvm_xsave.
 
     The number precedes the first one's CPUID. A length that lies moves the area by 8 bytes.
     """
-    at = hits[0].cpuid_at
+    at = hits[0][6]
     told = U64.unpack_from(data, max(at - CPUID_BEHIND_COUNT, 0))[0] if at else None
     shown = f"{told} vCPUs, as the file counts them" if told is not None else "a CPUID of vCPU 0"
     doubts = [f"expected {shown}, got {len(hits)} vCPUs"] if told != len(hits) else []
-    lengths = {U64.unpack_from(data, hit.xcrs + XCRS_SIZE)[0] for hit in hits}
-    wanted = XSAVE_LENGTHS.get(int(version.split(".")[0]), min(lengths))
+    lengths = {hit[2] - hit[1] + LENGTH_FROM_PLACES for hit in hits}
+    wanted = XSAVE_LENGTHS.get(version.partition(".")[0], min(lengths))
     if lengths != {wanted}:
         got = ", ".join(map(str, sorted(lengths)))
         doubts.append(f"expected kvm_xsave of {wanted} bytes in version {version}, got {got}")
@@ -258,21 +259,22 @@ def _major_of(version: bytes) -> tuple[str, int | None]:
     return text, int(known[1]) if known else None
 
 
-def _vcpus(path: str, data: bytes, hits: Sequence[Hit], given: Layout | None) -> list[Vcpu]:
-    return [_vcpu(path, data, i, hit, given) for i, hit in enumerate(hits)]
+def _vcpus(path: str, data: bytes, hits: Sequence[Found], given: Layout | None) -> list[Vcpu]:
+    return [_vcpu(path, data, i, Hit(*hit), given) for i, hit in enumerate(hits)]
 
 
-def _unseen(path: str, data: bytes, hits: Sequence[Hit]) -> Sequence[Vcpu] | None:
+def _unseen(path: str, data: bytes, hits: Sequence[Found]) -> Sequence[Vcpu] | None:
     """Return the vCPUs, made when somebody looks; None where a look says what is wrong."""
     told: list[Hashable] = ["firecracker"]
     for hit in hits:
-        xcr0, size = hit.xcr0, KVM_XSAVE_SIZE + hit.extra_size
-        area, at = (_area(data, hit), 0) if hit.extra_size else (data, hit.area)
+        _, _, at, _, more, _, _, cpuid, msrs, xcr0, cr4 = hit
+        area, at = (_area(data, Hit(*hit)), 0) if more else (data, at)
+        size = KVM_XSAVE_SIZE + more
         try:
-            one, facts = infer.seen(area, at, size, None, _cpuid_of(hit.cpuid), xcr0 or 0)
+            one, facts = infer.seen(area, at, size, None, _cpuid_of(cpuid), xcr0 or 0)
         except LayoutError:
             return None
-        told += one.number, hit.msrs, xcr0, hit.pkru_enabled, size, facts
+        told += one.number, msrs, xcr0, cr4 if cr4 is None else cr4 & CR4_PKE, size, facts
     return Unseen(tuple(told), len(hits), lambda: _vcpus(path, data, hits, None))
 
 
