@@ -1,4 +1,4 @@
-"""Mutations that know structure: numbers that lie, pieces that move, JSON trees, checksums.
+"""Mutations that know structure: numbers that lie, pieces that move, texts, packers, checksums.
 
 Random bytes seldom get past a magic; these keep what the readers check first, and change what
 they believe.
@@ -7,17 +7,16 @@ they believe.
 from __future__ import annotations
 
 import bz2
-import json
 import lzma
 import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import inside
+from backports import zstd
+from inside import BOUNDS
 from snapshot_files import sealed
-
-BOUNDS = (0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 512, 576, 832, 4096, 0x7FF0, 0xFFFF, 1 << 20)
 
 
 def number(data: bytearray, rng: random.Random) -> None:
@@ -59,51 +58,6 @@ def cut(data: bytearray, rng: random.Random) -> None:
         del data[rng.randrange(len(data) + 1) :]
     else:
         data += bytes(rng.choice((1, 64, 512, 4096)))
-
-
-def _nodes(value: Any) -> list[tuple[Any, Any]]:
-    """Return every place in a JSON tree: its parent and its key there."""
-    found = []
-    for key in list(value) if isinstance(value, dict) else range(len(value)):
-        found.append((value, key))
-        if isinstance(value[key], (dict, list)):
-            found += _nodes(value[key])
-    return found
-
-
-def tree(data: bytes, rng: random.Random, depth: int = 0) -> bytes | None:
-    """Change a place in JSON text, or in the text inside a string of it; None if it is none."""
-    try:
-        value = json.loads(data)
-        places = _nodes(value) if isinstance(value, (dict, list)) else []
-    except (ValueError, RecursionError):
-        return None
-    if not places:
-        return None
-    parent, key = rng.choice(places)
-    old = parent[key]
-    if isinstance(old, str) and depth < 3 and (inner := tree(old.encode(), rng, depth + 1)):
-        parent[key] = inner.decode()
-    elif rng.random() < 0.3:
-        del parent[key]
-    else:
-        parent[key] = rng.choice(
-            (
-                rng.choice(BOUNDS),
-                -1,
-                1 << 64,
-                1.5,
-                None,
-                True,
-                "x",
-                [],
-                {},
-                [old],
-                [old] * 9,
-                {"a": old},
-            )
-        )
-    return json.dumps(value).encode()
 
 
 def text_of(data: bytearray, rng: random.Random) -> None:
@@ -163,6 +117,11 @@ PACKERS: tuple[tuple[bytes, Callable[[bytes], bytes], Callable[[bytes], bytes]],
         lambda data: lzma.LZMADecompressor().decompress(data, 1 << 16),
         lambda data: lzma.compress(data, preset=0),
     ),
+    (
+        b"\x28\xb5\x2f\xfd",
+        lambda data: zstd.ZstdDecompressor().decompress(data, 1 << 16),
+        zstd.compress,
+    ),
 )
 """What packed bytes begin with, and how they are unpacked (as far as 64 KiB) and packed."""
 
@@ -208,11 +167,28 @@ STATE = b"\0\0\x84\x66\x84\x19\x10\x07"
 def changed(data: bytearray, rng: random.Random, ways: Sequence[Way]) -> bytearray:
     """Return bytes with up to four changes, and a checksum that fits them."""
     for _ in range(rng.choice((1, 1, 2, 4))):
-        text = tree(bytes(data), rng) if data[:1] in (b"{", b"[") else None
-        if text is not None and rng.random() < 0.9:
-            data = bytearray(text)
+        new = within(bytes(data), rng, ways) if rng.random() < 0.9 else None
+        if new is not None:
+            data = bytearray(new)
         else:
             rng.choice(ways)(data, rng)
     if data.startswith(STATE) and rng.random() < 0.95:
         data = bytearray(sealed("firecracker", bytes(data)))
     return data
+
+
+def within(data: bytes, rng: random.Random, ways: Sequence[Way]) -> bytes | None:
+    """Change what lies within bytes that have lengths of their own; None if they have none."""
+
+    def change(inner: bytearray) -> bytearray:
+        return changed(inner, rng, ways)
+
+    for kind in (inside.tree, inside.cbor, inside.image):
+        new = kind(data, rng)
+        if new is not None:
+            return new
+    try:
+        new = inside.archive(data, rng, change)
+    except ValueError:  # a header's numbers are damaged, or no header is left
+        return None
+    return new or inside.several(data, rng, change)

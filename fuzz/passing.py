@@ -50,16 +50,20 @@ def forward(data: bytes) -> None:
 
 
 def passed(data: bytes, wanted: Wanted) -> bytes | None:
-    """Return what a filter lets through; None if it refuses."""
+    """Return what a filter lets through; None if it refuses.
+
+    Then all passed as it came; or a verdict fell, the end is missing, and no EOF record passed.
+    """
     source, target = os.memfd_create("source"), os.memfd_create("target")
+    os.write(source, data)
+    os.lseek(source, 0, os.SEEK_SET)
+    one = Filter(source, target, wanted)
     try:
-        os.write(source, data)
-        os.lseek(source, 0, os.SEEK_SET)
-        Filter(source, target, wanted).run()
+        one.run()
         return os.pread(target, len(data) + 4096, 0)
     except (FormatError, PolicyError):
         out = os.pread(target, len(data) + 4096, 0)
-        assert data.startswith(out), "what passed before the refusal is as it came"
+        assert data.startswith(out) or (one.plan is not None and one.passed < one.end)
         return None
     finally:
         os.close(source)

@@ -6,16 +6,24 @@ beyond XfastError (or asserts) is a finding.
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import os
+import random
+import tarfile
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import deeper
+import inside
+import mutators
 import numpy as np
 import parsing
 import passing
+import state_texts
 from snapshot_files import BUILDERS, READ_ONLY
 
 from xfast import hosts, snapshots
@@ -109,16 +117,14 @@ def edit(source: Source, snapshot: snapshots.Snapshot, read_only: bool) -> None:
 
 
 def anything(data: bytes) -> None:
-    """Open a file of any kind, compressed ones too, and read it by whatever takes it."""
-    path = f"/dev/shm/xfast-fuzz-{os.getpid()}"
-    with open(path, "wb") as file:
-        file.write(data)
+    """Open a file of any kind, packed ones and folders too, and read it by whatever takes it."""
+    path = deeper.fresh() / "vm"
+    inside.written(data, path)
     try:
-        snapshots.read(path, expand_limit=4 << 20)
+        for found in snapshots.walk([str(path)]):
+            snapshots.read(found, expand_limit=4 << 20)
     except XfastError as problem:
         check_line(problem)
-    finally:
-        os.unlink(path)
 
 
 def host(data: bytes) -> None:
@@ -134,15 +140,40 @@ def built(*names: str) -> Callable[[], Iterable[bytes]]:
     return lambda: (data for name in names for data in BUILDERS[name]().values())
 
 
-def packed() -> Iterable[bytes]:
-    """Return every format's example, and one in each compression."""
-    import bz2
-    import gzip
-    import lzma
+def states() -> Iterable[bytes]:
+    """Return state files of Cloud Hypervisor, of every generation."""
+    yield from built("cloud-hypervisor")()
+    for i in range(6):
+        text = state_texts.texts(random.Random(i))
+        yield text.encode()
+        outer = json.loads(text)
+        for vcpu in outer["snapshots"]["cpu-manager"]["snapshots"].values():
+            state = json.loads(vcpu["snapshot_data"]["state"])
+            old = list(json.dumps(state["Kvm"] if i % 2 else state).encode())
+            vcpu["snapshot_data"] = {"vcpu": {"snapshot": old}} if i % 2 else {"state": old}
+        yield json.dumps(outer, separators=(",", ":")).encode()
 
+
+def images() -> Iterable[bytes]:
+    """Return images of CRIU, alone and in an archive."""
+    found = [*BUILDERS["criu"]().items(), ("core-9.img", BUILDERS["criu"]()["core-100.img"])]
+    yield from (data for _, data in found)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in found:
+            header = tarfile.TarInfo(name if name[5] == "1" else "checkpoint/" * 12 + name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+    yield out.getvalue()
+
+
+def packed() -> Iterable[bytes]:
+    """Return every format's example, folders, and one in each compression."""
     area = BUILDERS["raw"]()["vm.xsave"]
     yield from built(*BUILDERS)()
-    yield from (bz2.compress(area), gzip.compress(area), lzma.compress(area))
+    yield from (pack(area) for _, _, pack in mutators.PACKERS)
+    yield from inside.folders()
+    yield from images()
     yield from passing.images()
     yield from map(gzip.compress, passing.images())
 
@@ -164,6 +195,8 @@ def descriptions() -> Iterable[bytes]:
 
 TARGETS: dict[str, Target] = {
     **{name: Target(reader(name), built(name), ("xfast.snapshots",)) for name in BUILDERS},
+    "cloud-hypervisor": Target(reader("cloud-hypervisor"), states, ("xfast.snapshots",)),
+    "criu": Target(reader("criu"), images, ("xfast.snapshots",)),
     "anything": Target(anything, packed, ("xfast.snapshots",)),
     "host": Target(host, descriptions, ("xfast.hosts", "xfast.xsave")),
     "plan": Target(deeper.plan, deeper.fixable, ("xfast.repair", "xfast.judge")),

@@ -169,6 +169,25 @@ if __name__ == "__main__":
 """
 
 
+def test_workers_that_can_not_start_are_one_line(fleet, tmp_path):
+    """A script without a guard runs itself in each worker; the scan tried again for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, xfast\n"
+        "from xfast.fleet.run import scan\n"
+        "hosts = [xfast.resolve('intel-broadwell@6.12')]\n"
+        "scan([sys.argv[1]], hosts, sys.argv[2], jobs=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, fleet, tmp_path / "results"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "xfast.errors.XfastError: scan: expected worker processes to start"
+    )
+
+
 def test_a_folder_is_held_by_one_scan(fleet, tmp_path, hosts):
     question = Question(tuple(hosts), Policy(), {})
     with (

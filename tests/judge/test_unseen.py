@@ -137,6 +137,45 @@ def test_raw_areas_are_judged_by_their_keys_as_by_their_vcpus(tmp_path, seed):
     assert judged
 
 
+def companions(rng):
+    """Return what may lie beside an area, and the XCR0 and CPUID rows that it tells."""
+    found = {}
+    xcr0 = rng.choice((None, 0, 7, 0xE7, 0x207))
+    if xcr0 is not None:
+        found[".xcrs"] = files.xcrs(xcr0)
+    rows = rng.choice((None, (), ((0xD, 0, 1, 7, 832, 832, 0),), ((0, 0, 0, 0xD, 1, 2, 3),)))
+    if rows is not None:
+        packed = b"".join(struct.pack("<7I12x", *row) for row in rows)
+        found[".cpuid2"] = struct.pack("<2I", len(rows), 0) + packed + bytes(rng.choice((0, 80)))
+    return found, xcr0, rows
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_companions_that_come_go_and_change_count_at_every_read(tmp_path, seed):
+    """They decide the layout, the key and the verdict: of an area, and of its variants."""
+    rng = random.Random(f"unseen companions {seed}")
+    path = tmp_path / rng.choice(("vm.xsave", "vm-one.xsave", "vm", "vm-one.bin"))
+    judged = 0
+    for _ in range(8):
+        image = bytearray(files.area(0, 4096, rng.choice((7, 0xE7, 0x207))))
+        image[28] = rng.choice((0xFF, 0))
+        image[464:472] = bytes(8)
+        image[832] = rng.choice((0, 1))
+        path.write_bytes(image)
+        beside, xcr0, rows = companions(rng)
+        stem = tmp_path / ("vm" if rng.random() < 0.5 else path.stem)
+        for old in (*tmp_path.glob("*.xcrs"), *tmp_path.glob("*.cpuid2")):
+            old.unlink()
+        for end, data in beside.items():
+            (tmp_path / (stem.name + end)).write_bytes(data)
+        for _ in range(2):
+            (vcpu,) = xfast.read(path, format="raw")[0].vcpus
+            assert vcpu.xcr0 == xcr0
+            assert (vcpu.cpuid and len(vcpu.cpuid.entries)) == (None if rows is None else len(rows))
+            judged += compare(path, rng, "raw")
+    assert judged == 16
+
+
 @pytest.mark.parametrize("kvm", [True, False])
 def test_each_bit_that_tells_is_in_the_key(tmp_path, kvm):
     """CR4, XCR0, XSTATE_BV, IA32_XSS and IA32_XFD, and a bit of each register, one at a time."""

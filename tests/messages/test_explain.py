@@ -300,6 +300,12 @@ def test_a_line_of_nothing_but_a_patterns_own_words_costs_little(word):
         answers(word * 2000)
 
 
+def test_a_line_of_nothing_but_sizes_costs_little():
+    """Each number of it was compared with the size of every mask, laid out anew."""
+    with at_most(0.1):
+        answers("xsave size " + " ".join(map(str, range(1000, 1390))))
+
+
 def test_rules_without_words(run):
     _, out, _ = run()
     assert len(out.splitlines()) == len(RULES)

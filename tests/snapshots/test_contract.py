@@ -80,6 +80,36 @@ def test_every_format_has_an_example():
     assert set(BUILDERS) == set(FORMATS)
 
 
+def asked_one_by_one(source):
+    """Return the first format that says it is its file, of all of them."""
+    start = source.read(0, min(8, source.size))
+    certain = registry.MAGICS.get(start[:4]) or registry.MAGICS.get(start)
+    names = registry.JSON_FIRST if start.startswith(b"{") else FORMATS
+    names = [certain] if certain else names
+    return next((name for name in names if registry.format_named(name).sniff(source)), "none")
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_format_is_passed_over_that_would_take_the_file(tmp_path, seed):
+    """Whatever a file begins with, and wherever in it a stream or an archive's mark lies."""
+    rng = random.Random(f"recognise {seed}")
+    starts = [data for build in BUILDERS.values() for data in build().values()]
+    starts += [b"QFI\xfb" + bytes(80), bytes(257) + b"ustar" + bytes(300), b"", b" \n{", b"\x7f"]
+    starts += [b"libvirt-xml\n \0 \r" + bytes(40), b"Xen saved domain, xl format\n \0 \r", bytes(9)]
+    starts += [bytes.fromhex("a567") + b"vcpu_id", b'{"vcpu_id":', sealed("firecracker", bytes(99))]
+    data = bytearray(rng.choice(starts))
+    for _ in range(rng.choice((0, 0, 1, 3))):
+        if data:
+            data[rng.randrange(min(len(data), 300))] = rng.choice((0, 0x7B, rng.randrange(256)))
+    if rng.random() < 0.3:
+        data[rng.randrange(len(data) + 1) :] = b"QEVM\0\0\0\3\7" + rng.randbytes(20)
+    data += bytes(rng.choice((0, 0, 70_000)))
+    path = tmp_path / rng.choice(("file", "file.xsave"))
+    path.write_bytes(data)
+    with Source.open(path) as source:
+        assert registry.recognise(source, "none") == asked_one_by_one(source)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 class TestReading:
     def test_it_is_recognised_and_by_no_other_format_before_it(self, built, name):

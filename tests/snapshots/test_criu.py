@@ -442,6 +442,13 @@ def test_a_task_without_registers_whose_state_is_damaged_is_one_line(tmp_path):
         read(tmp_path / "core-5.img", image(damaged))
 
 
+def test_a_message_that_is_there_twice_is_refused(tmp_path):
+    """The fuzzer's: the last one was read, and the first, which was damaged, met when editing."""
+    info = message(2, number(1, 0) + message(3, b"\x0b"))
+    with pytest.raises(FormatError, match=r"expected one message in field 2, got another"):
+        read(tmp_path / "core-5.img", image(number(1, 1) + info + info))
+
+
 def test_an_archive_of_nothing_but_cores_is_read_whatever_it_takes(tmp_path):
     """Packed it is no archive of a process with its memory, until somebody says that it is."""
     ((_, data),) = bombs.criu_threads(3 << 20).items()

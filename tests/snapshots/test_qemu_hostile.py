@@ -11,10 +11,13 @@ from effort import at_most
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qemu_files import description_at, qcow2_image, undescribed
+from snapshot_files import qemu_stream
 
+from xfast import snapshots
 from xfast.errors import FormatError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.qemu import reader as qemu
+from xfast.snapshots.qemu import stream as walked
 
 SECONDS = 20
 
@@ -218,6 +221,15 @@ def test_descriptions_that_lie(attempt, stream, lie):
         assert f"offset {places(stream)[1] + 6}: found a description that makes" in result
     if lie in ("a third vCPU", "many vCPUs"):
         assert "vCPUs in the QEMU stream, got 2" in result
+
+
+def test_more_vcpus_than_kvm_has_are_refused(tmp_path, monkeypatch):
+    """A disk image of 567 KB, packed, held 8,257 of them in one stream: 1.2 s."""
+    assert walked.VCPU_LIMIT == 4096
+    (tmp_path / "vm").write_bytes(qemu_stream())
+    monkeypatch.setattr(walked, "VCPU_LIMIT", 1)
+    with pytest.raises(FormatError, match="expected at most 1 vCPUs, got more"):
+        snapshots.read(tmp_path / "vm")
 
 
 @pytest.mark.parametrize(

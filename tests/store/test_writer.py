@@ -17,6 +17,7 @@ import pytest
 import xfast
 from xfast.cli.main import main
 from xfast.errors import PolicyError, XfastError
+from xfast.repair.apply import _Job
 from xfast.snapshots.bytes.copying import copy_bytes
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
@@ -24,6 +25,7 @@ from xfast.store import journal, put, staged
 from xfast.store.journal import Warrant
 from xfast.store.names import Directory
 from xfast.store.record import sha256
+from xfast.store.staged import Staged
 
 HOST = "intel-haswell@6.1"
 LEAK = "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz"
@@ -408,6 +410,25 @@ def test_a_backup_is_not_overwritten(leak, tmp_path):
         plan(leak).apply(in_place=True, backup=True)
     assert leak.read_bytes() == old
     assert names(tmp_path) == {"leak", "leak.orig"}
+
+
+@pytest.mark.parametrize("way", ["patched", "replaced"])
+def test_a_backup_goes_with_the_change_that_failed(leak, tmp_path, monkeypatch, way):
+    """The fuzzer's: what was patched did not read back, and its backup stayed without a change."""
+
+    def fail(self, *args, **kwargs):
+        if getattr(self, "name", "leak") == "leak":
+            raise XfastError("another than was planned")
+        return publish(self, *args, **kwargs)
+
+    monkeypatch.setattr(put, "PATCH_FROM", 0 if way == "patched" else 1 << 40)
+    ready, old, publish = plan(leak), leak.read_bytes(), Staged.publish
+    monkeypatch.setattr(*((_Job, "_check") if way == "patched" else (Staged, "publish")), fail)
+    with pytest.raises(XfastError, match="another than was planned"):
+        ready.apply(in_place=True, backup=True, record=str(tmp_path / "record"))
+    assert leak.read_bytes() == old
+    assert leak.stat().st_nlink == 1
+    assert names(tmp_path) == {"leak"}
 
 
 def test_a_full_disk(leak, tmp_path, capsys):

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from xfast.bench.engine import INTEL, fill, machine
 from xfast.hosts.catalogue import catalogue
 from xfast.hosts.model import Host
 from xfast.judge.judgement import check, forget
+from xfast.snapshots import raw
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.registry import read
 from xfast.xsave.area import classify
@@ -136,11 +138,11 @@ def _require_equal(got: object, expected: object, what: str) -> None:
         raise AssertionError(f"bench fleet: {what}: expected the first answer, got another")
 
 
-def _whole(paths: Sequence[str], data: bytes) -> None:
-    """Open, read and close files that hold `data`."""
+def _whole(paths: Sequence[str], size: int) -> None:
+    """Open, read and close files of `size` bytes."""
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
-        os.read(fd, len(data))
+        os.read(fd, size)
         os.close(fd)
 
 
@@ -179,17 +181,38 @@ def stream_rows(folder: str, stream: bytes, samples: int) -> Iterator[Row]:
 _hosts_100 = _hosts(100)
 
 
-def file_rows(folder: str, samples_of: dict[str, bytes], samples: int) -> Iterator[Row]:
-    """Yield what small files cost that hold one vCPU each."""
-    hosts = _hosts(20)
+def file_rows(
+    folder: str, samples_of: dict[str, bytes], companions: dict[str, bytes], samples: int
+) -> Iterator[Row]:
+    """Yield what small files cost that hold one vCPU each.
+
+    `companions` are files by the end of their name that lie beside a raw area. No reader can do
+    without them, so that they are read on both sides.
+    """
     for what, data in samples_of.items():
-        paths = alike(folder, data, 200, what.replace(" ", "-").lower())
-        expected = _answers(read(paths[0])[0], hosts)
-        _require_equal(_answers(read(paths[-1])[0], hosts), expected, what)
-        yield bracket(
-            f"{what}, 20 hosts", "open, read, close", 3.0, partial(_whole, paths, data),
-            partial(_judge, paths, hosts), len(paths), samples,
-        )  # fmt: skip
+        yield _file_row(folder, what, {"": data}, samples)
+    if companions and "raw area" in samples_of:
+        files = {"": samples_of["raw area"]} | companions
+        yield _file_row(folder, "raw area and its companions", files, samples)
+
+
+def _file_row(folder: str, what: str, files: dict[str, bytes], samples: int) -> Row:
+    """Return what snapshots cost that are `files`, each by the end of its name."""
+    hosts = _hosts(20)
+    name = what.replace(" ", "-").lower()
+    sets = [alike(folder, data, 200, name + end) for end, data in files.items()]
+    paths = sets[0]
+    expected = _answers(read(paths[0])[0], hosts)
+    _require_equal(_answers(read(paths[-1])[0], hosts), expected, what)
+
+    def floor() -> None:
+        for some, data in zip(sets, files.values(), strict=True):
+            _whole(some, len(data))
+
+    return bracket(
+        f"{what}, 20 hosts", f"open, read, close{' of all' * (len(sets) > 1)}", 3.0, floor,
+        partial(_judge, paths, hosts), len(paths), samples,
+    )  # fmt: skip
 
 
 def stack_rows(folder: str, count: int, samples: int) -> Iterator[Row]:
@@ -342,7 +365,11 @@ def _scan(folder: str, results: str, jobs: int) -> tuple[float, float]:
 
 
 def run_all(
-    inputs: dict[str, bytes], samples: int = 15, areas: int = 65_536, streams: int = 40_000
+    inputs: dict[str, bytes],
+    samples: int = 15,
+    areas: int = 65_536,
+    streams: int = 40_000,
+    companions: dict[str, bytes] | None = None,
 ) -> Iterator[Row]:
     """Yield every result.
 
@@ -354,13 +381,15 @@ def run_all(
         Of each result; the median is reported.
     areas, streams : int
         How many are in a stack, and in a scan.
+    companions : dict, optional
+        What lies beside the raw area, by the end of the file's name.
     """
     others = dict(inputs)
     stream = others.pop("QEMU stream", None)
     with tempfile.TemporaryDirectory(prefix="xfast-bench-") as folder:
         if stream:
             yield from stream_rows(folder, stream, samples)
-        yield from file_rows(folder, others, samples)
+        yield from file_rows(folder, others, companions or {}, samples)
         yield from stack_rows(folder, areas, max(5, samples // 3))
         yield from call_rows(samples)
         if stream and streams:
@@ -389,10 +418,16 @@ NAMES = {
 
 def run(args: argparse.Namespace) -> int:
     """Print the results as they come; return 1 if a target is missed."""
-    inputs = {}
+    inputs, companions = {}, {}
     for path in args.inputs:
         (snapshot,) = read(path)
-        with open(path, "rb") as file:
-            inputs[NAMES.get(snapshot.format, snapshot.format)] = file.read()
-    rows = run_all(inputs, max(args.samples, 3), args.areas, args.streams)
+        inputs[NAMES.get(snapshot.format, snapshot.format)] = Path(path).read_bytes()
+        if snapshot.format == "raw":
+            companions = {
+                end: found[0].read_bytes()
+                for end in raw.COMPANIONS
+                if (found := [p for p in map(Path, raw.companion_paths(path, end)) if p.is_file()])
+            }
+    samples = max(args.samples, 3)
+    rows = run_all(inputs, samples, args.areas, args.streams, companions)
     return tell("fleet", rows, SOURCE, args.json)

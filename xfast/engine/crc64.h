@@ -53,7 +53,7 @@ static uint64_t crc64_by_tables(uint64_t crc, const uint8_t *at, size_t n)
 #include <immintrin.h>
 #define CRC64_FOLDS __attribute__((target("pclmul,sse2")))
 
-static uint64_t crc64_powers[2][2]; /* for D = 128 and 512: of the lower and the upper half */
+static uint64_t crc64_powers[3][2]; /* for D = 128, 512 and 2048: of the lower and upper half */
 
 static uint64_t crc64_power(int n)
 {
@@ -63,14 +63,17 @@ static uint64_t crc64_power(int n)
     return power;
 }
 
+/* Tell how far the CPU can fold: 0 not, 1 blocks of 16 bytes, 2 four of them at a time. */
 static int crc64_folding(void)
 {
-    for (int i = 0; i < 2; i++) {
-        crc64_powers[i][0] = crc64_power((i ? 512 : 128) + 63);
-        crc64_powers[i][1] = crc64_power((i ? 512 : 128) - 1);
+    for (int i = 0; i < 3; i++) {
+        crc64_powers[i][0] = crc64_power((128 << 2 * i) + 63);
+        crc64_powers[i][1] = crc64_power((128 << 2 * i) - 1);
     }
     __builtin_cpu_init();
-    return __builtin_cpu_supports("pclmul") != 0;
+    if (!__builtin_cpu_supports("pclmul"))
+        return 0;
+    return __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f") ? 2 : 1;
 }
 
 CRC64_FOLDS static inline __m128i crc64_moved(__m128i block, __m128i powers, __m128i next)
@@ -101,11 +104,42 @@ CRC64_FOLDS static uint64_t crc64_by_folding(const uint8_t *at, size_t n)
     return crc64_by_tables(crc64_by_tables(0, left, 16), at, n);
 }
 
+#define CRC64_WIDE __attribute__((target("avx512f,vpclmulqdq")))
+
+CRC64_WIDE static inline __m512i crc64_moved_wide(__m512i blocks, __m512i powers, __m512i next)
+{
+    __m512i lower = _mm512_clmulepi64_epi128(blocks, powers, 0x00);
+    __m512i upper = _mm512_clmulepi64_epi128(blocks, powers, 0x11);
+    return _mm512_xor_si512(_mm512_xor_si512(lower, upper), next);
+}
+
+CRC64_WIDE static uint64_t crc64_by_wide(const uint8_t *at, size_t n)
+{
+    if (n < 512)
+        return crc64_by_folding(at, n);
+    __m512i near = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)crc64_powers[1]));
+    __m512i far = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)crc64_powers[2]));
+    __m512i blocks[4];
+    for (int i = 0; i < 4; i++)
+        blocks[i] = _mm512_loadu_si512(at + 64 * i);
+    for (at += 256, n -= 256; n >= 256; at += 256, n -= 256)
+        for (int i = 0; i < 4; i++)
+            blocks[i] = crc64_moved_wide(blocks[i], far, _mm512_loadu_si512(at + 64 * i));
+    for (int i = 1; i < 4; i++)
+        blocks[i] = crc64_moved_wide(blocks[i - 1], near, blocks[i]);
+    uint8_t left[64 + 256];
+    _mm512_storeu_si512(left, blocks[3]);
+    memcpy(left + 64, at, n);
+    return crc64_by_folding(left, 64 + n);
+}
+
 #else
 
 static int crc64_folding(void) { return 0; }
 
 static uint64_t crc64_by_folding(const uint8_t *at, size_t n) { return crc64_by_tables(0, at, n); }
+
+static uint64_t crc64_by_wide(const uint8_t *at, size_t n) { return crc64_by_tables(0, at, n); }
 
 #endif
 #endif

@@ -7,7 +7,7 @@ as it should is left to the caller's slow way (None or a negative number), which
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memchr, memcmp, memset
 
 from xfast.engine.words cimport swap_words
 
@@ -21,10 +21,12 @@ cdef extern from "Python.h":
 
 cdef extern from "Python.h":
     bytes PyUnicode_EncodeFSDefault(str text)
+    long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
 
 cdef extern from * nogil:
     """
     #include <fcntl.h>
+    #include <string.h>
     #include <sys/stat.h>
     #include <unistd.h>
     struct xfast_file {
@@ -34,15 +36,30 @@ cdef extern from * nogil:
         int64_t size, modified;
         ssize_t got;
     };
-    /* Open a regular file and read its head; -1 where anything is not as it mostly is. */
-    static int xfast_open(int folder, const char *name, int nofollow, const char *journal,
-                          void *head, size_t room, struct xfast_file *file)
+    /* Tell the size of a regular file without a journal; -1 where it is anything else. */
+    static int64_t xfast_size(int folder, const char *name, int nofollow, const char *journal)
     {
         struct stat status;
         if (fstatat(folder, name, &status, nofollow ? AT_SYMLINK_NOFOLLOW : 0)
             || !S_ISREG(status.st_mode)
             || !faccessat(AT_FDCWD, journal, F_OK, AT_SYMLINK_NOFOLLOW))
             return -1;
+        return status.st_size;
+    }
+    /* Tell which of the names there is anything under; a NUL lies behind each: bit 0 the first. */
+    static unsigned xfast_present(const char *name, const char *end)
+    {
+        unsigned found = 0;
+        for (unsigned bit = 1; name < end; name += strlen(name) + 1, bit <<= 1)
+            if (!faccessat(AT_FDCWD, name, F_OK, 0))
+                found |= bit;
+        return found;
+    }
+    /* Open a regular file and read its head; -1 where anything is not as it mostly is. */
+    static int xfast_open(int folder, const char *name, int nofollow, void *head, size_t room,
+                          struct xfast_file *file)
+    {
+        struct stat status;
         file->fd = openat(folder, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK
                                         | (nofollow ? O_NOFOLLOW : 0));
         if (file->fd < 0)
@@ -66,12 +83,17 @@ cdef extern from * nogil:
         uint64_t device, inode
         long long size, modified
         Py_ssize_t got
+    unsigned xfast_present(const char* names, const char* end)
+    long long xfast_size(int folder, const char* name, int nofollow, const char* journal)
     int xfast_open(
-        int folder, const char* name, int nofollow, const char* journal, void* head, size_t room,
-        xfast_file* file,
+        int folder, const char* name, int nofollow, void* head, size_t room, xfast_file* file
     )
     enum:
         AT_FDCWD
+
+cdef enum:
+    WHOLE = 1 << 16  # files up to this size (bytes) are read when they are opened
+    HEAD = 512  # of larger ones, all that most formats are told by
 
 # Opening
 
@@ -89,15 +111,17 @@ def opened(str name not None, str journal not None, folder=None):
     Returns
     -------
     tuple or None
-        The descriptor; the mode; device, inode, size and mtime (ns); up to 512 bytes. None where
-        it can't be opened, is anything else, or the journal exists: the caller says so.
+        The descriptor, and what was found: the mode; device, inode, size and mtime (ns); the head,
+        which is all of a file of up to 64 KiB, and 512 bytes of another. None where it can't be
+        opened, is anything else, or the journal exists: the caller says so.
     """
-    cdef bytes name_bytes, journal_bytes
+    cdef bytes name_bytes, journal_bytes, head
     cdef int directory = AT_FDCWD if folder is None else folder
     cdef int nofollow = folder is not None, failed
     cdef const char* name_at
     cdef const char* journal_at
-    cdef char[512] head
+    cdef char* head_at
+    cdef long long size
     cdef xfast_file file
     try:
         name_bytes = PyUnicode_EncodeFSDefault(name)
@@ -108,11 +132,78 @@ def opened(str name not None, str journal not None, folder=None):
         return None
     name_at, journal_at = name_bytes, journal_bytes
     with nogil:
-        failed = xfast_open(directory, name_at, nofollow, journal_at, head, sizeof(head), &file)
+        size = xfast_size(directory, name_at, nofollow, journal_at)
+    if size < 0:
+        return None
+    size = size if size <= WHOLE else HEAD
+    head = PyBytes_FromStringAndSize(NULL, size)
+    head_at = PyBytes_AS_STRING(head)
+    with nogil:
+        failed = xfast_open(directory, name_at, nofollow, head_at, size, &file)
     if failed:
         return None
+    if file.got < size:
+        head = head[:file.got]
     stamp = file.device, file.inode, file.size, file.modified
-    return file.fd, file.mode, stamp, PyBytes_FromStringAndSize(head, file.got)
+    return file.fd, (file.mode, stamp, head)
+
+
+def present(str names not None) -> int:
+    """Tell under which paths there is anything: a mask, bit 0 the first of up to 32.
+
+    Parameters
+    ----------
+    names : str
+        The paths, with a NUL behind each but the last one.
+    """
+    cdef bytes text
+    cdef const char* at
+    cdef Py_ssize_t n
+    cdef unsigned found
+    try:
+        text = PyUnicode_EncodeFSDefault(names)
+    except UnicodeEncodeError:
+        return 0
+    at, n = text, PyBytes_GET_SIZE(text)
+    with nogil:
+        found = xfast_present(at, at + n)
+    return found
+
+
+# Reading
+
+
+cdef class Reader:
+    """Bytes of which the first ones may be known already; a subclass fetches all others.
+
+    Attributes
+    ----------
+    size : int
+    head : bytes
+        The first ones, as far as they are known.
+    bytes_read : int
+        How many were asked for until now.
+    """
+
+    cdef public long long size, bytes_read
+    cdef public bytes head
+
+    def __cinit__(self):
+        self.head = b""
+
+    def read(self, offset, length) -> bytes:
+        """Return `length` bytes from `offset`; what is not all inside is left to `_refuse`."""
+        cdef int far = 0, wide = 0
+        cdef long long start = PyLong_AsLongLongAndOverflow(offset, &far)
+        cdef long long n = PyLong_AsLongLongAndOverflow(length, &wide)
+        if far or wide or start < 0 or n < 0 or start > self.size - n:
+            return self._refuse(offset, length)
+        if n > PyBytes_GET_SIZE(self.head) - start:
+            return self._fetch(offset, length)
+        self.bytes_read += n
+        if n == PyBytes_GET_SIZE(self.head):
+            return self.head
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.head) + start, n)
 
 
 # JSON: text of one byte a character
@@ -503,13 +594,24 @@ def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not No
 
 def holds(bytes data not None, bytes piece not None, Py_ssize_t start, Py_ssize_t end) -> bool:
     """Tell whether `piece` lies in ``data[start:end]``."""
+    cdef const char* sought = PyBytes_AS_STRING(piece)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(piece)
+    cdef const char* at
+    cdef const char* stop
     start, end = max(start, 0), min(end, PyBytes_GET_SIZE(data))
     if start > end:
         return False
-    return memmem(
-        PyBytes_AS_STRING(data) + start, end - start,
-        PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece),
-    ) != NULL
+    at, stop = PyBytes_AS_STRING(data) + start, PyBytes_AS_STRING(data) + end
+    for _ in range(16):  # where its first byte is rare, this takes a tenth of the time
+        if n == 0 or stop - at < n:
+            return n == 0
+        at = <const char*>memchr(at, sought[0], stop - at - n + 1)
+        if at == NULL:
+            return False
+        if memcmp(at, sought, n) == 0:
+            return True
+        at += 1
+    return memmem(at, stop - at, sought, n) != NULL
 
 
 cdef class Marks:

@@ -7,13 +7,13 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
-from xfast.engine.flat cimport flat
 
 cdef extern from "crc64.h" nogil:
     void crc64_fill()
     int crc64_folding()
     uint64_t crc64_by_tables(uint64_t crc, const uint8_t* at, size_t n)
     uint64_t crc64_by_folding(const uint8_t* at, size_t n)
+    uint64_t crc64_by_wide(const uint8_t* at, size_t n)
 
 cdef enum:
     XCRS_SIZE = 8 + 392  # struct kvm_xcrs behind its length
@@ -25,18 +25,22 @@ cdef enum:
     KEPT_LIMIT = 1024
 
 crc64_fill()
-cdef bint FOLDS = crc64_folding()
+cdef int FOLDS = crc64_folding()
 cdef list _kept = []
 cdef Py_ssize_t _last = 0
 
 
-def crc64(data, bint tables=False) -> int:
-    """Return the CRC-64/Jones of `data`; `tables`: as CPUs without PCLMULQDQ do."""
-    view = memoryview(data)
-    cdef Py_buffer *given = flat(view, 1, 1, False)
-    if FOLDS and not tables:
-        return crc64_by_folding(<const uint8_t*>given.buf, given.len)
-    return crc64_by_tables(0, <const uint8_t*>given.buf, given.len)
+def crc64(bytes data not None, int most=2) -> int:
+    """Return the CRC-64/Jones of `data`.
+
+    `most`: what is used of the CPU, 0 no more than tables, 1 PCLMULQDQ, 2 VPCLMULQDQ.
+    """
+    cdef const uint8_t* at = <const uint8_t*>PyBytes_AS_STRING(data)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(data)
+    most = min(most, FOLDS)
+    if most == 2:
+        return crc64_by_wide(at, n)
+    return crc64_by_folding(at, n) if most == 1 else crc64_by_tables(0, at, n)
 
 
 cdef inline bint _word(const uint8_t* at, Py_ssize_t n, Py_ssize_t offset, uint64_t* word) noexcept:

@@ -109,15 +109,19 @@ class _Pool:
             future: Future[Result] = Future()
             future.set_result(judge(names, packed))
             return future
+        try:
+            return self._processes().submit(judge, names, packed)
+        except BrokenExecutor:  # its other parts come back with this error too
+            self.renew()
+            return self.submit(names, packed)
+
+    def _processes(self) -> ProcessPoolExecutor:
+        """Return processes of our own; they start when they get work."""
         if self.own is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["xfast.fleet.judging"])
             self.own = ProcessPoolExecutor(self.jobs, mp_context=context)
-        try:
-            return self.own.submit(judge, names, packed)
-        except BrokenExecutor:  # its other parts come back with this error too
-            self.renew()
-            return self.submit(names, packed)
+        return self.own
 
     def renew(self) -> None:
         """Start new processes, after one has died.
@@ -125,13 +129,20 @@ class _Pool:
         Raises
         ------
         XfastError
-            If the executor is not ours.
+            If the executor is not ours, or no process can start.
         """
         if self.given is not None:
             raise XfastError("scan: the executor is broken; the same command goes on from here")
         if self.own is not None:
             self.own.shutdown(wait=False, cancel_futures=True)
             self.own = None
+        try:
+            self._processes().submit(os.getpid).result()
+        except BrokenExecutor:
+            raise XfastError(
+                "scan: expected worker processes to start, got some that end at once; a script "
+                "that scans does so under if __name__ == '__main__'"
+            ) from None
 
     def close(self) -> None:
         """End the processes of our own."""

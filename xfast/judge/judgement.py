@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
 
+from xfast.engine.keys import same
 from xfast.hosts.model import Host
 from xfast.judge.findings import WHOLE
 from xfast.judge.registry import FUNCTIONS
@@ -128,14 +128,14 @@ class _Case:
         self.subject = subject
         self.states = tuple(dict.fromkeys(part.state for part in subject.parts))
         self.judged: dict[tuple[Any, Policy], Judgement] = {}
-        self.answers: dict[tuple[_Pool, Policy], tuple[Judgement, ...]] = {}
+        self.answers: dict[_Pool, tuple[Judgement, ...]] = {}
 
-    def answer(self, pool: _Pool, policy: Policy) -> tuple[Judgement, ...]:
+    def answer(self, pool: _Pool) -> tuple[Judgement, ...]:
         """Return the judgement for each host of a pool."""
-        found = self.answers.get((pool, policy))
+        found = self.answers.get(pool)
         if found is None:
-            found = tuple([self._judge(facts, policy) for facts in pool.facts])
-            _remember(self.answers, (pool, policy), found, 64)
+            found = tuple([self._judge(facts, pool.policy) for facts in pool.facts])
+            _remember(self.answers, pool, found, 64)
         return found
 
     def _judge(self, facts: Facts, policy: Policy) -> Judgement:
@@ -152,12 +152,13 @@ class _Case:
 
 
 class _Pool:
-    """Hosts that are asked about together; it keeps them alive, and so their ids their own."""
+    """Hosts that are asked about together, and how; it keeps them alive, and so their ids."""
 
-    __slots__ = ("facts", "hosts", "names")
+    __slots__ = ("facts", "hosts", "names", "policy")
 
-    def __init__(self, hosts: tuple[Host, ...]) -> None:
+    def __init__(self, hosts: tuple[Host, ...], policy: Policy) -> None:
         self.hosts = hosts
+        self.policy = policy
         self.names = tuple(host.name for host in hosts)
         self.facts = tuple(facts_of(host) for host in hosts)
 
@@ -165,7 +166,7 @@ class _Pool:
 _CASES: dict[Subject, _Case] = {}
 _SEEN: dict[tuple[Hashable, ...], _Case] = {}
 """Cases by what stands for snapshots that nobody has looked into (`Snapshot.key`)."""
-_POOLS: dict[tuple[int, ...], _Pool] = {}
+_POOLS: dict[tuple[tuple[int, ...], Policy], _Pool] = {}
 _LAST: list[_Pool] = []
 _FACTS: dict[tuple[Host, str], Facts] = {}
 
@@ -194,25 +195,23 @@ def facts_of(host: Host) -> Facts:
     return _FACTS.get(key) or _remember(_FACTS, key, Facts(nameless), 4096)
 
 
-def _pool_of(hosts: tuple[Host | str, ...]) -> _Pool:
+def _pool_of(hosts: tuple[Host | str, ...], policy: Policy) -> _Pool:
     """Return hosts as the judge keeps them; most often they are those of the call before."""
     for last in _LAST:
-        if hosts is last.hosts:
+        if policy is last.policy and same(hosts, last.hosts):
             return last
-        if len(hosts) == len(last.hosts) and all(map(is_, hosts, last.hosts)):
-            return last
-    pool = _POOLS.get(tuple(map(id, hosts))) or _new_pool(hosts)
-    if pool.hosts and all(map(is_, hosts, pool.hosts)):
+    pool = _POOLS.get((tuple(map(id, hosts)), policy)) or _new_pool(hosts, policy)
+    if pool.hosts and same(hosts, pool.hosts):
         _LAST[:] = [pool]
     return pool
 
 
-def _new_pool(hosts: tuple[Host | str, ...]) -> _Pool:
+def _new_pool(hosts: tuple[Host | str, ...], policy: Policy) -> _Pool:
     """Return hosts that were not met before; names are resolved anew each time."""
     known = tuple(host for host in hosts if isinstance(host, Host))
     if len(known) == len(hosts):
-        return _remember(_POOLS, tuple(map(id, known)), _Pool(known), 64)
-    return _Pool(tuple(map(host_of, hosts)))
+        return _remember(_POOLS, (tuple(map(id, known)), policy), _Pool(known, policy), 64)
+    return _Pool(tuple(map(host_of, hosts)), policy)
 
 
 def _case_of(snapshot: Snapshot) -> _Case:
@@ -273,8 +272,8 @@ def check(
             known = None if layout is None else layout_of(layout)
             vcpu = Vcpu(0, area, known, source, xcr0=xcr0, cpuid=cpuid)
         snapshot = Snapshot("", "area", "vm", "", [vcpu])
-    pool = _pool_of((hosts,) if isinstance(hosts, Host | str) else tuple(hosts))
-    return Verdicts(snapshot.name, pool.names, _case_of(snapshot).answer(pool, rules))
+    pool = _pool_of((hosts,) if isinstance(hosts, (Host, str)) else tuple(hosts), rules)
+    return Verdicts(snapshot.name, pool.names, _case_of(snapshot).answer(pool))
 
 
 def host_of(host: Host | str) -> Host:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import combinations
 
 from xfast.messages.names import describe, sort_names
@@ -273,14 +274,20 @@ def masks_of_size(size: int, aligned: bool = True) -> list[int]:
     aligned : bool
         Whether CPUID says that TILECFG and TILEDATA are 64-byte aligned (leaf 0xD.17 ECX bit 1).
     """
+    return _masks_by_size(aligned).get(size, [])
+
+
+@cache
+def _masks_by_size(aligned: bool) -> dict[int, list[int]]:
+    """Return the component masks that there are, by the size of their compacted area (bytes)."""
     intel = PRESETS["intel"]
-    found = []
+    found: dict[int, list[int]] = {}
     for user in USER_SETS:
         for supervisor in SUPERVISOR_SETS:
             extended = (user | supervisor) & ~XFEATURE_MASK_FPSSE
             packed = EXTENDED_OFFSET + sum(intel.slot(nr).size for nr in bits(extended))
-            if size == (intel.compacted_size(extended) if aligned else packed):
-                found.append(user | supervisor)
+            size = intel.compacted_size(extended) if aligned else packed
+            found.setdefault(size, []).append(user | supervisor)
     return found
 
 

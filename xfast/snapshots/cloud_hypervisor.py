@@ -16,7 +16,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,7 +34,6 @@ from xfast.snapshots.bytes.json_text import DECODER, SHOWN, Span, Text
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.kvm_fpu import FPU, IMAGE, differing, span_of, value_of
 from xfast.snapshots.model import Snapshot, Splice, Unseen, Vcpu, kept, misnumbered
-from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import Cpuid, Entry
 from xfast.xsave.features import KVM_XSAVE_SIZE
 from xfast.xsave.layout import Layout
@@ -148,9 +147,10 @@ def read(
         )
     data = source.read(0, source.size)
     known = state_plans.follow(data) if layout is None else None
-    vcpus = _unseen(source.path, data, *known) if known else None
-    if known and vcpus:
-        doubts, generation = misnumbered(vcpu.nr for vcpu in known[0].vcpus), RECENT
+    vcpus: Sequence[Vcpu]
+    if known:
+        vcpus = _unseen(source.path, data, *known)
+        doubts, generation = known[0].doubts, RECENT
     else:
         parts = list(_parts(source.path, data, layout))
         vcpus = [part.vcpu for part in parts]
@@ -193,28 +193,19 @@ def _counting(part: state_plans.Part) -> Iterator[tuple[Span, int, bool, int]]:
             yield place, width, True, offset + width * i
 
 
-def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Sequence[Vcpu] | None:
-    """Return the vCPUs that a plan found, made when somebody looks; None where it can't tell."""
-    told = []
-    layouts = {}
-    behind = len(plan.vcpus) * plan.size
-    for row, vcpu in enumerate(plan.vcpus):
-        start = row * plan.size
-        words = infer.WORDS.unpack_from(values, start)
-        place = infer.firm(words, cpuid=vcpu.cpuid, mask=vcpu.xcr0 or 0)
-        if place is None or place.layout is None:
-            return None
-        layouts[id(place.layout)] = place.layout
+def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Sequence[Vcpu]:
+    """Return the vCPUs that a plan found, made when somebody looks."""
+    told: list[Hashable] = ["cloud-hypervisor", plan.number]
+    size, start, behind = plan.size, 0, len(plan.vcpus) * plan.size
+    for vcpu in plan.vcpus:
+        one, facts = infer.seen(values, start, size, None, vcpu.cpuid, vcpu.xcr0 or 0)
         legacy, image = values[start : start + IMAGE], values[behind : behind + IMAGE]
-        told.append((words, differing(legacy, image, words[2], vcpu.fpu)))
+        told += one.number, differing(legacy, image, one.xstate_bv, vcpu.fpu), facts
+        start += size
         behind += IMAGE
-    if len(layouts) > 1:
-        return None
-    areas = np.frombuffer(values, np.uint8, len(plan.vcpus) * plan.size)
-    (layout,) = layouts.values()
-    facts = packed_facts(areas.reshape(-1, plan.size), layout)
-    key = "cloud-hypervisor", plan.number, tuple(told), facts
-    return Unseen(key, len(told), lambda: [part.vcpu for part in _parts(path, data, None)])
+    return Unseen(
+        tuple(told), len(plan.vcpus), lambda: [part.vcpu for part in _parts(path, data, None)]
+    )
 
 
 def _boot_vcpus(source: Source) -> int | None:
@@ -223,7 +214,7 @@ def _boot_vcpus(source: Source) -> int | None:
     *Source*: Cloud Hypervisor vmm/src/vm_config.rs (struct CpusConfig); vmm/src/vm.rs
     Vm::resize() keeps it up to date.
     """
-    if os.path.basename(source.path) != STATE:
+    if not source.path.endswith(STATE) or os.path.basename(source.path) != STATE:
         return None
     try:
         with Source.open(os.path.join(os.path.dirname(source.path), CONFIG)) as file:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,6 @@ from xfast.snapshots import infer
 from xfast.snapshots.bytes import edit
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Unseen, Vcpu, kept
-from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import KVM_XSAVE_SIZE
 from xfast.xsave.layout import Layout
@@ -38,6 +37,9 @@ MAGIC = 0x0710_1984_8664_0000
 MAGIC_ARM = 0x0710_1984_AAAA_0000
 
 U64 = struct.Struct("<Q")
+HEAD = struct.Struct("<2Q")
+"""The magic, and the length of the version that follows."""
+VERSION_LIMIT = 64
 
 SIZE_LIMIT = 10 << 20
 """Firecracker reads no larger file either."""
@@ -91,6 +93,10 @@ class Hit(NamedTuple):
         return None if self.cr4 is None else bool(self.cr4 & CR4_PKE)
 
 
+_hit = partial(tuple.__new__, Hit)
+"""Hit._make without its checks."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a vCPU's area lies: its first 4096 bytes, and what AMX adds to them."""
@@ -108,7 +114,7 @@ def crc64(data: bytes | memoryview) -> int:
 
     *Source*: Firecracker src/vmm/src/snapshot/crc.rs; the crate crc64.
     """
-    return vmstate.crc64(data)
+    return vmstate.crc64(bytes(data))
 
 
 def sniff(source: Source) -> bool:
@@ -149,14 +155,14 @@ def read(
     FormatError
         If it is of a release that can't be read, or damaged.
     """
-    version = _version(source)
+    version, release = _version(source)
     data = source.read(0, source.size)
-    (stored,), counted = U64.unpack_from(data, len(data) - 8), crc64(memoryview(data)[:-8])
-    if stored != counted:
+    if vmstate.crc64(data):
+        (stored,), counted = U64.unpack_from(data, len(data) - 8), crc64(data[:-8])
         raise FormatError(
             source.path, len(data) - 8, f"expected the CRC64 {counted:#x}, got {stored:#x}"
         )
-    hits = [Hit(*hit) for hit in vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)]
+    hits = list(map(_hit, vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)))
     if not hits:
         raise FormatError(
             source.path,
@@ -166,7 +172,7 @@ def read(
     vcpus = _unseen(source.path, data, hits) if layout is None else None
     if vcpus is None:
         vcpus = _vcpus(source.path, data, hits, layout)
-    facts = {"version": version, "release": MAJORS[int(version.split(".")[0])]}
+    facts = {"version": version, "release": release}
     return [
         Snapshot(
             source.path,
@@ -191,15 +197,15 @@ def _doubts(data: bytes, hits: list[Hit]) -> tuple[str, ...]:
     return (f"expected {shown}, got {len(hits)} vCPUs",)
 
 
-def _version(source: Source) -> str:
-    """Return the snapshot version of a file that can be read.
+def _version(source: Source) -> tuple[str, str]:
+    """Return the snapshot version of a file that can be read, and the releases that write it.
 
     Raises
     ------
     FormatError
         If it can't; says which release wrote it.
     """
-    (magic,) = source.unpack("<Q", 0)
+    magic, length = HEAD.unpack(source.read(0, HEAD.size))
     if magic & ~0xFFFF == MAGIC_ARM:
         raise FormatError(source.path, 0, "expected a snapshot of x86_64, got one of aarch64")
     if magic & ~0xFFFF != MAGIC:
@@ -214,13 +220,12 @@ def _version(source: Source) -> str:
             "expected Firecracker 1.8 to 1.14, got a versionize snapshot (Firecracker 1.6 or "
             f"before): {WAY_OUT}",
         )
-    (length,) = source.unpack("<Q", 8)
-    text = source.read(16, length).decode("latin-1") if length <= 64 else ""
-    if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", text):
+    text, major = _major_of(source.read(16, length) if length <= VERSION_LIMIT else b"")
+    if major is None:
         raise FormatError(
             source.path, 8, "expected the version as MAJOR.MINOR.PATCH, got another text"
         )
-    if int(text.split(".")[0]) not in MAJORS:
+    if major not in MAJORS:
         raise FormatError(
             source.path,
             16,
@@ -231,7 +236,15 @@ def _version(source: Source) -> str:
         raise FormatError(
             source.path, None, f"expected at most {SIZE_LIMIT} bytes, got {source.size}"
         )
-    return text
+    return text, MAJORS[major]
+
+
+@lru_cache(maxsize=64)
+def _major_of(version: bytes) -> tuple[str, int | None]:
+    """Return a version as text, and its first number; None where it is no version."""
+    text = version.decode("latin-1")
+    known = re.fullmatch(r"(\d{1,9})\.\d{1,9}\.\d{1,9}", text)
+    return text, int(known[1]) if known else None
 
 
 def _vcpus(path: str, data: bytes, hits: Sequence[Hit], given: Layout | None) -> list[Vcpu]:
@@ -239,25 +252,17 @@ def _vcpus(path: str, data: bytes, hits: Sequence[Hit], given: Layout | None) ->
 
 
 def _unseen(path: str, data: bytes, hits: Sequence[Hit]) -> Sequence[Vcpu] | None:
-    """Return the vCPUs, made when somebody looks; None where a look decides what they tell."""
-    told = []
-    layouts = set()
+    """Return the vCPUs, made when somebody looks; None where a look says what is wrong."""
+    told: list[Hashable] = ["firecracker"]
     for hit in hits:
-        words = infer.WORDS.unpack_from(data, hit.area)
+        xcr0, size = hit.xcr0, KVM_XSAVE_SIZE + hit.extra_size
+        area, at = (_area(data, hit), 0) if hit.extra_size else (data, hit.area)
         try:
-            place = infer.firm(words, cpuid=_cpuid_of(hit.cpuid), mask=hit.xcr0 or 0)
+            one, facts = infer.seen(area, at, size, None, _cpuid_of(hit.cpuid), xcr0 or 0)
         except LayoutError:
-            return None  # whoever looks says which
-        if place is None or place.layout is None:
             return None
-        layouts.add(id(place.layout))
-        layout = place.layout
-        told.append((hit.cpuid, hit.msrs, hit.xcr0, hit.pkru_enabled, words, hit.extra_size))
-    if len(layouts) > 1 or len({hit.extra_size for hit in hits}) > 1:
-        return None
-    areas = np.frombuffer(b"".join([_area(data, hit) for hit in hits]), np.uint8)
-    key = "firecracker", tuple(told), packed_facts(areas.reshape(len(hits), -1), layout)
-    return Unseen(key, len(hits), lambda: _vcpus(path, data, hits, None))
+        told += one.number, hit.msrs, xcr0, hit.pkru_enabled, size, facts
+    return Unseen(tuple(told), len(hits), lambda: _vcpus(path, data, hits, None))
 
 
 def _vcpu(path: str, data: bytes, index: int, hit: Hit, given: Layout | None) -> Vcpu:

@@ -7,14 +7,16 @@ itself, only what lies at one place in every layout that is left is placed; the 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import keys
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import (
     BY_NAME,
@@ -27,6 +29,7 @@ from xfast.xsave.features import (
     names_of,
 )
 from xfast.xsave.layout import PRESETS, Layout, Slot, candidates
+from xfast.xsave.rows import table_of
 
 KNOWN_MASK = sum(c.bit for c in COMPONENTS)
 MXCSR_MASK_OFFSET = 28
@@ -41,6 +44,10 @@ VENDORS = {
     "HygonGenuine": "amd",
 }
 """CPUID's vendor text -> the beginning of the names of its presets."""
+
+
+NOWHERE = Layout(())
+"""Only the legacy region's place is certain where the layout is not known."""
 
 
 class Place(NamedTuple):
@@ -76,38 +83,80 @@ def asks_bytes(
     return len(_groups(names, wanted, bool(xcomp_bv & XCOMP_BV_COMPACTED))) != 1
 
 
-WORDS = struct.Struct("<28xI432xQ40x2Q")
-"""MXCSR_MASK, the kernel's word at byte 464, XSTATE_BV and XCOMP_BV: all that a layout may be told
-by, but the components' bytes."""
-FIRM_LIMIT = 1024
+_BOUNDS = sorted(
+    {
+        bound
+        for layout in PRESETS.values()
+        for slot in layout.slots
+        if slot.offset
+        for bound in (slot.offset, slot.offset + slot.size)
+    }
+)
+PIECES = struct.pack(f"<{len(_BOUNDS)}i", *_BOUNDS)
+"""Where the presets' components begin and end: of the components' bytes, a layout is told by
+nothing but which of these pieces are all zeros."""
+SEEN_LIMIT = 1024
 
-Words = tuple[int, int, int, int]
 
-_firm: dict[tuple[int, int, Words], tuple[Cpuid | None, Place | None]] = {}
+class Seen(NamedTuple):
+    """A place that was found, and a number that no other has.
+
+    `headed` tells whether the areas have a header with at least one component, and known ones only.
+    """
+
+    place: Place
+    number: int
+    xstate_bv: int
+    headed: bool
 
 
-def firm(words: Words, *, cpuid: Cpuid | None = None, mask: int = 0) -> Place | None:
-    """Return what `place` finds for any area with these `WORDS`; None where it asks the bytes.
+_numbers = itertools.count()
+_seen = keys.Seen(PIECES, SEEN_LIMIT)
 
-    Each is worked out once. `cpuid` and `mask` are as for `place`.
+forget = _seen.clear
+"""Empty the cache: for those who measure, or compare."""
+
+
+def seen(
+    data: bytes,
+    start: int,
+    size: int,
+    given: Layout | None = None,
+    cpuid: Cpuid | None = None,
+    mask: int = 0,
+) -> tuple[Seen, bytes]:
+    """Return what `place` finds for the `size` bytes at `start`, worked out once for all alike.
+
+    Returns
+    -------
+    Seen
+    bytes
+        The area's `xfast.xsave.area.FACTS` by that layout. With the number they are all that
+        there is to know of the area but its registers' values: what a key is made of.
 
     Raises
     ------
     LayoutError
         As `place` does.
     """
-    key = id(cpuid), mask, words
-    known = _firm.get(key)
-    if known is None:
-        area = np.zeros(EXTENDED_OFFSET, np.uint8)
-        WORDS.pack_into(area.data, 0, *words)
-        asks = asks_bytes(area, cpuid=cpuid, mask=mask)
-        found = None if asks else _sought(area, cpuid, mask, None)
-        known = cpuid, found  # what is kept has an id of its own
-        if len(_firm) >= FIRM_LIMIT:
-            _firm.clear()
-        _firm[key] = known
-    return known[1]
+    owner = cpuid if given is None else given
+    return _seen.find(data, start, size, owner, mask) or _learn(
+        data, start, size, given, cpuid, mask
+    )
+
+
+def _learn(
+    data: bytes, start: int, size: int, given: Layout | None, cpuid: Cpuid | None, mask: int
+) -> tuple[Seen, bytes]:
+    area = np.frombuffer(data, np.uint8, size, start)
+    place = Place(given, "given") if given is not None else _sought(area, cpuid, mask, None)
+    xstate_bv, _ = header(area)
+    one = Seen(place, next(_numbers), xstate_bv, headed(area) and xstate_bv != 0)
+    asks = asks_bytes(area, given=given, cpuid=cpuid, mask=mask)
+    owner = cpuid if given is None else given
+    table = table_of(place.layout or NOWHERE)
+    _seen.add(data, start, size, owner, mask, asks, table, one)
+    return cast(tuple[Seen, bytes], _seen.find(data, start, size, owner, mask))
 
 
 def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
@@ -117,9 +166,9 @@ def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:
     return cpuid.layout, VENDORS.get(cpuid.vendor or "", "")
 
 
-def header(area: NDArray[np.uint8]) -> tuple[int, int]:
-    """Return XSTATE_BV and XCOMP_BV of one area of at least 576 bytes."""
-    xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area.data, 512)
+def header(area: Any) -> tuple[int, int]:
+    """Return XSTATE_BV and XCOMP_BV of one area, any buffer of at least 576 bytes."""
+    xstate_bv, xcomp_bv = struct.unpack_from("<2Q", area, 512)
     return xstate_bv, xcomp_bv
 
 
@@ -133,19 +182,19 @@ def software_mask(area: NDArray[np.uint8]) -> int:
     return int(mask) if plausible else 0
 
 
-def headed(area: NDArray[np.uint8]) -> bool:
+def headed(area: Any) -> bool:
     """Tell whether bytes have the header of an XSAVE area, with known components only."""
     xstate_bv, xcomp_bv = header(area)
     known = not (xstate_bv | xcomp_bv & ~XCOMP_BV_COMPACTED) & ~KNOWN_MASK
     return known and (not xcomp_bv or bool(xcomp_bv & XCOMP_BV_COMPACTED))
 
 
-def controlled(area: NDArray[np.uint8]) -> bool:
+def controlled(area: Any) -> bool:
     """Tell whether bytes have FCW and MXCSR as a CPU can have written them.
 
     *Source*: Intel SDM vol. 1 section 8.1.5 (FCW bit 6 is always set), section 10.2.3.
     """
-    fcw, mxcsr = struct.unpack_from("<H22xI", area.data)
+    fcw, mxcsr = struct.unpack_from("<H22xI", area)
     return fcw & 0xE0C0 == 0x40 and not mxcsr & ~MXCSR_MASK_AMD
 
 
@@ -188,8 +237,9 @@ def place(
     """
     if given is not None:
         return Place(given, "given")
-    found = None if size else firm(WORDS.unpack_from(area.data), cpuid=cpuid, mask=mask)
-    return found or _sought(area, cpuid, mask, size)
+    if size:
+        return _sought(area, cpuid, mask, size)
+    return seen(area.tobytes(), 0, area.size, cpuid=cpuid, mask=mask)[0].place
 
 
 def _sought(area: NDArray[np.uint8], cpuid: Cpuid | None, mask: int, size: int | None) -> Place:

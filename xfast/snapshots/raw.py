@@ -16,28 +16,26 @@ import io
 import math
 import os
 import struct
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from xfast.errors import FormatError, LayoutError, PolicyError
+from xfast.engine import files
+from xfast.errors import FormatError, LayoutError, PolicyError, XfastError
 from xfast.snapshots import fxsave, infer, sorts
 from xfast.snapshots.bytes import edit
-from xfast.snapshots.bytes.entry import beside
+from xfast.snapshots.bytes.entry import found_as
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Span, Splice, Stack, Unseen, Vcpu, kept
-from xfast.xsave.area import packed_facts
 from xfast.xsave.cpuid import ENTRY, Cpuid, Entry
 from xfast.xsave.features import EXTENDED_OFFSET, KVM_XSAVE_SIZE, TILEDATA
 from xfast.xsave.layout import PRESETS, Layout
-
-T = TypeVar("T")
 
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER_LIMIT = 4096
@@ -56,6 +54,8 @@ PTRACE_SIZES = {EXTENDED_OFFSET} | {
 PADDED_SIZES = (2 * KVM_XSAVE_SIZE, 3 * KVM_XSAVE_SIZE)
 XSAVE2_SIZES = (11008, 12288)
 """Bytes of KVM_GET_XSAVE2's area with room for AMX tiles, and as VMMs round it up to pages."""
+RESERVED = bytes(48)
+"""What the header has behind XCOMP_BV, as all CPUs so far write it."""
 FEW = 8
 """Areas up to which each is asked for its layout by itself: sorting them would take longer."""
 STACK_FROM = 256
@@ -69,6 +69,9 @@ class Beside(NamedTuple):
 
     xcr0: int | None
     cpuid: Cpuid | None
+
+
+ALONE = Beside(None, None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,17 @@ class Wrapping:
     """What is around the areas of one file."""
 
     npy: bool
+
+
+PLAIN, NPY = Wrapping(False), Wrapping(True)
+
+
+class Lie(NamedTuple):
+    """Where areas lie in a file: the first one's offset, how many there are, the bytes of each."""
+
+    start: int
+    n: int
+    size: int
 
 
 def is_npy(snapshot: Snapshot) -> bool:
@@ -139,25 +153,25 @@ def _cpuid_in(entries: bytes) -> Cpuid:
     return Cpuid(tuple(Entry(*row) for row in ENTRY.iter_unpack(entries)))
 
 
-NOWHERE = Layout(())
-"""Only the legacy region's place is certain where the layout is not known."""
-
 COMPANIONS: dict[str, Callable[[bytes], object]] = {".xcrs": xcr0_of, ".cpuid2": cpuid_of}
 """The ends of the names of files that only go with raw areas, and what parses each."""
 
 
 def sniff(source: Source) -> bool:
     """Tell whether a file may be raw: .npy, named .xsave, or an XSAVE header where one belongs."""
-    if _has_npy_magic(source) or _name(source).endswith(".xsave"):
-        return True
-    if source.size == fxsave.SIZE:
-        return fxsave.plausible(source.read(0, fxsave.SIZE))
-    sizes = (KVM_XSAVE_SIZE, XSAVE2_SIZES[0])
-    paged = source.size >= KVM_XSAVE_SIZE and not all(source.size % size for size in sizes)
-    if not paged and source.size not in PTRACE_SIZES:
+    return _is_shaped(source) or _has_npy_magic(source) or _name(source).endswith(".xsave")
+
+
+def _is_shaped(source: Source) -> bool:
+    """Tell whether a file begins like an area, and has a size that fits."""
+    size = source.size
+    if size == fxsave.SIZE:
+        return fxsave.plausible(source.read(0, size))
+    paged = size >= KVM_XSAVE_SIZE and not (size % KVM_XSAVE_SIZE and size % XSAVE2_SIZES[0])
+    if not paged and size not in PTRACE_SIZES:
         return False
-    area = np.frombuffer(source.read(0, min(source.size, KVM_XSAVE_SIZE)), np.uint8)
-    return infer.headed(area) and infer.controlled(area) and not any(area[528:576])
+    area = source.read(0, EXTENDED_OFFSET)
+    return area[528:576] == RESERVED and infer.headed(area) and infer.controlled(area)
 
 
 def read(
@@ -187,69 +201,72 @@ def read(
     """
     if source.size == fxsave.SIZE and size is None:
         return [_fxsave(source)]
-    beside = _beside(source)
+    beside = _beside(source.path)
     npy = _has_npy_magic(source)
-    areas, start = _stack(source) if npy else _plain(source, size, beside)
-    size = areas.shape[1]
-    vcpus = _vcpus(source, areas, start, layout, beside)
-    whose = ("vm", "kvm") if size >= KVM_XSAVE_SIZE or any(beside) else ("process", "ptrace")
+    where = _stacked(source) if npy else _plain(source, size, beside)
+    find = _few if where.n <= FEW else _many
+    vcpus = find(source, where, layout, beside)
+    process = where.size < KVM_XSAVE_SIZE and not any(beside)
+    whose = ("process", "ptrace") if process else ("vm", "kvm")
     snapshot = Snapshot(source.path, "raw", *whose, vcpus, source.container)
-    snapshot.origin = Wrapping(npy)
+    snapshot.origin = NPY if npy else PLAIN
     return [snapshot]
 
 
-def _vcpus(
-    source: Source, areas: sorts.Rows, start: int, layout: Layout | None, beside: Beside
-) -> Sequence[Vcpu]:
-    """Return the vCPUs of areas that lie at `start` and after; of many, a Stack."""
+def _few(source: Source, where: Lie, layout: Layout | None, beside: Beside) -> Sequence[Vcpu]:
+    """Return the vCPUs of a few areas, made when somebody looks."""
+    start, count, size = where
+    data = source.read(start, count * size)
+    found = []
+    told: list[Hashable] = ["raw", size, beside.xcr0]
+    for at in range(0, count * size, size):
+        one, facts = _seen(source, start + at, data, at, size, layout, beside)
+        found.append(one)
+        told += one.number, facts
 
-    def make(kind: Vcpu, i: int, area: NDArray[np.uint8]) -> Vcpu:
-        origin = Origin((start + i * area.size, area.size))
-        return replace(kind, index=i, area=area, origin=origin, facts={})
+    def make() -> list[Vcpu]:
+        rows = np.frombuffer(data, np.uint8).reshape(count, size)
+        return [
+            _vcpu(one.place, i, rows[i], start + i * size, beside) for i, one in enumerate(found)
+        ]
+
+    return Unseen(tuple(told), count, make)
+
+
+def _many(source: Source, where: Lie, layout: Layout | None, beside: Beside) -> Sequence[Vcpu]:
+    """Return the vCPUs of many areas; of very many, a Stack."""
+    areas = _areas(source, where)
 
     def place(area: NDArray[np.uint8], row: int) -> tuple[infer.Place, bool]:
-        found = _place(source, start + row * area.size, area, layout, beside)
+        found = _place(source, where.start + row * area.size, area, layout, beside)
         return found, infer.asks_bytes(
             area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0
         )
 
-    if len(areas) <= FEW:
-        step = areas.shape[1]
-        alone = [
-            _place(source, start + i * step, areas[i], layout, beside) for i in range(len(areas))
-        ]
+    def make(kind: Vcpu, i: int, area: NDArray[np.uint8]) -> Vcpu:
+        origin = Origin((where.start + i * area.size, area.size))
+        return replace(kind, index=i, area=area, origin=origin, facts={})
 
-        def each() -> list[Vcpu]:
-            kinds = {one: _kind(areas, one, beside) for one in alone}
-            return [make(kinds[one], i, areas[i]) for i, one in enumerate(alone)]
-
-        if beside.cpuid is not None:  # more than a key should hold
-            return each()
-        return Unseen(_key(areas, alone, beside.xcr0), len(alone), each)
     sort_of = np.zeros(len(areas), np.uint32)  # pages of zeros take no memory
     places, classes = sorts.sort(areas, place, sort_of)
-    stack = Stack(areas, [_kind(areas, one, beside) for one in places], classes, sort_of, make)
+    kinds = [_vcpu(one, 0, areas[0], where.start, beside) for one in places]
+    stack = Stack(areas, kinds, classes, sort_of, make)
     return stack if len(areas) >= STACK_FROM else list(stack)
 
 
-def _key(areas: sorts.Rows, places: Sequence[infer.Place], xcr0: int | None) -> Hashable:
-    """Return what a few areas tell; see `Unseen`."""
-    layouts = [place.layout or NOWHERE for place in places]
-    told = [packed_facts(areas[i][np.newaxis], layout) for i, layout in enumerate(layouts)]
-    names = tuple([layout.name for layout in layouts])  # which equal layouts need not share
-    return "raw", areas.shape[1], xcr0, tuple(places), names, *told
-
-
-def _kind(areas: sorts.Rows, found: infer.Place, beside: Beside) -> Vcpu:
-    """Return what all vCPUs have in common whose layout was found alike."""
+def _vcpu(
+    found: infer.Place, index: int, area: NDArray[np.uint8], offset: int, beside: Beside
+) -> Vcpu:
+    """Return the vCPU of an area that lies at `offset`."""
     return Vcpu(
-        index=0,
-        area=areas[0],
+        index=index,
+        area=area,
         layout=found.layout,
         layout_source=found.source,
         layout_note=found.note,
         xcr0=beside.xcr0,
         cpuid=beside.cpuid,
+        origin=Origin((offset, area.size)),
     )
 
 
@@ -276,6 +293,27 @@ def _place(
     source: Source, offset: int, area: NDArray[np.uint8], layout: Layout | None, beside: Beside
 ) -> infer.Place:
     """Find the layout of the area at `offset`, if it is one."""
+    return _seen(source, offset, area.tobytes(), 0, area.size, layout, beside)[0].place
+
+
+def _seen(
+    source: Source,
+    offset: int,
+    data: bytes,
+    at: int,
+    size: int,
+    layout: Layout | None,
+    beside: Beside,
+) -> tuple[infer.Seen, bytes]:
+    """Find the layout and the facts of an area: it lies at `offset`, which is `at` in `data`."""
+    xcr0, cpuid = beside
+    try:
+        found = infer.seen(data, at, size, layout, cpuid, xcr0 or 0)
+    except LayoutError as problem:
+        raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
+    if found[0].headed:
+        return found
+    area = np.frombuffer(data, np.uint8, size, at)
     if not infer.headed(area) and not infer.controlled(area):
         raise FormatError(
             source.path,
@@ -289,10 +327,7 @@ def _place(
             offset,
             "expected an XSAVE area, got no FCW, MXCSR nor XSTATE_BV; see --size",
         )
-    try:
-        return infer.place(area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0)
-    except LayoutError as problem:
-        raise FormatError(source.path, None, f"its .cpuid2: {problem}") from None
+    return found
 
 
 def _name(source: Source) -> str:
@@ -306,7 +341,8 @@ def _has_npy_magic(source: Source) -> bool:
     return source.size >= 6 and source.read(0, 6) == NPY_MAGIC
 
 
-def _plain(source: Source, size: int | None, beside: Beside) -> tuple[sorts.Rows, int]:
+def _plain(source: Source, size: int | None, beside: Beside) -> Lie:
+    """Return where the areas of a plain file lie."""
     whole = source.size
     if size is None:
         size = _area_size(source, beside)
@@ -321,7 +357,7 @@ def _plain(source: Source, size: int | None, beside: Beside) -> tuple[sorts.Rows
         raise FormatError(
             source.path, 0, f"expected a multiple of {size} bytes, got {source.size}; see --size"
         )
-    return _areas(source, 0, whole, size), 0
+    return Lie(0, whole // size, size)
 
 
 def _area_size(source: Source, beside: Beside) -> int:
@@ -336,8 +372,8 @@ def _area_size(source: Source, beside: Beside) -> int:
     return XSAVE2_SIZES[0] if unpaged else KVM_XSAVE_SIZE
 
 
-def _stack(source: Source) -> tuple[sorts.Rows, int]:
-    """Read a .npy file: an (n, size) or (size,) array of uint8."""
+def _stacked(source: Source) -> Lie:
+    """Return where the areas of a .npy file lie: an (n, size) or (size,) array of uint8."""
     start = io.BytesIO(source.read(0, min(source.size, NPY_HEADER_LIMIT)))
     try:
         version = npy.read_magic(start)
@@ -364,41 +400,65 @@ def _stack(source: Source) -> tuple[sorts.Rows, int]:
             offset,
             f"expected {math.prod(shape)} bytes for {shape}, got {source.size - offset}",
         )
-    return _areas(source, offset, math.prod(shape), size), offset
+    return Lie(offset, shape[0] if len(shape) == 2 else 1, size)
 
 
-def _areas(source: Source, offset: int, length: int, size: int) -> sorts.Rows:
+def _areas(source: Source, where: Lie) -> sorts.Rows:
     """Return the areas in part of a file: an array, or where that is large, its place."""
-    if length <= READ_UP_TO:
-        return np.frombuffer(source.read(offset, length), np.uint8).reshape(-1, size)
-    return sorts.FileRows(source, offset, length // size, size)
+    start, count, size = where
+    if count * size <= READ_UP_TO:
+        return np.frombuffer(source.read(start, count * size), np.uint8).reshape(-1, size)
+    return sorts.FileRows(source, start, count, size)
 
 
-def _beside(source: Source) -> Beside:
+def _beside(path: str) -> Beside:
     """Read the companion files, where there are any."""
-    return Beside(_companion(source, ".xcrs", xcr0_of), _companion(source, ".cpuid2", cpuid_of))
+    if path == "-":
+        return ALONE
+    paths = [stem + end for stem in _stems(path) for end in COMPANIONS]
+    there = files.present("\0".join(paths))
+    if not there:
+        return ALONE
+    found = [one for i, one in enumerate(paths) if there >> i & 1]
+    return Beside(_companion(path, found, ".xcrs"), _companion(path, found, ".cpuid2"))
 
 
-def _companion(source: Source, suffix: str, parse: Callable[[bytes], T]) -> T | None:
-    for path in companion_paths(source.path, suffix):
-        if source.path == "-" or not os.access(path, os.F_OK) or not os.path.isfile(path):
-            continue  # access raises no exception, which is most of what isfile costs
-        with Source.open(path) as file:
+def _companion(path: str, found: Iterable[str], suffix: str) -> Any:
+    """Return what the first of the files tells that has this suffix; None if none has."""
+    for name in found:
+        if not name.endswith(suffix):
+            continue
+        other = found_as(path, name)
+        try:
+            file = Source.open(other)
+        except XfastError:
+            if os.path.isfile(other):
+                raise
+            continue
+        with file:
             data = file.read(0, min(file.size, COMPANION_LIMIT))
         try:
-            return parse(data)
+            return COMPANIONS[suffix](data)
         except ValueError as problem:
-            raise FormatError(path, 0, str(problem)) from None
+            raise FormatError(other, 0, str(problem)) from None
     return None
 
 
-def companion_paths(path: str, suffix: str) -> tuple[str, str]:
+def _stems(path: str) -> list[str]:
+    """Return what the paths of companions begin with: a file's own, and that it is a variant of."""
+    start = path.rfind("/") + 1
+    stem = path
+    if "." in path[start:]:
+        stem, end = os.path.splitext(path)
+        if end in COMPRESSION:
+            stem = os.path.splitext(stem)[0]
+    dash = stem.rfind("-", start)
+    return [stem, stem[:dash]] if dash > start else [stem]
+
+
+def companion_paths(path: str, suffix: str) -> list[str]:
     """Return where a companion of a file is looked for: under its own name, and its variant's."""
-    name = os.path.basename(path)
-    stem, end = os.path.splitext(name)
-    stem = os.path.splitext(stem if end in COMPRESSION else name)[0]
-    bases = stem, stem.rpartition("-")[0]
-    return beside(path, bases[0] + suffix), beside(path, bases[1] + suffix)
+    return [found_as(path, stem + suffix) for stem in _stems(path)]
 
 
 def splices(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -16,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import files
 from xfast.errors import FormatError, UnknownFormatError, XfastError
 from xfast.snapshots.bytes.entry import found, opened_folder
 from xfast.snapshots.bytes.folder import Folder
@@ -56,8 +58,18 @@ MAGICS = {
 }
 """The first 4 or 8 bytes of files that are of one format for certain: no other is asked."""
 
-JSON = "cloud-hypervisor", "crosvm"
-"""The formats that are asked first of a file that begins with a brace."""
+JSON_FIRST = "cloud-hypervisor", "crosvm", *FORMATS
+"""The formats in the order in which they are asked of a file that begins with a brace."""
+
+SIGNS = re.compile(
+    rb"\x7fELF|MDMP|Xen saved domain|libvirt-xml|LibxlFmt|\xff{8}XENF|QEVM|QFI\xfb|LibvirtQemud|"
+    rb"\x19CVT|G8\x05U|.{257}ustar|\s*\{|[\xa5-\xb7\xbf]gvcpu_id",
+    re.DOTALL,
+)
+STREAM = b"QEVM\0\0\0\3\7"
+"""What a file of any format but `UNSIGNED` begins with; only QEMU's may also lie further on."""
+
+UNSIGNED = "raw", "firecracker"
 
 
 @cache
@@ -94,8 +106,19 @@ def _names() -> list[str]:
     return [*FORMATS, *_others()]
 
 
+def _possible(source: Source) -> tuple[str, ...]:
+    """Return which of `FORMATS` a file may be of, in the order in which they are tried."""
+    head = source.head
+    if head.startswith(b"{"):
+        return JSON_FIRST
+    whole = len(head) == source.size and source.outer is None
+    if whole and not SIGNS.match(head) and not files.holds(head, STREAM, 0, len(head)):
+        return UNSIGNED
+    return tuple(FORMATS)
+
+
 def open_input(
-    path: Any, *, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
+    path: Any, expand_limit: int = EXPAND_LIMIT, watch: Watch | None = None
 ) -> Source | Folder:
     """Open a file, standard input (``-``), what is a snapshot in a directory, or bytes.
 
@@ -110,7 +133,7 @@ def open_input(
     """
     if isinstance(path, Source):
         return path
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, (str, os.PathLike)):
         return Source.of(path, expand_limit=expand_limit)
     name = os.fspath(path)
     if name == "-" and not stat.S_ISREG(os.fstat(0).st_mode):
@@ -140,8 +163,7 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    names = _names()
-    for name in [*JSON, *names] if start.startswith(b"{") else names:
+    for name in (*_possible(source), *_others()):
         if format_named(name).sniff(source):
             return name
     if default:
@@ -212,12 +234,15 @@ def read(
     XfastError
         If it can't be opened.
     """
-    with open_input(path, expand_limit=expand_limit or EXPAND_LIMIT, watch=watch) as source:
+    source: Any = open_input(path, expand_limit or EXPAND_LIMIT, watch)
+    try:
         reader = format_named(format or recognise(source, "raw" if layout or size else ""))
         known = layout_of(layout) if layout is not None else None
-        found = reader.read(cast(Source, source), layout=known, size=size)
+        found = reader.read(source, layout=known, size=size)
         for snapshot in found:
             snapshot.stamp = snapshot.stamp or source.stamp
+    finally:
+        source.close()
     return found
 
 

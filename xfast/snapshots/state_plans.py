@@ -18,7 +18,7 @@ from xfast.engine.template import Template
 from xfast.kernels.uapi import MSR_IA32_XFD, MSR_IA32_XSS, SREGS_CR4
 from xfast.snapshots.bytes.json_text import Span, Text
 from xfast.snapshots.kvm_fpu import IMAGE
-from xfast.snapshots.model import Vcpu
+from xfast.snapshots.model import Vcpu, misnumbered
 from xfast.xsave.cpuid import Cpuid
 
 PLANS_LIMIT, KEPT_LIMIT = 16, 2 << 20
@@ -69,7 +69,7 @@ class Known(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A text that was read, and the vCPUs in it; no other has its number.
+    """A text that was read, the vCPUs in it and doubts about them; no other has its number.
 
     The template's values are the areas, `size` bytes each, and behind them as many images of the
     ``fpu`` objects, `IMAGE` bytes each.
@@ -79,6 +79,7 @@ class Plan(NamedTuple):
     template: Template
     vcpus: tuple[Known, ...]
     size: int
+    doubts: tuple[str, ...]
 
 
 _plans: list[Plan] = []
@@ -133,7 +134,9 @@ def remember(data: bytes, parts: Sequence[Part], counting: Counting) -> None:
         template = Template(data, np.array(sorted(slots), np.int32).reshape(-1, 4), total)
     except ValueError:  # digits that are written as escapes
         return
-    _plans.insert(0, Plan(next(_numbers), template, tuple(map(_known, parts)), size))
+    vcpus = tuple(map(_known, parts))
+    doubts = misnumbered(vcpu.nr for vcpu in vcpus)
+    _plans.insert(0, Plan(next(_numbers), template, vcpus, size, doubts))
     while len(_plans) > PLANS_LIMIT or sum(len(one.template.text) for one in _plans) > KEPT_LIMIT:
         _plans.pop()
 

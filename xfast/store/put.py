@@ -198,9 +198,13 @@ class Put:
 
     def _publish(self, staged: Staged) -> None:
         self._require_at_rest()
-        if self.backup:
-            self._keep()
-        staged.publish(replace=self.in_place)
+        linked = self.backup and self._keep()
+        try:
+            staged.publish(replace=self.in_place)
+        except BaseException:
+            if linked and not staged.published:
+                self.folder.remove(self.name + BACKUP)
+            raise
 
     def patch(self, source: Source, edits: Sequence[Splice], check: Callable[[], None]) -> None:
         """Write edits of equal length where they lie; `check` reads them back.
@@ -216,9 +220,15 @@ class Put:
         require_one_name(self.path, self.original.status)
         self.row["after"] = sha256(self.original.fd, edits)
         with self.note.standing(self._is_done) as nonce:
-            if self.backup and not self._has_backup():
+            copied = self.backup and not self._has_backup()
+            if copied:
                 self._copy_backup()
-            self.patch_under(Warrant(self.note.path, nonce), source, edits, check)
+            try:
+                self.patch_under(Warrant(self.note.path, nonce), source, edits, check)
+            except BaseException:
+                if copied and not self._is_done() and self._has_backup():
+                    self.folder.remove(self.name + BACKUP)
+                raise
 
     def patch_under(
         self,
@@ -257,8 +267,8 @@ class Put:
         with open(self.folder.open_file(self.name), "rb") as file:
             return sha256(file.fileno()) == self.row["after"]
 
-    def _keep(self) -> None:
-        """Give the file that is about to be replaced a second name, unless it has it already."""
+    def _keep(self) -> bool:
+        """Give the file that is about to be replaced a second name; False if it has it already."""
         assert self.original
         if self.original.status.st_mode & ~SAFE_MODE & 0o7777:
             os.fchmod(self.original.fd, stat.S_IMODE(self.original.status.st_mode) & SAFE_MODE)
@@ -270,6 +280,8 @@ class Put:
                 raise XfastError(
                     f"{self.folder.path_of(name)}: exists; expected a new name"
                 ) from None
+            return False
+        return True
 
     def _has_backup(self) -> bool:
         """Tell whether a run that was interrupted made the copy already."""

@@ -32,9 +32,8 @@ def found(folder: str, name: str) -> Entry:
     return Entry(os.path.join(folder, name), folder.root if isinstance(folder, Entry) else folder)
 
 
-def beside(path: str, name: str) -> str:
-    """Return the path of `name` in the directory of `path`, found as that is, or named."""
-    other = os.path.join(os.path.dirname(path), name)
+def found_as(path: str, other: str) -> str:
+    """Return another path in the directory of `path`, found as that is, or named."""
     return Entry(other, path.root) if isinstance(path, Entry) else other
 
 

@@ -26,7 +26,7 @@ JOURNAL = ".xfast-journal"
 Found = tuple[int, "Stamp", bytes]
 """What is known of a file when it is opened: its mode, its stamp, and its head."""
 
-Opened = tuple[int, int, "Stamp", bytes]
+Opened = tuple[int, Found]
 """The same behind its descriptor."""
 
 
@@ -74,12 +74,12 @@ def _opened(name: str, folder: int | None, last: str, flags: int) -> Opened:
         )
     fd = os.open(last, flags | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     try:
-        mode, stamp, head = status_of(fd)
-        _check_kind(name, mode)  # it may be another one by now
+        found = status_of(fd)
+        _check_kind(name, found[0])  # it may be another one by now
     except FormatError:
         os.close(fd)
         raise
-    return fd, mode, stamp, head
+    return fd, found
 
 
 def _check_kind(name: str, mode: int) -> None:

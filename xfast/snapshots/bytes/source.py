@@ -14,8 +14,9 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from xfast.engine.files import Reader
 from xfast.errors import FormatError, XfastError
 from xfast.snapshots.bytes import libvirt
 from xfast.snapshots.bytes.codecs import CODECS, HEAD_SIZE, MAGICS
@@ -44,7 +45,7 @@ Locate = Callable[[int], tuple[int | None, int]]
 """Offset in a view -> (offset in the source, or None for zeros; bytes left of the run)."""
 
 
-class Source:
+class Source(Reader):
     """Read-only random access to the bytes of one input, after decompression.
 
     Parameters
@@ -53,16 +54,18 @@ class Source:
         The name as the user gave it; ``-`` is standard input.
     fd : int
         A regular file or block device, which the Source owns from here on.
+    found : tuple, optional
+        Its mode, stamp and head, where they are known already; see `files.opened`.
     outer, codec, body : Source or None, str, int
         What was around the bytes: they were found compressed by `codec` at offset `body` of
         `outer`.
-    found : tuple, optional
-        Its mode, stamp and head, where they are known already; see `files.opened`.
 
     Attributes
     ----------
     size : int
         Bytes.
+    head : bytes
+        The first ones, as far as they are known: all of a small file.
     container : tuple of str
         What was taken off so far, outermost first.
     bytes_read : int
@@ -71,28 +74,29 @@ class Source:
         Whether somebody said to what it may expand, so that state may pack as well as it does.
     """
 
+    outer: Source | None = None
+    codec = ""
+    body = 0
+    lifted = False
+    container: tuple[str, ...] = ()
+
     def __init__(
         self,
         path: str,
         fd: int,
+        found: Found | None = None,
         outer: Source | None = None,
         codec: str = "",
         body: int = 0,
-        found: Found | None = None,
     ) -> None:
         self.path = path
         self.fd = fd
-        self.outer = outer
-        self.codec = codec
-        self.body = body
-        self.mode, self._stamp, self._head = found or status_of(fd)
+        self.mode, self._stamp, self.head = found or status_of(fd)
         self.size = self._stamp[2]
-        if self.is_device:
+        if not self.size and stat.S_ISBLK(self.mode):
             self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
-        self.bytes_read = 0
-        self.lifted = False
-        self.container: tuple[str, ...] = ()
         if outer:
+            self.outer, self.codec, self.body = outer, codec, body
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
 
     @classmethod
@@ -121,13 +125,10 @@ class Source:
             If it can't be opened, is no regular file, or needs a module that is missing.
         """
         name = os.fspath(path)
-        found = None
-        if fd is None and name == "-":
-            fd = _stdin(expand_limit)
-        elif fd is None:
-            fd, mode, stamp, head = regular(name)
-            found = mode, stamp, head
-        return cls(name, fd, found=found).expanded(expand_limit)
+        if fd is not None or name == "-":
+            return cls(name, _stdin(expand_limit) if fd is None else fd).expanded(expand_limit)
+        source = cls(name, *regular(name))
+        return source.expanded(expand_limit) if source.head.startswith(PACKED) else source
 
     @classmethod
     def of(cls, data: Any, name: str = "<bytes>", *, expand_limit: int = EXPAND_LIMIT) -> Source:
@@ -173,7 +174,7 @@ class Source:
                 if not codec:
                     return source
                 fd = _expand(source, codec, body, limit)
-                source = Source(self.path, fd, source, codec, body)
+                source = Source(self.path, fd, None, source, codec, body)
                 source.lifted = limit != EXPAND_LIMIT
             raise FormatError(self.path, 0, f"expected fewer layers, got {source.container}")
         except BaseException:
@@ -216,7 +217,7 @@ class Source:
     @property
     def stamp(self) -> Stamp:
         """What tells that the file is the same one, unchanged: as it was when it was opened."""
-        return self.base._stamp
+        return self.outer.stamp if self.outer else self._stamp
 
     @property
     def stored(self) -> int:
@@ -244,25 +245,13 @@ class Source:
                 f"{self.stored} on the disk" + "; see --expand-limit" * bool(self.outer),
             )
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`.
-
-        Raises
-        ------
-        FormatError
-            If they are not all inside.
-        """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise FormatError(
-                self.path,
-                offset,
-                f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
-                f"(of {self.size} in all)",
-            )
-        if offset + length <= len(self._head):
-            self.bytes_read += length
-            return self._head[offset : offset + length]
-        return self._fetch(offset, length)
+    def _refuse(self, offset: int, length: int) -> NoReturn:
+        raise FormatError(
+            self.path,
+            offset,
+            f"expected {length} bytes, got {max(0, self.size - max(0, offset))} "
+            f"(of {self.size} in all)",
+        )
 
     def _fetch(self, offset: int, length: int) -> bytes:
         self.bytes_read += length
@@ -274,7 +263,7 @@ class Source:
                 f"expected {length - len(data)} bytes more, got the end",
             )
         if not offset and length <= CHUNK:
-            self._head = data  # whoever tells formats apart reads this, and the format again
+            self.head = data  # whoever tells formats apart reads this, and the format again
         return data
 
     def unpack(self, fmt: str, offset: int) -> tuple[Any, ...]:
@@ -366,10 +355,10 @@ class Source:
             )
         for edit in edits:
             write_all(fd, edit.new, edit.offset)
-        self._head = b""
+        self.head = b""
 
     def _checked(self, splices: Iterable[Splice]) -> list[Splice]:
-        self._head = b""  # what the file holds counts, not what it held
+        self.head = b""  # what the file holds counts, not what it held
         edits = sorted(splices)
         end = 0
         for edit in edits:
@@ -411,11 +400,9 @@ class View(Source):
     def __init__(self, source: Source, size: int, locate: Locate) -> None:
         self.path = source.path
         self.source = source
-        self._head = b""
         self.size = size
         self.locate = locate
         self.container = source.container
-        self.bytes_read = 0
 
     @property
     def is_device(self) -> bool:
@@ -469,7 +456,7 @@ class View(Source):
     def patch(self, splices: Iterable[Splice], fd: int) -> None:
         """Write edits in place; see `Source.patch`. Offsets are the file's."""
         self.source.patch(splices, fd)
-        self._head = b""
+        self.head = b""
 
 
 def _stdin(limit: int) -> int:

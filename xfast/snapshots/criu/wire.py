@@ -88,9 +88,17 @@ def fields(data: bytes, limit: int = FIELD_LIMIT) -> Iterator[Field]:
 
 
 def inner(message: Iterable[Field], number: int) -> bytes | None:
-    """Return the message in the last field of this number, or None."""
+    """Return the message in the field of this number, or None.
+
+    Raises
+    ------
+    Broken
+        If there are several: a program would merge them, which no image needs.
+    """
     found = None
     for field in message:
         if field.number == number and isinstance(field.value, bytes):
+            if found is not None:
+                raise Broken(f"expected one message in field {number}, got another")
             found = field.value
     return found

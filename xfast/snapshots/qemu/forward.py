@@ -81,12 +81,10 @@ class Kept(Source):
         self.path = path
         self.file = tempfile.SpooledTemporaryFile(HOLD_IN_MEMORY)  # noqa: SIM115
         self.size = 0
-        self._head = b""
         self.fd = -1
         self.outer = None
         self.lifted = True  # nothing of a pipe lies on a disk
         self.container = ()
-        self.bytes_read = 0
         self.starts: list[tuple[int, int]] = []
 
     def append(self, data: bytes | bytearray | memoryview, offset: int) -> None:

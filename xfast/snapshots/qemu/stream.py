@@ -37,11 +37,15 @@ from xfast.snapshots.qemu.search import (
 
 MAGIC = b"QEVM\0\0\0\3"
 CONFIGURATION = 7
+FAR = MAGIC + bytes([CONFIGURATION])
+"""What a stream that does not begin at the file's start begins with."""
 DESCRIPTION_LIMIT = 16 << 20
 """No description is longer (bytes): it takes about 8 KB a vCPU."""
 DESCRIBED_LEAST, DESCRIBED_RATIO = 4 << 20, 4
 """Nor than so many bytes, or so many times what the file takes on the disk: guest memory, which
 packs worse, lies beside it."""
+VCPU_LIMIT = 4096
+"""KVM_MAX_VCPUS. More of them in a description cost what no machine needs."""
 CONFIGURATION_PARTS = 8
 """The configuration record has three subsections; one that is not known ends it too."""
 HEAD_LIMIT = 1 << 20
@@ -68,8 +72,7 @@ def start_of(source: Source) -> int | None:
     if source.size >= len(MAGIC) and source.read(0, len(MAGIC)) == MAGIC:
         return 0
     head = source.read(0, min(HEAD_LIMIT, source.size))
-    magic = MAGIC + bytes([CONFIGURATION])
-    return head.find(magic) if files.holds(head, magic, 0, len(head)) else None
+    return head.find(FAR) if files.holds(head, FAR, 0, len(head)) else None
 
 
 def configuration(stream: Source, start: int) -> Configuration:
@@ -294,7 +297,7 @@ def _walk(
     listed, but lie before RAM. Returns the `cpu` sections, what makes one doubt that they are
     all, and which device it stopped at (see `plans.remember`); adds the sections to `walked`.
     """
-    cpus = []
+    cpus: list[CpuSection] = []
     doubts = []
     text = end + 6
     more = b"", 0
@@ -313,6 +316,9 @@ def _walk(
             )
         head = bytes([len(name) & 0xFF]) + name + struct.pack(">I", instance)
         if name == b"cpu":
+            if len(cpus) == VCPU_LIMIT:
+                words = f"expected at most {VCPU_LIMIT} vCPUs, got more"
+                raise FormatError(stream.path, offset, words)
             cpus.append(described_cpu(stream, device, text, found, size))
             head += struct.pack(">I", version)
         start = offset - 14 - len(name)

@@ -1,0 +1,21 @@
+from typing import Any
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool: ...
+
+class Seen:
+    def __init__(self, bounds: bytes, limit: int) -> None: ...
+    def find(
+        self, data: bytes, start: int, size: int, owner: object, mask: int
+    ) -> tuple[Any, bytes] | None: ...
+    def add(
+        self,
+        data: bytes,
+        start: int,
+        size: int,
+        owner: object,
+        mask: int,
+        by_bytes: bool,
+        table: Any,
+        what: object,
+    ) -> None: ...
+    def clear(self) -> None: ...
