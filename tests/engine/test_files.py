@@ -222,6 +222,68 @@ def test_opening_leaves_anything_else_to_the_caller(tmp_path):
     os.close(found[0])
 
 
+class Shown(files.Reader):
+    """Tells what it is asked for beyond its head."""
+
+    def _fetch(self, offset, length):
+        return b"fetched %d %d" % (offset, length)
+
+    def _refuse(self, offset, length):
+        return b"refused %d %d" % (offset, length)
+
+
+def test_what_is_known_is_read_at_once_and_nothing_outside():
+    shown = Shown()
+    shown.hold("name", -1, (0, (1, 2, 10, 3), b"01234567"))
+    assert (shown.path, shown.size, shown.bytes_read) == ("name", 10, 0)
+    edges = (-(1 << 70), -(1 << 63), -1, 0, 1, 7, 8, 9, 10, 11, (1 << 63) - 1, 1 << 63, 1 << 70)
+    read = 0
+    for offset in edges:
+        for length in edges:
+            found = shown.read(offset, length)
+            if offset < 0 or length < 0 or offset + length > 10:
+                assert found == b"refused %d %d" % (offset, length)
+            elif offset + length > 8:
+                assert found == b"fetched %d %d" % (offset, length)
+            else:
+                assert found == b"01234567"[offset : offset + length]
+                read += length
+    assert shown.bytes_read == read
+    with pytest.raises(TypeError):
+        shown.read("0", 1)
+
+
+def test_a_file_is_closed_once_with_what_is_around_it(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    inner, outer = Shown(), Shown()
+    for one in (inner, outer):
+        one.hold("name", *files.opened(str(tmp_path / "file"), "no journal"))
+    inner.outer = outer
+    descriptors = inner.fd, outer.fd
+    inner.close()
+    inner.close()
+    assert (inner.fd, outer.fd) == (-1, -1)
+    for fd in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    outer.hold("name", descriptors[0], (0, (1, 2, 3, 4), b""))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        outer.close()
+
+
+def test_each_path_that_is_there_is_told(tmp_path):
+    names = [str(tmp_path / name) for name in ("a", "b", "c", "d")]
+    for there in range(16):
+        for i, name in enumerate(names):
+            if there >> i & 1:
+                open(name, "w").close()
+            elif os.path.exists(name):
+                os.unlink(name)
+        assert files.present("\0".join(names)) == there
+    assert files.present("\ud800") == 0
+    assert files.present("") == 0
+
+
 def test_pieces_are_found_inside_their_bounds():
     data = b"..cpu...cpu"
     for start in range(-2, 14):

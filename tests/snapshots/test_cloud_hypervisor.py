@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from snapshot_files import cloud_hypervisor_state
 
 from xfast import snapshots
 from xfast.errors import FormatError, PolicyError
@@ -351,3 +352,32 @@ def test_the_hostile_files(shared, name):
     with pytest.raises(FormatError, match=r"bytes, got 6\d+|strings, got \d+"):
         snapshots.read(shared / "cases/hostile" / name, format="cloud-hypervisor")
     assert time.process_time() - begin < 3
+
+
+def test_the_definition_beside_it_counts_as_it_is_at_every_read(tmp_path):
+    """However often its like was read before: changed, damaged, taken away, or very long."""
+    path, config = tmp_path / "state.json", tmp_path / "config.json"
+    path.write_bytes(cloud_hypervisor_state())
+    count = len(snapshots.read(path)[0].vcpus)
+    told = ('{"cpus":{"boot_vcpus":%d}}', '{"cpus":{"boot_vcpus":%d}', '{"cpus":[%d]}')
+    for text in told * 2:
+        for vcpus in (count, count + 1, count):
+            for padding in ("", " " * 20_000):
+                config.write_text(text % vcpus + padding)
+                doubts = snapshots.read(path)[0].doubts
+                assert bool(doubts) == (text == told[0] and vcpus != count)
+    config.write_text(told[0] % 9)
+    assert snapshots.read(path)[0].doubts
+    config.unlink()
+    assert not snapshots.read(path)[0].doubts
+
+
+def test_a_definition_that_was_found_is_read_through_no_link(tmp_path):
+    folder, other = tmp_path / "walked", tmp_path / "other.json"
+    folder.mkdir()
+    (folder / "state.json").write_bytes(cloud_hypervisor_state())
+    other.write_text('{"cpus":{"boot_vcpus":99}}')
+    (folder / "config.json").symlink_to(other)
+    (found,) = snapshots.walk(tmp_path / "walked")
+    assert not snapshots.read(found)[0].doubts
+    assert snapshots.read(str(found))[0].doubts  # named: it is followed

@@ -6,9 +6,18 @@ def opened(
 def present(names: str) -> int: ...
 
 class Reader:
+    path: str
+    fd: int
+    mode: int
+    stamp_here: tuple[int, int, int, int]
     size: int
     bytes_read: int
     head: bytes
+    outer: Any
+    def close(self) -> None: ...
+    def hold(
+        self, path: str, fd: int, found: tuple[int, tuple[int, int, int, int], bytes]
+    ) -> None: ...
     def read(self, offset: int, length: int) -> bytes: ...
 
 def tokens(text: str) -> int: ...

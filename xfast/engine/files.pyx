@@ -21,6 +21,7 @@ cdef extern from "Python.h":
 
 cdef extern from "Python.h":
     bytes PyUnicode_EncodeFSDefault(str text)
+    object PyErr_SetFromErrno(object kind)
     long long PyLong_AsLongLongAndOverflow(object number, int* overflow) except? -1
 
 cdef extern from * nogil:
@@ -88,8 +89,12 @@ cdef extern from * nogil:
     int xfast_open(
         int folder, const char* name, int nofollow, void* head, size_t room, xfast_file* file
     )
+    bint S_ISBLK(unsigned mode)
+    long long lseek(int fd, long long offset, int whence)
+    int close(int fd)
     enum:
         AT_FDCWD
+        SEEK_END
 
 cdef enum:
     WHOLE = 1 << 16  # files up to this size (bytes) are read when they are opened
@@ -178,6 +183,12 @@ cdef class Reader:
 
     Attributes
     ----------
+    path, fd : str, int
+        The name as the user gave it, and the descriptor: -1 where there is none.
+    outer : Reader or None
+        What was around the bytes.
+    mode, stamp_here : int, tuple
+        What kind of file it is; device, inode, size and mtime (ns).
     size : int
     head : bytes
         The first ones, as far as they are known.
@@ -185,11 +196,34 @@ cdef class Reader:
         How many were asked for until now.
     """
 
+    cdef public object path, stamp_here, outer
+    cdef public int fd
+    cdef public unsigned mode
     cdef public long long size, bytes_read
     cdef public bytes head
 
     def __cinit__(self):
-        self.head = b""
+        self.fd, self.head = -1, b""
+
+    def hold(self, path, int fd, tuple found not None):
+        """Take over an open file, of which its mode, stamp and head are known (`opened`)."""
+        self.path, self.fd = path, fd
+        self.mode, self.stamp_here, self.head = found
+        self.size = self.stamp_here[2]
+        if S_ISBLK(self.mode):
+            self.size = lseek(fd, 0, SEEK_END)  # fstat() tells no block device's
+
+    def close(self):
+        """Close the file, and what is around it; temporary ones vanish."""
+        cdef int fd = self.fd, failed
+        self.fd = -1
+        if fd >= 0:
+            with nogil:
+                failed = close(fd)
+            if failed:
+                PyErr_SetFromErrno(OSError)
+        if self.outer is not None:
+            self.outer.close()
 
     def read(self, offset, length) -> bytes:
         """Return `length` bytes from `offset`; what is not all inside is left to `_refuse`."""

@@ -11,6 +11,7 @@ from libc.string cimport memcmp, memcpy, memset
 from xfast.engine.flat cimport flat
 
 cdef enum:
+    PAGE = 2048
     BLOCK = 64
     DIGITS = 20  # of 2^64
 
@@ -23,6 +24,8 @@ cdef inline Py_ssize_t _alike(
 ) noexcept nogil:
     """Return how many bytes are the same, up to `n`."""
     cdef Py_ssize_t i = 0
+    while i <= n - PAGE and memcmp(one + i, other + i, PAGE) == 0:
+        i += PAGE
     while i <= n - BLOCK and memcmp(one + i, other + i, BLOCK) == 0:
         i += BLOCK
     while i < n and one[i] == other[i]:

@@ -15,7 +15,7 @@ import re
 import struct
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,10 @@ WAY_OUT = (
 )
 
 
+Found = tuple[int, int, int, int, int, int, int, bytes, bytes, int | None, int | None]
+"""A Hit's fields, as the engine finds them: most files are never looked into any further."""
+
+
 class Hit(NamedTuple):
     """A vCPU as it was found: offsets in the file (bytes), and what lies there.
 
@@ -91,10 +95,6 @@ class Hit(NamedTuple):
     def pkru_enabled(self) -> bool | None:
         """CR4.PKE."""
         return None if self.cr4 is None else bool(self.cr4 & CR4_PKE)
-
-
-_hit = partial(tuple.__new__, Hit)
-"""Hit._make without its checks."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def read(
         raise FormatError(
             source.path, len(data) - 8, f"expected the CRC64 {counted:#x}, got {stored:#x}"
         )
-    hits = list(map(_hit, vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)))
+    hits = vmstate.walk(data, XCRS, SREGS_CR4, TOLD_MSRS)
     if not hits:
         raise FormatError(
             source.path,
@@ -187,9 +187,9 @@ def read(
     ]
 
 
-def _doubts(data: bytes, hits: list[Hit]) -> tuple[str, ...]:
+def _doubts(data: bytes, hits: Sequence[Found]) -> tuple[str, ...]:
     """Compare the number of vCPUs with that of their vector: it precedes the first one's CPUID."""
-    at = hits[0].cpuid_at
+    at = hits[0][6]
     told = U64.unpack_from(data, max(at - CPUID_BEHIND_COUNT, 0))[0] if at else None
     if told == len(hits):
         return ()
@@ -247,21 +247,22 @@ def _major_of(version: bytes) -> tuple[str, int | None]:
     return text, int(known[1]) if known else None
 
 
-def _vcpus(path: str, data: bytes, hits: Sequence[Hit], given: Layout | None) -> list[Vcpu]:
-    return [_vcpu(path, data, i, hit, given) for i, hit in enumerate(hits)]
+def _vcpus(path: str, data: bytes, hits: Sequence[Found], given: Layout | None) -> list[Vcpu]:
+    return [_vcpu(path, data, i, Hit(*hit), given) for i, hit in enumerate(hits)]
 
 
-def _unseen(path: str, data: bytes, hits: Sequence[Hit]) -> Sequence[Vcpu] | None:
+def _unseen(path: str, data: bytes, hits: Sequence[Found]) -> Sequence[Vcpu] | None:
     """Return the vCPUs, made when somebody looks; None where a look says what is wrong."""
     told: list[Hashable] = ["firecracker"]
     for hit in hits:
-        xcr0, size = hit.xcr0, KVM_XSAVE_SIZE + hit.extra_size
-        area, at = (_area(data, hit), 0) if hit.extra_size else (data, hit.area)
+        _, _, at, _, more, _, _, cpuid, msrs, xcr0, cr4 = hit
+        area, at = (_area(data, Hit(*hit)), 0) if more else (data, at)
+        size = KVM_XSAVE_SIZE + more
         try:
-            one, facts = infer.seen(area, at, size, None, _cpuid_of(hit.cpuid), xcr0 or 0)
+            one, facts = infer.seen(area, at, size, None, _cpuid_of(cpuid), xcr0 or 0)
         except LayoutError:
             return None
-        told += one.number, hit.msrs, xcr0, hit.pkru_enabled, size, facts
+        told += one.number, msrs, xcr0, cr4 if cr4 is None else cr4 & CR4_PKE, size, facts
     return Unseen(tuple(told), len(hits), lambda: _vcpus(path, data, hits, None))
 
 

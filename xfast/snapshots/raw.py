@@ -95,12 +95,8 @@ class Wrapping:
 PLAIN, NPY = Wrapping(False), Wrapping(True)
 
 
-class Lie(NamedTuple):
-    """Where areas lie in a file: the first one's offset, how many there are, the bytes of each."""
-
-    start: int
-    n: int
-    size: int
+Lie = tuple[int, int, int]
+"""Where areas lie in a file: the first one's offset, how many there are, the bytes of each."""
 
 
 def is_npy(snapshot: Snapshot) -> bool:
@@ -204,9 +200,10 @@ def read(
     beside = _beside(source.path)
     npy = _has_npy_magic(source)
     where = _stacked(source) if npy else _plain(source, size, beside)
-    find = _few if where.n <= FEW else _many
+    _, count, size = where
+    find = _few if count <= FEW else _many
     vcpus = find(source, where, layout, beside)
-    process = where.size < KVM_XSAVE_SIZE and not any(beside)
+    process = size < KVM_XSAVE_SIZE and not any(beside)
     whose = ("process", "ptrace") if process else ("vm", "kvm")
     snapshot = Snapshot(source.path, "raw", *whose, vcpus, source.container)
     snapshot.origin = NPY if npy else PLAIN
@@ -235,21 +232,21 @@ def _few(source: Source, where: Lie, layout: Layout | None, beside: Beside) -> S
 
 def _many(source: Source, where: Lie, layout: Layout | None, beside: Beside) -> Sequence[Vcpu]:
     """Return the vCPUs of many areas; of very many, a Stack."""
-    areas = _areas(source, where)
+    areas, start = _areas(source, where), where[0]
 
     def place(area: NDArray[np.uint8], row: int) -> tuple[infer.Place, bool]:
-        found = _place(source, where.start + row * area.size, area, layout, beside)
+        found = _place(source, start + row * area.size, area, layout, beside)
         return found, infer.asks_bytes(
             area, given=layout, cpuid=beside.cpuid, mask=beside.xcr0 or 0
         )
 
     def make(kind: Vcpu, i: int, area: NDArray[np.uint8]) -> Vcpu:
-        origin = Origin((where.start + i * area.size, area.size))
+        origin = Origin((start + i * area.size, area.size))
         return replace(kind, index=i, area=area, origin=origin, facts={})
 
     sort_of = np.zeros(len(areas), np.uint32)  # pages of zeros take no memory
     places, classes = sorts.sort(areas, place, sort_of)
-    kinds = [_vcpu(one, 0, areas[0], where.start, beside) for one in places]
+    kinds = [_vcpu(one, 0, areas[0], start, beside) for one in places]
     stack = Stack(areas, kinds, classes, sort_of, make)
     return stack if len(areas) >= STACK_FROM else list(stack)
 
@@ -357,7 +354,7 @@ def _plain(source: Source, size: int | None, beside: Beside) -> Lie:
         raise FormatError(
             source.path, 0, f"expected a multiple of {size} bytes, got {source.size}; see --size"
         )
-    return Lie(0, whole // size, size)
+    return 0, whole // size, size
 
 
 def _area_size(source: Source, beside: Beside) -> int:
@@ -400,7 +397,7 @@ def _stacked(source: Source) -> Lie:
             offset,
             f"expected {math.prod(shape)} bytes for {shape}, got {source.size - offset}",
         )
-    return Lie(offset, shape[0] if len(shape) == 2 else 1, size)
+    return offset, shape[0] if len(shape) == 2 else 1, size
 
 
 def _areas(source: Source, where: Lie) -> sorts.Rows:

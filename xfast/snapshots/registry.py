@@ -163,9 +163,10 @@ def recognise(source: Source | Folder, default: str = "") -> str:
     name = MAGICS.get(start[:4]) or MAGICS.get(start)
     if name:
         return name
-    for name in (*_possible(source), *_others()):
-        if format_named(name).sniff(source):
-            return name
+    for names in (_possible(source), _others()):
+        for name in names:
+            if format_named(name).sniff(source):
+                return name
     if default:
         return default
     from xfast.snapshots import signatures

@@ -74,7 +74,7 @@ class Source(Reader):
         Whether somebody said to what it may expand, so that state may pack as well as it does.
     """
 
-    outer: Source | None = None
+    outer: Source | None
     codec = ""
     body = 0
     lifted = False
@@ -89,12 +89,7 @@ class Source(Reader):
         codec: str = "",
         body: int = 0,
     ) -> None:
-        self.path = path
-        self.fd = fd
-        self.mode, self._stamp, self.head = found or status_of(fd)
-        self.size = self._stamp[2]
-        if not self.size and stat.S_ISBLK(self.mode):
-            self.size = os.lseek(fd, 0, os.SEEK_END)  # fstat() tells no block device's
+        self.hold(path, fd, found or status_of(fd))
         if outer:
             self.outer, self.codec, self.body = outer, codec, body
             self.container = (*outer.container, *(["libvirt-save"] if body else []), codec)
@@ -127,7 +122,8 @@ class Source(Reader):
         name = os.fspath(path)
         if fd is not None or name == "-":
             return cls(name, _stdin(expand_limit) if fd is None else fd).expanded(expand_limit)
-        source = cls(name, *regular(name))
+        source = cls.__new__(cls)
+        source.hold(name, *regular(name))
         return source.expanded(expand_limit) if source.head.startswith(PACKED) else source
 
     @classmethod
@@ -185,14 +181,6 @@ class Source(Reader):
         """Return all bytes as a file, to be read from its start and closed."""
         return os.fdopen(os.dup(self.fd), "rb")
 
-    def close(self) -> None:
-        """Close the file; temporary ones vanish."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        if self.outer:
-            self.outer.close()
-
     def __enter__(self) -> Source:
         return self
 
@@ -217,7 +205,7 @@ class Source(Reader):
     @property
     def stamp(self) -> Stamp:
         """What tells that the file is the same one, unchanged: as it was when it was opened."""
-        return self.outer.stamp if self.outer else self._stamp
+        return self.outer.stamp if self.outer else self.stamp_here
 
     @property
     def stored(self) -> int:

@@ -81,8 +81,6 @@ class Kept(Source):
         self.path = path
         self.file = tempfile.SpooledTemporaryFile(HOLD_IN_MEMORY)  # noqa: SIM115
         self.size = 0
-        self.fd = -1
-        self.outer = None
         self.lifted = True  # nothing of a pipe lies on a disk
         self.container = ()
         self.starts: list[tuple[int, int]] = []
