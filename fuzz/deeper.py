@@ -30,8 +30,10 @@ from xfast import check, plan_fix, snapshots
 from xfast.errors import PolicyError, XfastError
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import of_release
+from xfast.repair.convert import convert
 from xfast.repair.plan import Plan
 from xfast.snapshots.bytes.codecs import CODECS
+from xfast.snapshots.difference import compare
 from xfast.store import put
 from xfast.store.undo import undo
 from xfast.xsave import area as engine
@@ -125,6 +127,7 @@ WAYS: tuple[tuple[int, dict[str, Any]], ...] = (
     (0, {"in_place": True}),
     (0, {"in_place": True, "backup": True}),
     (1 << 40, {"output": f"{FOLDER}/out"}),
+    (1 << 40, {"in_place": True, "journal": f"{FOLDER}/journal"}),
 )
 """From which size on files are patched, and how a plan is brought to them."""
 
@@ -136,6 +139,8 @@ def fix(data: bytes) -> None:
     """
     put.PATCH_FROM, how = WAYS[zlib.crc32(data) % len(WAYS)]
     for made in plans(data):
+        if "journal" in how:
+            Path(how["journal"]).mkdir(mode=0o700, exist_ok=True)
         old, form, path = held(), made.snapshot.format, made.snapshot.path
         before = areas_of(path, form)
         try:
@@ -151,17 +156,60 @@ def fix(data: bytes) -> None:
             after[i] = bytes(area).rstrip(b"\0")
         assert len(made.snapshot.vcpus) < len(before) or areas_of(result, form) == after
         more = {f"{result}.xfast.json"}
+        if "journal" in how:
+            more = {str(one) for one in Path(how["journal"]).glob("*.xfast.json")}
         if "output" in how:
             assert old.items() <= held().items()
             more |= {name.replace(path, result, 1) for name in old if name.startswith(path)}
         left = {name for name in held().keys() - old.keys() if not name.endswith(".orig")}
         assert left == more, left
-        undo(f"{result}.xfast.json")
+        (name,) = (name for name in more if name.endswith(".xfast.json"))
+        undo(name)
         if "output" not in how:
             assert areas_of(path, form) == before
             if not CODECS.keys() & set(made.snapshot.container):  # else it is packed anew
                 assert old.items() <= held().items()
         return
+
+
+CONVERSIONS: tuple[tuple[str, str, bool], ...] = (
+    ("same", "", False),
+    ("same", "intel", False),
+    ("same", "amd-zen4", False),
+    ("raw", "amd-zen3", False),
+    ("raw", "intel", True),
+    ("npy", "intel", False),
+    ("elfcore", "intel", False),
+)
+"""What a snapshot is converted into: the wrapping, the layout (none: its own), compacted or not."""
+
+
+def converted(data: bytes) -> None:
+    """Convert a snapshot: nothing is left where that is refused, and no register is another."""
+    path = fresh() / "vm"
+    inside.written(data, path)
+    wrapping, name, compacted = CONVERSIONS[zlib.crc32(data) % len(CONVERSIONS)]
+    to = PRESETS[name] if name else None
+    try:
+        found = snapshots.read(str(path), expand_limit=4 << 20)
+    except XfastError:
+        return
+    old = held()
+    for snapshot in found[:1]:
+        if len(snapshot.vcpus) > VCPU_LIMIT:
+            continue
+        try:
+            convert(snapshot, f"{FOLDER}/out", to, wrapping=wrapping, compacted=compacted)
+        except XfastError:
+            assert held() == old
+            continue
+        assert old.items() <= held().items()
+        form = {"same": snapshot.format, "npy": "raw"}.get(wrapping, wrapping)
+        again = snapshots.read(f"{FOLDER}/out", format=form, layout=to)
+        for one, other in zip(snapshot.vcpus, again[0].vcpus, strict=True):
+            other.index = one.index  # a raw file has no numbers
+        differ = compare([snapshot], again, values_only=True)
+        assert {one.register for one in differ} <= {"xcr0"}, (wrapping, name, differ)
 
 
 def guarded(data: bytes) -> NDArray[np.uint8]:

@@ -238,11 +238,16 @@ def written(data: bytes, path: Path) -> None:
             (path / NAMES[piece[0] % len(NAMES)]).write_bytes(piece[1:])
 
 
+REAL = {"core-1.img": "core-23809.img", "cpuinfo.img": "cpuinfo.img"}
+"""Images of a real checkpoint, and what they are called there."""
+
+
 def folders() -> Iterable[bytes]:
     """Yield folders of the formats that are several files."""
     cores = files.criu_files(1, 2)
     yield folder(cores)
-    yield folder({"core-1.img": files.criu_core(1)})
+    real = Path(__file__).parents[1] / "tests/data/criu/criu42-regs64s-3thr"
+    yield folder({name: (real / file).read_bytes() for name, file in REAL.items()})
     yield folder(files.BUILDERS["crosvm"]())
     config = json.dumps({"cpus": {"boot_vcpus": 2, "max_vcpus": 4}}).encode()
     yield folder(

@@ -201,6 +201,7 @@ TARGETS: dict[str, Target] = {
     "host": Target(host, descriptions, ("xfast.hosts", "xfast.xsave")),
     "plan": Target(deeper.plan, deeper.fixable, ("xfast.repair", "xfast.judge")),
     "fix": Target(deeper.fix, deeper.fixable, ("xfast.repair", "xfast.store")),
+    "convert": Target(deeper.converted, deeper.fixable, ("xfast.repair", "xfast.snapshots")),
     "forward": Target(passing.forward, passing.streams, ("xfast.snapshots.qemu",)),
     "filter": Target(passing.through, passing.streams, ("xfast.repair", "xfast.snapshots.qemu")),
     "explain": Target(passing.explain, passing.pasted, ("xfast.messages",)),

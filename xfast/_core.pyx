@@ -19,7 +19,9 @@ from xfast.engine.loops cimport Loops, Scan
 from xfast.engine.cache cimport RING
 from xfast.engine.plan cimport DENSE
 from xfast.engine.simd cimport LINE
-from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, force, next_way, note, now
+from xfast.engine.trial cimport (
+    SLICE, UNKNOWN, Trial, begin, end, force, next_way, note, now, untried,
+)
 
 from importlib import import_module
 
@@ -197,7 +199,7 @@ cdef void start_at(
 cdef void run_scan(
     Scan *scan, void (*loop)(const Scan *scan) noexcept nogil, int trial, Py_ssize_t value
 ) noexcept nogil:
-    """Run a loop that reads all of its rows; while the way to is open, slices try both."""
+    """Run a loop that reads all of its rows; while the way to is open, its last slices try both."""
     cdef Trial *tried = &trials[trial + (scan.stride == PAGE)]
     cdef Scan part
     cdef Py_ssize_t done = 0
@@ -207,6 +209,10 @@ cdef void run_scan(
         and scan.size <= scan.stride < scan.size + LINE and scan.stride <= PAGE
     )
     if dense and begin(tried):
+        done = untried(scan.n)
+        start_at(&part, scan, 0, done, value)
+        set_way(&part, False)
+        loop(&part)
         while tried.choice == UNKNOWN and done + SLICE <= scan.n:
             start_at(&part, scan, done, SLICE, value)
             set_way(&part, next_way(tried))

@@ -23,7 +23,7 @@ from xfast import snapshots
 from xfast.errors import XfastError
 from xfast.hosts import resolve
 from xfast.repair.filter import Filter, Wanted
-from xfast.snapshots import FORMATS
+from xfast.snapshots import FORMATS, state_plans
 from xfast.snapshots.bounds import BOUNDS, value_of
 from xfast.snapshots.bytes.source import EXPAND_LEAST, EXPAND_RATIO, Source
 from xfast.snapshots.qemu import plans
@@ -183,6 +183,7 @@ def test_what_comes_through_a_pipe_costs_as_little(bomb):
 def effort_of(path):
     """Return the lines of Python and the bytes that reading a file takes."""
     plans.forget()
+    state_plans.forget()
     lines = 0
 
     def trace(frame, event, _):

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 from mutations import MUTATORS, mutated
-from snapshot_files import BUILDERS
+from snapshot_files import BUILDERS, area, elf_core, elf_notes, firecracker_state, sealed
 
 from xfast import plan_fix, snapshots
 from xfast.errors import PolicyError, XfastError
@@ -47,6 +47,25 @@ def test_structural_damage_loses_none_in_silence(tmp_path, name):
     assert any(found and found[0] >= {1, 2} for found in answers)
     if name not in ("minidump", "crosvm"):  # which refuse what does not agree
         assert any(found and found[1] for found in answers)
+
+
+def test_a_length_that_moves_an_area_is_doubted(tmp_path):
+    """4104 became 4096, which other versions write: the area was read from 8 bytes too early."""
+    data = bytearray(firecracker_state())
+    data[data.index(struct.pack("<2Q", 4104, 0))] = 0
+    (tmp_path / "vm").write_bytes(sealed("firecracker", bytes(data)))
+    (snapshot,) = snapshots.read(tmp_path / "vm")
+    assert "expected kvm_xsave of 4104 bytes in version 8.0.0, got 4096, 4104" in snapshot.doubts
+
+
+def test_a_second_area_of_a_thread_is_doubted(tmp_path):
+    """What was left of the second thread's NT_PRSTATUS hid that there was one."""
+    core = bytearray(elf_core(*elf_notes(100, area(1)), *elf_notes(101, area(2))))
+    struct.pack_into("<2I", core, core.index(b"CORE", 1800) - 8, 80, 0)
+    (tmp_path / "core").write_bytes(core)
+    (snapshot,) = snapshots.read(tmp_path / "core")
+    assert len(snapshot.vcpus) == 1
+    assert "expected 2 notes NT_X86_XSTATE, as their headers lie there, got 1" in snapshot.doubts
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -368,7 +368,7 @@ def run_all(
     inputs: dict[str, bytes],
     samples: int = 15,
     areas: int = 65_536,
-    streams: int = 40_000,
+    streams: int = 100_000,
     companions: dict[str, bytes] | None = None,
 ) -> Iterator[Row]:
     """Yield every result.
@@ -406,7 +406,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=15, help="of each result (default: 15)")
     parser.add_argument("--areas", type=int, default=65_536, help="in a stack (default: 65,536)")
     parser.add_argument(
-        "--streams", type=int, default=40_000, help="in a scan (default: 40,000; 0: no)"
+        "--streams", type=int, default=100_000, help="in a scan (default: 100,000; 0: no)"
     )
 
 

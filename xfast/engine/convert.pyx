@@ -27,7 +27,7 @@ from xfast.engine.follow cimport BLEND, COPY, STEP_BLENDS, STEP_LINES, ZERO, ble
 from xfast.engine.loops cimport Job
 from xfast.engine.plan cimport DENSE, PACKED, Key, Plan, Range
 from xfast.engine.simd cimport LINE, cpu_is_amd, pointer_exchange, pointer_exchange_gil
-from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, next_way, note, now
+from xfast.engine.trial cimport SLICE, UNKNOWN, Trial, begin, end, next_way, note, now, untried
 
 cnp.import_array()
 
@@ -124,11 +124,16 @@ cdef void start_at(Job *part, const Job *job, Py_ssize_t first, Py_ssize_t n) no
 
 
 cdef void run(Job *job, void (*loop)(Job *job) noexcept nogil, Trial *trial) noexcept nogil:
-    """Run a loop over many rows; while the way to fetch them is open, slices try both."""
+    """Run a loop over many rows; while the way to fetch them is open, its last slices try both."""
     cdef Job part
     cdef Py_ssize_t done = 0
     cdef double start
     if job.row_lines and begin(trial):
+        done = untried(job.n)
+        start_at(&part, job, 0, done)
+        loop(&part)
+        job.failed |= part.failed
+        job.no_memory = part.no_memory
         while trial.choice == UNKNOWN and done + SLICE <= job.n and not job.no_memory:
             start_at(&part, job, done, SLICE)
             part.whole = next_way(trial)

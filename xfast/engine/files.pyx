@@ -6,10 +6,11 @@ as it should is left to the caller's slow way (None or a negative number), which
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memset, strlen
 
-from xfast.engine.words cimport swap_words
+from xfast.engine.flat cimport flat
+from xfast.engine.words cimport Number, Run, swap_words
 
 cdef extern from "string.h" nogil:
     void* memmem(const void* data, size_t size, const void* piece, size_t length)
@@ -441,15 +442,16 @@ def unescaped(str text not None, Py_ssize_t start, Py_ssize_t end):
     return PyUnicode_DecodeLatin1(<const char*>to, k, NULL)
 
 
-def numbers(
-    str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit, uint64_t[::1] out not None
-):
+def numbers(str text not None, Py_ssize_t start, Py_ssize_t end, uint64_t limit, out):
     """Put the numbers below `limit` between two places into `out`, and return how many there are.
 
     -1 where `out` has no room for them, or for as many as there are commas, one is not below
     `limit`, or something else stands there than digits, brackets, commas and spaces.
     """
-    cdef Py_ssize_t n = 0, count = 0, commas = 0, room = out.shape[0]
+    view = memoryview(out)
+    cdef Py_buffer* given = flat(view, 1, sizeof(uint64_t), True)
+    cdef uint64_t* to = <uint64_t*>given.buf
+    cdef Py_ssize_t n = 0, count = 0, commas = 0, room = given.shape[0]
     cdef const uint8_t* at = _text(text, &n)
     cdef uint64_t value
     cdef uint8_t c
@@ -469,7 +471,7 @@ def numbers(
                     return -1
             if value >= limit or count >= room:
                 return -1
-            out[count] = value
+            to[count] = value
             count += 1
         elif c == 44:
             commas += 1
@@ -585,9 +587,7 @@ def records(str text not None, Py_ssize_t start, Py_ssize_t end, tuple fields no
 
 # Registers, big-endian
 
-def swap_runs(
-    const uint8_t[::1] data not None, const int[:, ::1] runs not None, uint8_t[::1] out not None
-):
+def swap_runs(data, runs, out):
     """Copy words of `data` into `out`, their bytes in reverse order, and zero the rest of `out`.
 
     Each run is where it begins in `data`, its bytes, those of a word (1, 2, 4 or 8), and where it
@@ -598,39 +598,58 @@ def swap_runs(
     ValueError
         If a run is not inside.
     """
-    cdef Py_ssize_t i, start, length, unit, target
-    cdef Py_ssize_t held = data.shape[0], room = out.shape[0]
-    if runs.shape[1] != 4:
-        raise ValueError(f"runs: expected 4 columns, got {runs.shape[1]}")
-    if room:
-        memset(&out[0], 0, room)
-    for i in range(runs.shape[0]):
-        start, length, unit, target = runs[i, 0], runs[i, 1], runs[i, 2], runs[i, 3]
-        if min(start, target) < 0 or length <= 0 or start > held - length or target > room - length:
-            raise ValueError(f"runs: expected them in {held} and {room} bytes, got run {i} outside")
-        if unit not in (1, 2, 4, 8) or length % unit:
+    views = memoryview(data), memoryview(runs), memoryview(out)
+    cdef Py_buffer* source = flat(views[0], 1, 1, False)
+    cdef Py_buffer* given = flat(views[1], 2, sizeof(int32_t), False)
+    cdef Py_buffer* room = flat(views[2], 1, 1, True)
+    cdef Py_ssize_t i
+    cdef Run run
+    if given.shape[1] != 4:
+        raise ValueError(f"runs: expected 4 columns, got {given.shape[1]}")
+    memset(room.buf, 0, room.len)
+    for i in range(given.shape[0]):
+        run = (<const Run*>given.buf)[i]
+        if (
+            min(run.start, run.target) < 0 or run.length <= 0
+            or run.start > source.len - run.length or run.target > room.len - run.length
+        ):
+            raise ValueError(
+                f"runs: expected them in {source.len} and {room.len} bytes, got run {i} outside"
+            )
+        if run.unit not in (1, 2, 4, 8) or run.length % run.unit:
             raise ValueError(f"runs: expected whole words of 1, 2, 4 or 8 bytes, got run {i}")
-        swap_words(&data[start], &out[target], length, unit)
+        swap_words(
+            <const uint8_t*>source.buf + run.start, <uint8_t*>room.buf + run.target, run.length,
+            run.unit,
+        )
 
 
-def big_endian(const uint8_t[::1] data not None, const int[:, ::1] places not None) -> tuple:
+def big_endian(data, places) -> tuple:
     """Return the numbers at places in `data`: an offset and the bytes, up to 8, of each.
 
     None for one that has a negative offset, or is not inside.
     """
-    cdef Py_ssize_t i, k, start, length
+    views = memoryview(data), memoryview(places)
+    cdef Py_buffer* source = flat(views[0], 1, 1, False)
+    cdef Py_buffer* given = flat(views[1], 2, sizeof(int32_t), False)
+    cdef const uint8_t* at = <const uint8_t*>source.buf
+    cdef Py_ssize_t i, k
     cdef uint64_t value
+    cdef Number place
     cdef list found = []
-    if places.shape[1] != 2:
-        raise ValueError(f"places: expected 2 columns, got {places.shape[1]}")
-    for i in range(places.shape[0]):
-        start, length = places[i, 0], places[i, 1]
-        if start < 0 or not 0 < length <= 8 or start > data.shape[0] - length:
+    if given.shape[1] != 2:
+        raise ValueError(f"places: expected 2 columns, got {given.shape[1]}")
+    for i in range(given.shape[0]):
+        place = (<const Number*>given.buf)[i]
+        if (
+            place.start < 0 or not 0 < place.length <= 8
+            or place.start > source.len - place.length
+        ):
             found.append(None)
             continue
         value = 0
-        for k in range(length):
-            value = value << 8 | data[start + k]
+        for k in range(place.length):
+            value = value << 8 | at[place.start + k]
         found.append(value)
     return tuple(found)
 
@@ -668,12 +687,20 @@ cdef class Marks:
     ones, others : (m,) int64
     """
 
-    cdef const long long[::1] places, ones, others
+    cdef object views  # which hold what the pointers are into
+    cdef const int64_t* place
+    cdef const int64_t* one
+    cdef const int64_t* other
+    cdef Py_ssize_t places, pairs
     cdef bytes fixed
     cdef Py_ssize_t reach
 
-    def __init__(self, places, bytes fixed, ones, others):
-        self.places, self.fixed, self.ones, self.others = places, fixed, ones, others
+    def __init__(self, places, bytes fixed not None, ones, others):
+        self.views = memoryview(places), memoryview(ones), memoryview(others)
+        self.place = <const int64_t*>flat(self.views[0], 1, sizeof(int64_t), False).buf
+        self.one = <const int64_t*>flat(self.views[1], 1, sizeof(int64_t), False).buf
+        self.other = <const int64_t*>flat(self.views[2], 1, sizeof(int64_t), False).buf
+        self.places, self.pairs, self.fixed = len(places), len(ones), fixed
         if len(fixed) != len(places) or len(ones) != len(others):
             raise ValueError("marks: expected as many places as bytes, in pairs")
         both = [int(i) for column in (places, ones, others) for i in column]
@@ -689,10 +716,10 @@ cdef class Marks:
         if start < 0 or start > PyBytes_GET_SIZE(data) - self.reach:
             return False
         at = <const uint8_t*>PyBytes_AS_STRING(data) + start
-        for i in range(self.places.shape[0]):
-            if at[self.places[i]] != fixed[i]:
+        for i in range(self.places):
+            if at[self.place[i]] != fixed[i]:
                 return False
-        for i in range(self.ones.shape[0]):
-            if at[self.ones[i]] != at[self.others[i]]:
+        for i in range(self.pairs):
+            if at[self.one[i]] != at[self.other[i]]:
                 return False
         return True

@@ -16,8 +16,9 @@ from xfast.engine.cache cimport CACHE, PROBES, RING, Cache, is_for, keep_plan
 from xfast.engine.loops cimport Job, Loops, Scan
 from xfast.engine.plan cimport PACKED, Key, Plan, Range
 from xfast.engine.simd cimport (
-    LINE, PORTABLE, line_and, line_any, line_copy_part, line_load, line_merge, line_or, line_store,
-    line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far, stream_fence,
+    LINE, PORTABLE, line_and, line_any, line_copy_part, line_later, line_load, line_merge, line_or,
+    line_store, line_store_part, line_stream, line_t, line_xor, line_zero, prefetch_far,
+    stream_fence,
 )
 
 cdef Loops LOOPS

@@ -177,8 +177,14 @@ cdef inline bint differ(
     return out | (n != 0 and memcmp(a + lines * LINE, b + lines * LINE, n) != 0)
 
 
-cdef inline void fetch(const uint8_t *row, const Range *ranges, uint32_t n) noexcept nogil:
-    cdef uint32_t i, j
+cdef inline void fetch(
+    const uint8_t *row, const Range *ranges, uint32_t n, bint pace
+) noexcept nogil:
+    """Fetch the lines of some ranges; `pace`: not all at once, see `line_later`."""
+    cdef const uint8_t *line
+    cdef uint32_t i, _j
     for i in range(n):
-        for j in range(ranges[i].lines):
-            prefetch_far(row + ranges[i].start + j * LINE)
+        line = row + ranges[i].start
+        for _j in range(ranges[i].lines):
+            prefetch_far(line)
+            line = line_later(line) if pace else line + LINE

@@ -12,13 +12,22 @@ cdef inline const blend_t *blends_of(const Plan *plan) noexcept nogil:
 cdef inline void walk(
     const Plan *plan, const uint8_t *src, uint8_t *dst, uint8_t *carry, bint into, bint stream
 ) noexcept nogil:
-    """Follow a plan of any kind, in loops; far from the caches they lose nothing to `follow`."""
+    """Follow a plan of any kind, in loops; far from the caches they lose nothing to `follow`.
+
+    Blends that make whole lines are made in their turn: memory takes a row more slowly if streaming
+    stores go back and forth in it.
+    """
     cdef const step_t *step = steps_of(plan)
     cdef const blend_t *blend = blends_of(plan)
+    cdef const blend_t *end = blend + plan.blends
+    cdef bint in_turn = not into and plan.whole_blends
     cdef uint32_t _i
     cdef size_t size
     for _i in range(plan.steps):
         size = <size_t>step.lines * LINE
+        while in_turn and blend != end and blend.dst < step.dst_end:
+            put(dst + blend.dst, blend_line(blend, src), stream)
+            blend += 1
         if step.code <= ZERO:
             copy_lines(
                 dst + step.dst_end - size, src + step.src_end - size, step.lines, stream
@@ -29,7 +38,7 @@ cdef inline void walk(
     if not into and not plan.whole_blends:
         weave(plan, src, dst, carry, stream)
         return
-    for _i in range(plan.blends):
+    while blend != end:
         if into:
             blend_into(blend, src, dst)
         else:
@@ -84,11 +93,13 @@ cdef inline void convert_row(
     walk(plan, src, dst, carry, False, stream)
 
 
-cdef inline void fetch_lines(Job *job, Py_ssize_t j, const Plan *plan) noexcept nogil:
+cdef inline void fetch_lines(
+    Job *job, Py_ssize_t j, const Plan *plan, bint pace
+) noexcept nogil:
     """Fetch what row `j` needs, unless all of it will be fetched when it is next."""
     job.dense += plan.dense
     if job.ahead and not (job.whole and plan.dense):
-        fetch(job.src + j * job.src_stride, plan.read, plan.reads)
+        fetch(job.src + j * job.src_stride, plan.read, plan.reads, pace)
 
 
 cdef inline void fetch_row(const Job *job, Py_ssize_t i, Plan **ring) noexcept nogil:
@@ -125,7 +136,10 @@ cdef void convert(Job *job) noexcept nogil:
                 job.no_memory = True
                 return
             ring[j & (RING - 1)] = plan
-            fetch_lines(job, j, plan)
+            if packed:  # whose blends leave the core no time to wait
+                fetch_lines(job, j, plan, False)
+            else:
+                fetch_lines(job, j, plan, True)
         if i < 0:
             continue
         fetch_row(job, i + 1, ring)
@@ -213,9 +227,9 @@ cdef void merge(Job *job) noexcept nogil:
                 job.no_memory = True
                 return
             ring[j & (RING - 1)] = plan
-            fetch_lines(job, j, plan)
+            fetch_lines(job, j, plan, True)
             if job.ahead:
-                fetch(job.dst + j * job.dst_stride, plan.hold, plan.holds)
+                fetch(job.dst + j * job.dst_stride, plan.hold, plan.holds, True)
         if i < 0:
             continue
         fetch_row(job, i + 1, ring)

@@ -16,7 +16,7 @@ from xfast._core cimport Table, loops, scan_of
 from xfast.engine.area cimport Facts
 from xfast.engine.flat cimport flat
 from xfast.engine.loops cimport Scan
-from xfast.engine.words cimport swap_words
+from xfast.engine.words cimport Number, Run, swap_words
 
 cnp.import_array()
 
@@ -24,13 +24,6 @@ cdef enum:
     NUMBERS = 5  # of each section: XCR0, XSTATE_BV, and others that only tell
     HEADER = 512
     FPSSE = 3
-
-cdef struct Run:
-    int32_t start, length  # in a section
-    int32_t unit, target  # bytes of its words, and where they go in the rows
-
-cdef struct Number:
-    int32_t start, length
 
 
 cdef class Sections:

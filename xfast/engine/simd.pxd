@@ -21,6 +21,7 @@ cdef extern from "simd.h" nogil:
     void line_stream(void *p, line_t a)
     void stream_fence()
     void prefetch_far(const void *p)
+    const uint8_t *line_later(const uint8_t *p)
     void *pointer_exchange(void **p, void *value)
     void *pointer_exchange_gil(void **p, void *value)
     const char *widest_isa()

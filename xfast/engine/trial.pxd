@@ -5,7 +5,9 @@ Zen 4 and Sapphire Rapids picking wins; on Zen 3 a software prefetch costs 7 ns 
 reading, and the hardware goes on into the next page only after one that was read to its end, so
 whole rows win by a third where more than half of them is needed. The first large batch is
 therefore its own measurement: slices of it run in turn this way and that, each result counts, and
-whole rows stay if they win most of the pairs.
+whole rows stay if they win most of the pairs. They are its last slices, as its first ones find the
+caches full of what was written before, which has to go to memory first: on Zen 4 that doubles the
+time of picking lines, and whole rows won.
 
 Rejected: a table of vendors and families (unknown for the next CPU, and hypervisors disguise
 them), a measurement on memory of its own (64 MiB to be beyond the caches: 50 ms), and the quickest
@@ -27,7 +29,7 @@ cdef enum:
     UNKNOWN = -1
     SLICE = 256  # rows timed at a time: 1 MiB, so that a clock and an interruption weigh little
     SAMPLES = 16  # slices, both ways together: two a pair
-    WINS = 6  # pairs that whole rows have to win
+    WINS = 5  # pairs that whole rows have to win
 
 cdef struct Trial:
     int choice  # 1: whole rows, 0: the lines needed, or UNKNOWN
@@ -51,6 +53,11 @@ cdef inline bint begin(Trial *trial) noexcept nogil:
 
 cdef inline void end(Trial *trial) noexcept nogil:
     xfast_exchange(&trial.busy, 0)
+
+
+cdef inline Py_ssize_t untried(Py_ssize_t n) noexcept nogil:
+    """Return how many of `n` rows come before the slices of a trial."""
+    return max(n - SAMPLES * SLICE, <Py_ssize_t>0)
 
 
 cdef inline bint next_way(const Trial *trial) noexcept nogil:

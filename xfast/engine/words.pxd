@@ -1,6 +1,6 @@
-"""Words that are copied with their bytes in reverse order."""
+"""Words that are copied with their bytes in reverse order, and where they lie."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 cdef extern from *:
@@ -12,6 +12,13 @@ cdef extern from *:
     uint16_t swapped16(uint16_t word) nogil
     uint32_t swapped32(uint32_t word) nogil
     uint64_t swapped64(uint64_t word) nogil
+
+cdef struct Run:
+    # As rows of int32: where it begins, its bytes, those of a word, and where it goes.
+    int32_t start, length, unit, target
+
+cdef struct Number:
+    int32_t start, length
 
 
 cdef inline void swap_words(

@@ -45,11 +45,13 @@ FXSAVE_NOTES = {("CORE", NT_PRFPREG), ("FreeBSD", NT_PRFPREG), ("LINUX", NT_PRXF
 PID_OFFSET = {("CORE", 8): 32, ("CORE", 4): 24, ("FreeBSD", 8): 40, ("FreeBSD", 4): 24}
 """Where struct prstatus has the thread's id, by the note's name and the bytes of a long."""
 
-PRSTATUS = re.compile(
-    rb"(?:\x05\0\0\0.{4}\x01\0\0\0CORE\0|\x08\0\0\0.{4}\x01\0\0\0FreeBSD\0)", re.DOTALL
+HEADER = re.compile(
+    rb"(?:\x05\0\0\0.{4}(?P<status>\x01\0\0\0)CORE\0|\x06\0\0\0.{4}\x02\x02\0\0LINUX\0"
+    rb"|\x08\0\0\0.{4}(?:(?P<status_>\x01\0\0\0)|\x02\x02\0\0)FreeBSD\0)",
+    re.DOTALL,
 )
-"""The header and name of a note NT_PRSTATUS."""
-PRSTATUS_SIZE = 20
+"""The header and name of a note NT_PRSTATUS (of which a group tells), or NT_X86_XSTATE."""
+HEADER_SIZE = 20
 LOOK_BACK = 1 << 16
 """How far before the notes others are looked for (bytes): as a rule program headers lie there."""
 
@@ -191,26 +193,32 @@ def read(
 
 
 def _doubts(source: Source, found: Found, segments: list[Span]) -> tuple[str, ...]:
-    """Compare the threads that were read with all that looks like a thread's NT_PRSTATUS.
+    """Compare the threads that were read with all that looks like one of a thread's two notes.
 
     A length or offset that lies hides notes in another one's descriptor, or before the first note,
     or behind the last.
     """
     read = sum(thread.area is not None for thread in found.threads)
-    headers: set[int] = set()
+    headers: dict[int, bool] = {}
     for start, end in segments:
-        stop = min(end + PRSTATUS_SIZE, source.size)
+        stop = min(end + HEADER_SIZE, source.size)
         for begin, last in source.stored_runs(max(0, start - LOOK_BACK), stop):
             for at in range(begin, last, WINDOW):
-                window = source.read(at, min(WINDOW + PRSTATUS_SIZE, stop - at))
-                headers.update(at + match.start() for match in PRSTATUS.finditer(window))
-    told = len(headers)
+                window = source.read(at, min(WINDOW + HEADER_SIZE, stop - at))
+                for match in HEADER.finditer(window):
+                    headers[at + match.start()] = match.lastgroup is not None
+    told = sum(headers.values())
     doubts = []
     if len(found.threads) > read:
         doubts.append(f"expected NT_X86_XSTATE of {len(found.threads)} threads, got {read}")
     if told > found.statuses:
         doubts.append(
             f"expected {told} notes NT_PRSTATUS, as their headers lie there, got {found.statuses}"
+        )
+    if len(headers) - told > read:
+        areas = len(headers) - told
+        doubts.append(
+            f"expected {areas} notes NT_X86_XSTATE, as their headers lie there, got {read}"
         )
     if found.statuses < read:
         doubts.append(f"expected NT_PRSTATUS of {read} threads, got {found.statuses}")

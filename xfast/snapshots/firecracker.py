@@ -52,6 +52,11 @@ MAJORS = {2: "1.8", 3: "1.9 or 1.10.0", 4: "1.10.1", 5: "1.11", 6: "1.12", 8: "1
 
 XCRS = struct.pack("<QI", 392, 1)
 """A blob of struct kvm_xcrs with one register: its length, then nr_xcrs."""
+XSAVE_LENGTHS = {"4": KVM_XSAVE_SIZE, "8": KVM_XSAVE_SIZE + 8}
+"""What precedes a kvm_xsave, in the versions of which a file was seen: with 8 more, the number of
+words that AMX adds. In a file of another version all have the same."""
+LENGTH_FROM_PLACES = KVM_XSAVE_SIZE - (8 + 392) - 8
+"""From where an area lies behind its kvm_xcrs to what precedes it: both have a length in front."""
 TABLE_LIMIT = 256
 """KVM_MAX_CPUID_ENTRIES and KVM_MAX_MSR_ENTRIES: the walk takes no longer list, as the kernel."""
 MSR = struct.Struct("<I4xQ")
@@ -182,19 +187,26 @@ def read(
             vcpus,
             source.container,
             facts,
-            doubts=_doubts(data, hits),
+            doubts=_doubts(data, hits, version),
         )
     ]
 
 
-def _doubts(data: bytes, hits: Sequence[Found]) -> tuple[str, ...]:
-    """Compare the number of vCPUs with that of their vector: it precedes the first one's CPUID."""
+def _doubts(data: bytes, hits: Sequence[Found], version: str) -> tuple[str, ...]:
+    """Compare the number of vCPUs with that of their vector, and the lengths of their kvm_xsave.
+
+    The number precedes the first one's CPUID. A length that lies moves the area by 8 bytes.
+    """
     at = hits[0][6]
     told = U64.unpack_from(data, max(at - CPUID_BEHIND_COUNT, 0))[0] if at else None
-    if told == len(hits):
-        return ()
     shown = f"{told} vCPUs, as the file counts them" if told is not None else "a CPUID of vCPU 0"
-    return (f"expected {shown}, got {len(hits)} vCPUs",)
+    doubts = [f"expected {shown}, got {len(hits)} vCPUs"] if told != len(hits) else []
+    lengths = {hit[2] - hit[1] + LENGTH_FROM_PLACES for hit in hits}
+    wanted = XSAVE_LENGTHS.get(version.partition(".")[0], min(lengths))
+    if lengths != {wanted}:
+        got = ", ".join(map(str, sorted(lengths)))
+        doubts.append(f"expected kvm_xsave of {wanted} bytes in version {version}, got {got}")
+    return tuple(doubts)
 
 
 def _version(source: Source) -> tuple[str, str]:
