@@ -185,11 +185,12 @@ def test_marks_hold_where_every_byte_does():
         files.Marks(np.array([-1]), b"a", np.array([0]), np.array([5]))
 
 
-def test_opening_tells_what_the_system_tells(tmp_path):
-    path = tmp_path / "file"
+@pytest.mark.parametrize("last", ["file", "f\xe4", "\u4e2d", "\udcff"])
+def test_opening_tells_what_the_system_tells(tmp_path, last):
+    path = tmp_path / last
     for size in (0, 1, 511, 512, 513, 65_536, 65_537):
         path.write_bytes(bytes(range(256)) * (size // 256) + bytes(size % 256))
-        for name, folder in ((str(path), None), ("file", os.open(tmp_path, os.O_RDONLY))):
+        for name, folder in ((str(path), None), (last, os.open(tmp_path, os.O_RDONLY))):
             fd, (mode, stamp, head) = files.opened(name, f"{path}.journal", folder)
             status = os.fstat(fd)
             wanted = (status.st_dev, status.st_ino, size, status.st_mtime_ns)
@@ -208,7 +209,7 @@ def test_opening_leaves_anything_else_to_the_caller(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     folder = os.open(tmp_path, os.O_RDONLY)
     before = len(os.listdir("/proc/self/fd"))
-    for name in ("", "none", "pipe", ".", "file\0", "file/", "\ud800", "link/x"):
+    for name in ("", "none", "pipe", ".", "file\0", "file\0\xe4", "file/", "\ud800", "link/x"):
         assert files.opened(f"{tmp_path}/{name}", "no journal") is None
         assert files.opened(name, "no journal", folder) is None
     assert files.opened("link", "no journal", folder) is None  # found, not named

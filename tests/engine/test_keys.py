@@ -99,6 +99,26 @@ def test_what_is_not_inside_is_refused():
         keys.Seen(packed(range(65)), 3)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_runs_are_alike_where_each_byte_is(seed):
+    rng = random.Random(f"runs {seed}")
+    data = bytearray(rng.choices((0, 0, 0, 1), k=200))
+    one, other = rng.randrange(100), rng.randrange(100)
+    data[other : other + 100] = data[one : one + 100]
+    for _ in range(rng.randrange(3)):
+        data[rng.randrange(200)] ^= 1
+    ends = [sorted(rng.choices(range(101), k=2)) for _ in range(rng.randrange(4))]
+    same = all(data[one + a : one + b] == data[other + a : other + b] for a, b in ends)
+    assert keys.alike(bytes(data), one, other, packed([x for run in ends for x in run])) == same
+
+
+def test_runs_outside_are_refused():
+    for one, other, run in ((-1, 0, (0, 1)), (0, -1, (0, 1)), (0, 5, (0, 6)), (0, 0, (-1, 2)),
+                            (0, 0, (3, 2)), (1 << 62, 0, (0, 1))):  # fmt: skip
+        with pytest.raises(ValueError, match="runs: expected them in"):
+            keys.alike(bytes(10), one, other, packed(run))
+
+
 def test_tuples_are_the_same_where_each_object_is():
     one, other = [1], [1]
     assert keys.same((), ())

@@ -7,7 +7,7 @@ as it should is left to the caller's slow way (None or a negative number), which
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcmp, memset
+from libc.string cimport memchr, memcmp, memset, strlen
 
 from xfast.engine.flat cimport flat
 from xfast.engine.words cimport Number, Run, swap_words
@@ -16,6 +16,7 @@ cdef extern from "string.h" nogil:
     void* memmem(const void* data, size_t size, const void* piece, size_t length)
 
 cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
     int PyUnicode_KIND(object text)
     void* PyUnicode_DATA(object text)
     Py_ssize_t PyUnicode_GET_LENGTH(object text)
@@ -104,6 +105,21 @@ cdef enum:
 # Opening
 
 
+cdef const char* _path(str text, list kept):
+    """Return a path as the system takes it, NULL where it takes none; `kept` holds its bytes."""
+    cdef const char* at = <const char*>PyUnicode_DATA(text)
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text)
+    cdef bytes encoded
+    if not PyUnicode_IS_COMPACT_ASCII(text):
+        try:
+            encoded = PyUnicode_EncodeFSDefault(text)
+        except UnicodeEncodeError:
+            return NULL
+        kept.append(encoded)
+        at, n = encoded, PyBytes_GET_SIZE(encoded)
+    return at if <Py_ssize_t>strlen(at) == n else NULL
+
+
 def opened(str name not None, str journal not None, folder=None):
     """Open a regular file, unless a journal lies beside it, and read its head.
 
@@ -121,22 +137,17 @@ def opened(str name not None, str journal not None, folder=None):
         which is all of a file of up to 64 KiB, and 512 bytes of another. None where it can't be
         opened, is anything else, or the journal exists: the caller says so.
     """
-    cdef bytes name_bytes, journal_bytes, head
+    cdef list kept = []
+    cdef bytes head
     cdef int directory = AT_FDCWD if folder is None else folder
     cdef int nofollow = folder is not None, failed
-    cdef const char* name_at
-    cdef const char* journal_at
+    cdef const char* name_at = _path(name, kept)
+    cdef const char* journal_at = _path(journal, kept)
     cdef char* head_at
     cdef long long size
     cdef xfast_file file
-    try:
-        name_bytes = PyUnicode_EncodeFSDefault(name)
-        journal_bytes = PyUnicode_EncodeFSDefault(journal)
-    except UnicodeEncodeError:
+    if name_at == NULL or journal_at == NULL:
         return None
-    if b"\0" in name_bytes or b"\0" in journal_bytes:
-        return None
-    name_at, journal_at = name_bytes, journal_bytes
     with nogil:
         size = xfast_size(directory, name_at, nofollow, journal_at)
     if size < 0:

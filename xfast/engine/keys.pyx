@@ -5,7 +5,7 @@ A file holds one area, or a few: an array for each would take longer than all th
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, uint8_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from xfast._core cimport Table, loops
 from xfast.engine.area cimport EXTENDED, Facts, load32
@@ -25,6 +25,33 @@ def same(tuple one not None, tuple other not None) -> bool:
         return False
     for i in range(len(one)):
         if one[i] is not other[i]:
+            return False
+    return True
+
+
+def alike(bytes data not None, Py_ssize_t one, Py_ssize_t other, bytes runs not None) -> bool:
+    """Tell whether runs of bytes at two places of `data` are the same.
+
+    Parameters
+    ----------
+    data : bytes
+    one, other : int
+        The two places.
+    runs : bytes
+        Pairs of int32: where each run begins, counted from either place, and where it ends.
+
+    Raises
+    ------
+    ValueError
+        If one is not all inside.
+    """
+    cdef const char* at = PyBytes_AS_STRING(data)
+    cdef const int32_t* run = <const int32_t*>PyBytes_AS_STRING(runs)
+    cdef Py_ssize_t i, room = PyBytes_GET_SIZE(data) - max(one, other)
+    for i in range(0, PyBytes_GET_SIZE(runs) // 8 * 2, 2):
+        if one < 0 or other < 0 or not 0 <= run[i] <= run[i + 1] <= room:
+            raise ValueError(f"runs: expected them in {room} bytes, got {run[i]} to {run[i + 1]}")
+        if memcmp(at + one + run[i], at + other + run[i], run[i + 1] - run[i]):
             return False
     return True
 

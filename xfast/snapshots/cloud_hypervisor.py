@@ -202,8 +202,8 @@ def _unseen(path: str, data: bytes, plan: state_plans.Plan, values: bytes) -> Se
     size, start, behind = plan.size, 0, len(plan.vcpus) * plan.size
     for vcpu in plan.vcpus:
         one, facts = infer.seen(values, start, size, None, vcpu.cpuid, vcpu.xcr0 or 0)
-        legacy, image = values[start : start + IMAGE], values[behind : behind + IMAGE]
-        told += one.number, differing(legacy, image, one.xstate_bv, vcpu.fpu), facts
+        differs = differing(values, start, behind, one.xstate_bv, vcpu.fpu)
+        told += one.number, differs, facts
         start += size
         behind += IMAGE
     return Unseen(

@@ -12,8 +12,9 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from xfast.engine import keys
 from xfast.snapshots import infer
-from xfast.xsave.features import AVX, FCW_INIT, MXCSR_INIT, SSE, X87
+from xfast.xsave.features import AVX, FCW_INIT, MXCSR_INIT, SSE, X87, XFEATURE_MASK_FPSSE
 
 FPU = {
     "fcw": (X87, 0, "<u2", 1, FCW_INIT),
@@ -34,6 +35,8 @@ MIRRORED = (
     (160, 416, SSE),
 )  # fmt: skip
 """The same as stretches of the area: start, end, and components; what no field has is zeros."""
+RUNS = b"".join(struct.pack("<2i", start, end) for start, end, some in MIRRORED if some)
+"""Where an area with both components and an image of all fields have the same, if none differs."""
 IMAGE = 416
 """Bytes of an image: fields where an area has them."""
 INIT_IMAGE = struct.pack("<H22xI388x", FCW_INIT, MXCSR_INIT)
@@ -54,28 +57,30 @@ def span_of(name: str) -> tuple[int, int]:
 
 
 def differing(
-    legacy: bytes, image: bytes, xstate_bv: int, names: Collection[str]
+    data: bytes, area: int, image_at: int, xstate_bv: int, names: Collection[str]
 ) -> tuple[str, ...]:
     """Return which fields of an image are not as an area has them.
 
     Parameters
     ----------
-    legacy : bytes
-        The first `IMAGE` bytes of the area, with the components `xstate_bv`.
-    image : bytes
-        Zeros where it has no field.
+    data : bytes
+    area, image_at : int
+        Where in `data` they begin: the area with the components `xstate_bv`, and the image, which
+        is zeros where it has no field.
     names : collection of str
         The fields that it has.
     """
     if not names:
         return ()
+    both = xstate_bv & XFEATURE_MASK_FPSSE == XFEATURE_MASK_FPSSE and len(names) == len(FPU)
+    if both and keys.alike(data, area, image_at, RUNS):
+        return ()
+    legacy, image = (data[at : at + IMAGE] for at in (area, image_at))
     parts = [
         legacy[start:end] if xstate_bv & components else INIT_IMAGE[start:end]
         for start, end, components in MIRRORED
     ]
     mirrored = b"".join(parts)
-    if image == mirrored and len(names) == len(FPU):
-        return ()
     found = []
     for name in names:
         start, width = span_of(name)

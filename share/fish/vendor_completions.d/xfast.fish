@@ -200,7 +200,7 @@ complete -c xfast -n '_shtab_xfast_using bench fleet' -s h -l help -d 'show this
 complete -c xfast -n '_shtab_xfast_using bench fleet' -l json -d 'print JSON'
 complete -c xfast -n '_shtab_xfast_using bench fleet' -l samples -x -d 'of each result (default: 15)'
 complete -c xfast -n '_shtab_xfast_using bench fleet' -l areas -x -d 'in a stack (default: 65,536)'
-complete -c xfast -n '_shtab_xfast_using bench fleet' -l streams -x -d 'in a scan (default: 40,000; 0: no)'
+complete -c xfast -n '_shtab_xfast_using bench fleet' -l streams -x -d 'in a scan (default: 100,000; 0: no)'
 complete -c xfast -n '_shtab_xfast_using bench fleet; and test $_shtab_xfast_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'one file of each sort to measure: a QEMU stream, a raw area, a Firecracker state ...'
 complete -c xfast -n '_shtab_xfast_using bench; and test $_shtab_xfast_npos -eq 0' -a filter -d 'Hold the filter in a pipe against cat in the same pipe.'
 complete -c xfast -n '_shtab_xfast_using bench filter' -s h -l help -d 'show this help message and exit'
