@@ -81,11 +81,12 @@ def plans(data: bytes) -> Iterator[Plan]:
         found = snapshots.read(str(path), expand_limit=4 << 20)
     except XfastError:
         return
+    how: dict[str, Any] = {"drop": ["avx"], "even_if_live": True} if zlib.crc32(data) & 1 else {}
     for snapshot, target in product(found, HOSTS):
         if len(snapshot.vcpus) > VCPU_LIMIT:
             continue
         try:
-            plan = plan_fix(snapshot, target)
+            plan = plan_fix(snapshot, target, **how)
             plan.require_restorable()
         except PolicyError:
             continue
