@@ -79,6 +79,16 @@ def test_rows_with_little_in_them_leave_the_question_open():
     assert _core.whole_rows()["convert"] == -1
 
 
+@pytest.mark.parametrize(("first", "last", "measured"), [("avx", "full", 1), ("full", "avx", 0)])
+def test_the_last_slices_are_measured(first, last, measured):
+    """The first rows meet caches full of what was written before them, which misled the choice."""
+    areas, out = areas_of(first), area.empty(ROWS, 4096)
+    areas[ROWS - 16 * 256 :] = areas_of(last, n=16 * 256)
+    area.converter(INTEL, INTEL, mask=0x2E7).convert(areas, out)
+    assert (_core.whole_rows()["convert"] >= 0) == measured
+    assert (out[:, 512:520] == areas[:, 512:520]).all()
+
+
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 1000])
 def test_small_batches_measure_together(n):
     areas = areas_of("full", n=n)
