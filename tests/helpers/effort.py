@@ -1,8 +1,9 @@
 """How long something takes on the machine at hand, whatever that is and whatever else it does.
 
 CPU time of this process, in units of a fixed piece of Python that is timed every other second: a
-bound holds on a slow machine as on a fast one. A second stands for a CPU that does the piece in
-10 ms.
+bound holds on a slow machine as on a fast one. What takes long has the piece timed behind it as
+well, since the machine may have got busier meanwhile. A second stands for a CPU that does the piece
+in 10 ms.
 """
 
 import contextlib
@@ -11,6 +12,9 @@ import time
 PIECE = 0.010
 AGE = 2.0
 """Seconds of CPU time after which the piece is timed anew."""
+
+LONG = 0.2
+"""Seconds of CPU time from which the piece is timed behind a block too."""
 
 _timed = (0.0, float("-inf"))
 """What the piece took, and when that was found."""
@@ -24,10 +28,10 @@ def _piece():
     return time.process_time() - begin
 
 
-def _unit():
+def _unit(age=AGE):
     """Return what the piece takes at present, the best of three."""
     global _timed
-    if time.process_time() - _timed[1] > AGE:
+    if time.process_time() - _timed[1] > age:
         _timed = max(min(_piece() for _ in range(3)), 1e-4), time.process_time()
     return _timed[0]
 
@@ -43,7 +47,9 @@ class Clock:
         return self
 
     def __exit__(self, *exception):
-        self.seconds = (time.process_time() - self._begin) * PIECE / self._unit
+        taken = time.process_time() - self._begin
+        unit = max(self._unit, _unit(LONG)) if taken > LONG else self._unit
+        self.seconds = taken * PIECE / unit
 
 
 @contextlib.contextmanager
