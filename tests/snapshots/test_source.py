@@ -201,6 +201,13 @@ def test_lzop_bodies_go_through_the_program_or_say_what_is_missing(tmp_path):
     assert again.stdout == b"QE" + PAYLOAD[2:]
 
 
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1])
+def test_a_part_larger_than_any_file_is_refused(size):
+    """A disk image may say so of a snapshot's state: an OverflowError once, found by fuzzing."""
+    with Source.of(bytes(8)) as source, pytest.raises(FormatError, match=f"got {size}"):
+        source.view(4, size)
+
+
 def test_a_missing_zstd_module_is_named(tmp_path, monkeypatch):
     path = write(tmp_path, zstd.compress(PAYLOAD))
     monkeypatch.setitem(sys.modules, zstd.__name__.partition(".")[0], None)

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -383,9 +384,18 @@ class View(Source):
         Bytes.
     locate : callable
         Where each byte of the view lies in `source`.
+
+    Raises
+    ------
+    FormatError
+        If no file has so many bytes.
     """
 
     def __init__(self, source: Source, size: int, locate: Locate) -> None:
+        if size > sys.maxsize:  # as a file may say
+            raise FormatError(
+                source.path, None, f"expected at most {sys.maxsize} bytes, got {size}"
+            )
         self.path = source.path
         self.source = source
         self.size = size
