@@ -711,3 +711,12 @@ def test_the_result_is_as_clean_as_the_plan_said(data, tmp_path, name, drop, tar
         return sorted((f.code, f.component, f.vcpu, f.severity) for f in verdict.findings)
 
     assert gist(second.before) == gist(plan.after)
+
+
+def test_an_area_that_claims_a_component_without_a_place_is_refused_by_name():
+    """An XCOMP_BV of noise, beside an area that has to move."""
+    broken = area(7, live=7)
+    broken[520:528] = np.frombuffer((0xFFFFFFFFFF000000).to_bytes(8, "little"), "u1")
+    vcpus = [Vcpu(i, image, INTEL, "given") for i, image in enumerate((area(7), broken))]
+    with pytest.raises(PolicyError, match="blob: an area can't be moved"):
+        plan_fix(Snapshot("blob", "raw", "vm", "kvm", vcpus), host(7))

@@ -162,3 +162,14 @@ def test_threads_of_two_dumps(data, tmp_path, capsys):
     assert main(["diff", str(one), str(two)]) == 1
     thread = core.name.removeprefix("core-").removesuffix(".img")
     assert capsys.readouterr().out == f"vCPU {thread}: vcpu: present -> absent\n"
+
+
+def test_vcpus_of_one_number_are_compared_each():
+    """The second one of a number was left out, and could differ unseen."""
+    one, two = snapshot(area(), area()), snapshot(area(), area())
+    Registers(two.vcpus[0].area, INTEL)["mxcsr"] = 0x1FA0
+    for vcpu in (*one.vcpus, *two.vcpus):
+        vcpu.index = 3
+    assert [(found.vcpu, found.register) for found in compare([one], [two])] == [(3, "mxcsr")]
+    two.vcpus.append(two.vcpus[1])
+    assert compare([one], [two])[-1] == Difference(3, "", "vcpu", "absent", "present")

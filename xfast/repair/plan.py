@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xfast.errors import PolicyError
+from xfast.errors import LayoutError, PolicyError
 from xfast.hosts.model import Host
 from xfast.judge.criu import criu_findings
 from xfast.judge.judgement import check, facts_of, findings_of, host_of
@@ -199,7 +199,8 @@ def plan_fix(
     PolicyError
         If a component of `drop` is live and `even_if_live` is not given, or if its place is not
         known, so that its data would stay; or if an area that is to move contradicts the layout
-        that was given; or if there may be vCPUs that were not read (`Snapshot.doubts`).
+        that was given, or has no place for a component that it claims; or if there may be vCPUs
+        that were not read (`Snapshot.doubts`).
     ValueError
         If a word of `drop` names no component.
 
@@ -245,7 +246,10 @@ def _plan(snapshot: Snapshot, host: Host, asked: int, even_if_live: bool, rules:
     trims = any(repair.trims for repair in repairs)
     sizes = [repair.size(trims) for repair in repairs]
     grows = any(size > len(vcpu.area) for size, vcpu in zip(sizes, snapshot.vcpus, strict=True))
-    vcpus = [repair.result(max(sizes) if trims or grows else None) for repair in repairs]
+    try:
+        vcpus = [repair.result(max(sizes) if trims or grows else None) for repair in repairs]
+    except LayoutError as problem:  # an XCOMP_BV that gives a component of XSTATE_BV no place
+        raise PolicyError(f"{snapshot.path}: an area can't be moved: {problem}") from None
     mended = replace(snapshot, vcpus=vcpus)
     (after,) = check(mended, host, policy=rules)
     areas = {

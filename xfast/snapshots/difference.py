@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,16 +63,25 @@ def compare(
     if len(one) != len(two):
         found.append(Difference(0, "", "snapshots", f"{len(one)}", f"{len(two)}"))
     for first, second in zip(one, two, strict=False):
-        ours = {vcpu.index: vcpu for vcpu in first.vcpus}
-        theirs = {vcpu.index: vcpu for vcpu in second.vcpus}
+        ours, theirs = _by_number(first.vcpus), _by_number(second.vcpus)
         if first.kind != second.kind:  # a VM's vCPUs and a core's threads: by position
             theirs = dict(zip(ours, second.vcpus, strict=False))
-        for index in sorted(ours.keys() | theirs.keys()):
-            if index in ours and index in theirs:
-                found += _vcpus(ours[index], theirs[index], values_only)
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key in ours and key in theirs:
+                found += _vcpus(ours[key], theirs[key], values_only)
             else:
-                sides = ("present" if index in side else "absent" for side in (ours, theirs))
-                found.append(Difference(index, "", "vcpu", *sides))
+                sides = ("present" if key in side else "absent" for side in (ours, theirs))
+                found.append(Difference(key[0], "", "vcpu", *sides))
+    return found
+
+
+def _by_number(vcpus: Sequence[Vcpu]) -> dict[tuple[int, int], Vcpu]:
+    """Return vCPUs by their number, and by how many of that number came before."""
+    found: dict[tuple[int, int], Vcpu] = {}
+    before = Counter[int]()
+    for vcpu in vcpus:
+        found[vcpu.index, before[vcpu.index]] = vcpu
+        before[vcpu.index] += 1
     return found
 
 
