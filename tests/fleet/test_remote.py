@@ -17,7 +17,7 @@ from xfast.errors import XfastError
 from xfast.fleet import run
 from xfast.fleet.dataset import tables
 from xfast.fleet.judging import Question, judge
-from xfast.fleet.remote import BLOCK, Remote, fetched
+from xfast.fleet.remote import BLOCK, TAIL, Remote, fetched
 from xfast.hosts import resolve
 from xfast.judge.verdict import Policy
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
@@ -108,6 +108,15 @@ def test_a_scan_of_a_server(nginx, tmp_path):
     (table,) = tables(os.fspath(tmp_path / "out"), "snapshots")
     errors = {row["snapshot"]: row["error"] for row in table.to_pylist() if row["error"]}
     assert "there is no such object" in errors[nginx + "nothing-here"]
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK, 230 << 10, 241 << 10, 256 << 10, (1 << 20) + 1])
+def test_no_more_is_fetched_ahead_than_a_stream_may_cost(tmp_path, size):
+    """Whatever was read of the one before: 256 KiB, however large it is."""
+    (tmp_path / "object").write_bytes(bytes(size))
+    with Remote(f"file://{tmp_path}/object") as source:
+        source.fetch_ahead(TAIL)
+        assert min(size, TAIL) <= source.bytes_fetched <= 256 << 10
 
 
 class Slow(BaseHTTPRequestHandler):

@@ -8,7 +8,7 @@ import pytest
 import snapshot_files as files
 
 from xfast.snapshots import infer
-from xfast.xsave.area import packed_facts
+from xfast.xsave.area import facts as facts_of
 from xfast.xsave.cpuid import Cpuid
 from xfast.xsave.features import MXCSR_MASK_AMD, MXCSR_MASK_INTEL
 from xfast.xsave.layout import PRESETS
@@ -70,7 +70,7 @@ def test_what_was_seen_is_what_a_look_finds(seed):
         for area, place in zip(found, wanted, strict=True):
             data = b"xy" + area.tobytes()
             seen, facts = infer.seen(data, 2, area.size, cpuid=cpuid, mask=mask)
-            assert facts == packed_facts(area[np.newaxis], place.layout or infer.NOWHERE)
+            assert facts == facts_of(area, place.layout or infer.NOWHERE).tobytes()
             assert seen.place == place
             assert (seen.place.layout and seen.place.layout.name) == (
                 place.layout and place.layout.name

@@ -212,7 +212,7 @@ cdef class Seen:
         self, bytes data not None, Py_ssize_t start, Py_ssize_t size, owner, uint64_t mask,
         bint by_bytes, Table table not None, what,
     ):
-        """Keep what was worked out for an area, and all that are like it.
+        """Keep what was worked out for an area, and all that are like it; return as `find` does.
 
         Parameters
         ----------
@@ -232,6 +232,7 @@ cdef class Seen:
             self.found[key] = owner, None, None
             key = self.longer(area, size, key)
         self.found[key] = owner, table, what
+        return what, _facts(area, size, table)
 
     def clear(self) -> None:
         """Forget all."""

@@ -11,11 +11,12 @@ import hashlib
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xfast.errors import XfastError, escape, printable
 from xfast.fleet.inputs import is_url
@@ -24,11 +25,14 @@ from xfast.hosts.model import Host
 from xfast.judge.judgement import check
 from xfast.judge.verdict import PerClass, Policy, Verdict, Verdicts
 from xfast.report.rows import layout_name
-from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
+from xfast.snapshots.bytes.source import EXPAND_LIMIT
 from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.snapshots.registry import read
 from xfast.xsave.area import classify, headers
 from xfast.xsave.layout import Layout
+
+if TYPE_CHECKING:
+    from xfast.fleet.remote import Remote
 
 
 class Question(NamedTuple):
@@ -99,10 +103,11 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
     """
     question = _question(packed)
     result = Result()
-    objects = _objects(names, question.options)
+    objects = _objects(names)
+    limit = question.options.get("expand_limit") or EXPAND_LIMIT
     for name in names:
         try:
-            source = next(objects)() if is_url(name) else name
+            source = next(objects).result().expanded(limit) if is_url(name) else name
             found = read(source, **question.options)
             if not found:
                 fail(name, f"{name}: expected a snapshot, got none in it", result)
@@ -115,16 +120,13 @@ def judge(names: Sequence[str], packed: bytes) -> Result:
     return result
 
 
-def _objects(names: Sequence[str], options: dict[str, Any]) -> Iterator[Callable[[], Source]]:
-    """Yield what opens each URL among the names; see `xfast.fleet.remote.fetched`."""
+def _objects(names: Sequence[str]) -> Iterator[Future[Remote]]:
+    """Yield the URLs among the names, opened; see `xfast.fleet.remote.fetched`."""
     urls = [name for name in names if is_url(name)]
-    if not urls:
-        return
-    from xfast.fleet.remote import fetched
+    if urls:
+        from xfast.fleet.remote import fetched
 
-    limit = options.get("expand_limit") or EXPAND_LIMIT
-    for future in fetched(urls):
-        yield lambda future=future: future.result().expanded(limit)  # type: ignore[misc]
+        yield from fetched(urls)
 
 
 def fail(name: str, message: str, result: Result) -> None:

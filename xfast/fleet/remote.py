@@ -23,8 +23,9 @@ BLOCK = 16 << 10
 WHOLE_BLOCK = 8 << 20
 """What is fetched at a time where all of an object is needed (bytes)."""
 
-TAIL = 240 << 10
-"""What is fetched at most of an object's end before anybody asks (bytes)."""
+TAIL = 208 << 10
+"""What is fetched at most of an object's end before anybody asks (bytes): with the first block, and
+the borders of blocks, less than 256 KiB."""
 
 IN_FLIGHT = 32
 """How many objects a process has on the way at a time."""

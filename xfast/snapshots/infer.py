@@ -11,7 +11,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,8 +155,7 @@ def _learn(
     asks = asks_bytes(area, given=given, cpuid=cpuid, mask=mask)
     owner = cpuid if given is None else given
     table = table_of(place.layout or NOWHERE)
-    _seen.add(data, start, size, owner, mask, asks, table, one)
-    return cast(tuple[Seen, bytes], _seen.find(data, start, size, owner, mask))
+    return _seen.add(data, start, size, owner, mask, asks, table, one)
 
 
 def _told(cpuid: Cpuid | None) -> tuple[Layout, str]:

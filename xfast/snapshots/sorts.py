@@ -133,7 +133,7 @@ def sort(
             groups.know(found.layout or Layout(()))
         known = len(sorts.places)
         groups.add(block, index)
-        if known > 1:
+        if index.any():  # pages of zeros take no memory
             sort_of[first : first + len(block)] = index
     return list(sorts.places), classes_of(groups)
 

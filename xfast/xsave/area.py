@@ -165,13 +165,6 @@ def facts(areas: Any, layout: Layout | str) -> NDArray[np.void]:
     return found
 
 
-def packed_facts(rows: Areas, layout: Layout) -> bytes:
-    """Return `facts` of an (n, size) array as bytes: what a key is made of."""
-    found = np.empty(FACTS.itemsize // 8 * len(rows), "u8")
-    _core.classify(rows, table_of(layout), found)
-    return found.tobytes()
-
-
 def headers(areas: Any) -> Headers:
     """Read the header of every area.
 
@@ -329,7 +322,6 @@ __all__ = [
     "headers",
     "keep",
     "merger",
-    "packed_facts",
     "relayout",
     "rows_of",
     "set_uabi",
