@@ -221,7 +221,7 @@ class Directory:
         except AttributeError:  # a C library without it
             return False
         number = ctypes.get_errno()
-        if not done and number not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+        if not done and number not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(number, os.strerror(number), new)
         return done
 
