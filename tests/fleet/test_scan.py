@@ -205,6 +205,48 @@ def test_a_folder_with_something_else_in_it_is_refused(fleet, tmp_path, hosts):
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["snapshots", "verdicts", "findings", "_work"])
+def test_a_folder_of_snapshots_is_not_taken_for_a_scans(fleet, tmp_path, hosts, name):
+    """`scan /data/snapshots -o /data` removed the snapshots: its own folder is called so too."""
+    top = tmp_path / "data"
+    top.mkdir()
+    fleet.rename(top / name)
+    before = {path.name: path.read_bytes() for path in (top / name).iterdir()}
+    with pytest.raises(XfastError, match=rf"an empty folder or a scan's results, got '{name}/"):
+        run.scan([os.fspath(top / name)], hosts, top, jobs=1)
+    assert os.listdir(top) == [name]
+    assert {path.name: path.read_bytes() for path in (top / name).iterdir()} == before
+
+
+def test_what_others_put_into_its_folders_meanwhile_stays(fleet, tmp_path, hosts):
+    out = tmp_path / "out"
+    question = Question(tuple(hosts), Policy(), {})
+    with Dataset(os.fspath(out), question) as dataset:
+        for name in ("snapshots/notes", "_work/vm.save", f"snapshots/{'0' * 24}.parquet"):
+            (out / name).write_bytes(b"x")
+        dataset.finish()
+    assert sorted(os.listdir(out / "snapshots")) == ["notes"]
+    assert os.listdir(out / "_work") == ["vm.save"]
+
+
+@pytest.mark.parametrize("way", ["the folder", "from within", "a link"])
+def test_a_scan_does_not_judge_its_own_results(fleet, tmp_path, hosts, monkeypatch, way):
+    """They lie below the folder that is scanned; the second run took them for inputs."""
+    monkeypatch.chdir(fleet)
+    (tmp_path / "link").symlink_to(fleet)
+    name = {
+        "the folder": os.fspath(fleet),
+        "from within": ".",
+        "a link": os.fspath(tmp_path / "link"),
+    }
+    for _ in range(2):
+        manifest = run.scan([name[way]], hosts, fleet / "results", jobs=1, chunk=7)
+        assert (manifest["snapshots"], manifest["failed"]) == (41, 1)
+    (fleet / "results2").mkdir()
+    (fleet / "results2" / "one").write_bytes(CLEAN.read_bytes())
+    assert run.scan([name[way]], hosts, fleet / "results", jobs=1)["snapshots"] == 42
+
+
 def test_another_question_leaves_nothing_of_the_old_answer(fleet, tmp_path, hosts):
     run.scan([os.fspath(fleet)], hosts, tmp_path / "out", jobs=1, chunk=5)
     run.scan([os.fspath(fleet)], hosts[:1], tmp_path / "out", jobs=1, chunk=5)

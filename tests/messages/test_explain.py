@@ -6,12 +6,15 @@ import re
 
 import pytest
 from effort import at_most
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xfast.cli.main import main
 from xfast.judge.rules import RULES
 from xfast.kernels.behaviour import BEHAVIOURS
-from xfast.messages.answer import answer, answers
+from xfast.messages.answer import LINES_ANSWERED, answer, answers
 from xfast.messages.names import BRINGS_STATE, MEANINGS, sort_name
+from xfast.messages.reading import in_parts, lines_with
 from xfast.messages.table import ELSEWHERE, SCOPES, STATE, message_of, messages
 from xfast.messages.values import SUPERVISOR_SETS, USER_SETS, masks_of_size
 from xfast.snapshots.registry import FORMATS
@@ -317,3 +320,89 @@ def test_a_text_of_nothing_but_colours_has_no_answer():
     """Found by fuzzing: no line was left of it, and its lines were paired with one more."""
     assert answers("\x1b[31m") == []
     assert answers("\n \n") == []
+
+
+def test_a_line_of_sources_values_and_targets_costs_little():
+    """23 s once for 2,000 characters: each source was tried with each value and each target."""
+    with at_most(0.1):
+        answers("src" * 200 + "0x1 " * 150 + "dest" * 190)
+
+
+def log_of(line):
+    """Return a log of 1 MiB; `line`: a function of a number."""
+    size = len(line(10_000)) + 1
+    return "\n".join(line(number) for number in range((1 << 20) // size))
+
+
+TEXTS = [literal for _, literal in LITERALS]
+ORDINARY = (
+    "2026-01-01T10:00:00.{0:03}+0000: {0}: info : virQEMUDriverConfigLoadFile:53 : Configuration",
+    "[{0:5}.000123] pci 0000:00:02.0: BAR {0}: assigned [mem 0xfe000000-0xfe0fffff]",
+    "[{0:5}.000456] kvm [{0}]: vcpu0, guest rIP: 0xffffffff8104 disabled perfctr wrmsr: 0xc2",
+    "Nov 12 10:22:00 pve1 kernel: vmbr0: port {0}(tap{0}i0) entered forwarding state",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds"),
+    [
+        (lambda i: ORDINARY[i % 4].format(i), 1),
+        (lambda i: f"{i} {TEXTS[i % len(TEXTS)]}", 2),
+        (lambda i: f"missing features: pku, f{i}", 2),
+        (lambda i: "pku" if i % 2 else f"missing features {i}", 2),
+        (lambda i: f"regstate{i}", 2),
+        (lambda i: f"{i} " + "vaes gfni avx512-vbmi2 " * 80, 2),
+        (lambda i: f"{i} " + "setxsave " * 220, 2),
+        (lambda i: f"{i} " + "spin" * 490, 2),
+        (lambda i: f"xcr0 0x{i:x}", 2),
+        (lambda i: chr(97 + i % 26), 2),
+    ],
+    ids=lambda value: value(1)[:30] if callable(value) else "",
+)
+def test_a_mebibyte_of_a_log_costs_little(line, seconds):
+    """7.6 s once for an ordinary log: each of 300 patterns was tried in each line.
+
+    A second is about half a second of today's machines; what is made to cost most takes two.
+    """
+    log = log_of(line)
+    with at_most(seconds):
+        answers(log)
+
+
+def test_what_a_log_says_again_and_again_hides_nothing():
+    """Of lines that are too many those are looked at that differ, whatever is in front of them."""
+    same = [
+        f"[{i}.1] kvm [{i}]: vcpu0 disabled perfctr wrmsr: 0xc2 data 0xffff" for i in range(9000)
+    ]
+    found = answers("\n".join([*same, "error: failed to set MSR 0xda0 to 0x1800"]))
+    assert [one.codes for one in found] == [("XSS",)]
+    assert not found.left_out
+
+
+def test_lines_that_are_left_out_are_counted(run):
+    log = "\n".join(f"missing features: pku, f{i}" for i in range(9000))
+    status, _, err = run("-", stdin=log)
+    assert status == 0
+    assert f" {9000 - LINES_ANSWERED} more lines that may matter were not looked at\n" in err
+
+
+@pytest.mark.parametrize("message", messages(), ids=lambda m: m.literals[0])
+def test_no_pattern_goes_beyond_a_line(message):
+    """They are searched in a log as a whole."""
+    for pattern in message.patterns:
+        for part in pattern:
+            assert not re.search(r"\\[sDSW]|\[\^(?!\\d\\n)|[\^$](?!\\)|[A-Z]", part.pattern)
+
+
+def test_a_match_in_several_parts_is_within_a_line():
+    parts = in_parts("a.*b.*c")
+    text = "a\nb c\na b\nc\nc b a\nxa-b-c\nab\nabc"
+    assert [text[line:].split("\n")[0] for line, _ in lines_with(parts, text)] == ["xa-b-c", "abc"]
+    assert [at for _, at in lines_with(parts, text)] == [text.index("a-b"), text.index("abc")]
+
+
+@given(st.text("abc\n", max_size=30))
+def test_a_pattern_in_parts_finds_what_the_pattern_finds(text):
+    begins = [match.start() for match in re.finditer("^", text, re.MULTILINE)]
+    slow = [at for at in begins if re.match(".*b.*(?:ca|ab).*c", text[at:])]
+    assert [line for line, _ in lines_with(in_parts("b.*(?:ca|ab).*c"), text)] == slow

@@ -27,6 +27,9 @@ examples:
 LEAK_STORY = ("bf5d00470787", "ad856280ddea", "a1020a25e697", "8647c52e9504")
 """The commits whose one story is replayed on the model."""
 
+NAME_LIMIT = 80
+"""How much of a text can be meant as the code of a rule (characters)."""
+
 INPUT_LIMIT = 64 << 20
 """How much of standard input is read (characters)."""
 
@@ -86,7 +89,9 @@ def _tell_text(text: str) -> None:
     found = answers(text)
     if not found:
         complain("explain: no line of this text is a message known here")
-    near = difflib.get_close_matches(text.strip().upper(), RULES, 1)
+    if found.left_out:
+        complain(f"explain: {found.left_out} more lines that may matter were not looked at")
+    near = difflib.get_close_matches(text.strip()[:NAME_LIMIT].upper(), RULES, 1)
     if near and not (found and found[0].scope):
         print(f"Did you mean the rule {near[0]}? xfast explain {near[0]} tells of it.")
     quoted = "\n" in text.strip()

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -39,6 +40,16 @@ from xfast.store.staged import TEMPORARY, Staged
 
 SCHEMA = "xfast/scan/1"
 TABLES = ("snapshots", "verdicts", "findings")
+
+NAMES = {
+    "": r"manifest\.json|\.lock|snapshots|verdicts|findings|_work",
+    "snapshots": r"[0-9a-f]{24}\.parquet",
+    "verdicts": r"part-0\.parquet",
+    "findings": r"part-0\.parquet",
+    "_work": r"[0-9a-f]{24}\.json",
+}
+"""What a scan calls things in each of its folders. It takes no folder that holds anything else, and
+removes nothing else."""
 
 
 def arrow() -> Any:
@@ -120,16 +131,11 @@ class Dataset:
             make_folders(self.folder)
             self.root = self.stack.enter_context(Directory.open(self.folder))
             self._require_own()
-            known = {*TABLES, "_work", "manifest.json", ".lock"}
-            left = (TEMPORARY.format("manifest.json"),)
-            foreign = sorted(set(os.listdir(self.root.fd)) - known - set(left))
-            if foreign:
-                raise XfastError(
-                    f"{self.folder}: expected an empty folder or a scan's results, "
-                    f"got {foreign[0]!r}"
-                )
+            there = [name for name in NAMES if not name or self.root.status(name)]
+            for name in there:
+                self._require_only(name)
             for name in (*TABLES, "_work"):
-                with contextlib.suppress(FileExistsError):
+                if name not in there:
                     self.root.make_folder(name, SAFE_FOLDER_MODE & ~umask())
                 self.folders[name] = self.stack.enter_context(self.root.below(name))
             lock = self.root.open_file(".lock", os.O_RDWR | os.O_CREAT)
@@ -151,6 +157,16 @@ class Dataset:
             raise XfastError(
                 f"{self.folder}: others can write it (user {status.st_uid}, mode "
                 f"{stat.S_IMODE(status.st_mode):04o}); expected a folder of your own"
+            )
+
+    def _require_only(self, name: str) -> None:
+        """Raise XfastError if there is anything in a folder that no scan has put there."""
+        with self.root.below(name) as folder:
+            foreign = sorted(one for one in os.listdir(folder.fd) if not is_own(name, one))
+        if foreign:
+            raise XfastError(
+                f"{self.folder}: expected an empty folder or a scan's results, "
+                f"got {os.path.join(name, foreign[0])!r}"
             )
 
     def __exit__(self, *_: object) -> None:
@@ -200,7 +216,7 @@ class Dataset:
             self._write_table(table, "part-0.parquet", [rows[key] for key in sorted(rows)])
         for folder, end in (("snapshots", ".parquet"), ("_work", ".json")):
             for name in os.listdir(self.folders[folder].fd):
-                if name.removesuffix(end) not in self.used:
+                if name.removesuffix(end) not in self.used and is_own(folder, name):
                     with contextlib.suppress(OSError):
                         self.folders[folder].remove(name)
         manifest = {
@@ -239,6 +255,12 @@ class Dataset:
                 f"{folder.path_of(name)}: can't be written: {problem.strerror}; what is "
                 "finished stays, and the same command goes on from there"
             ) from None
+
+
+def is_own(folder: str, name: str) -> bool:
+    """Tell whether a scan calls something so in one of its folders, temporary files included."""
+    own = f"({NAMES[folder]})"
+    return bool(re.fullmatch(f"{own}|{TEMPORARY.format(own)}", name))
 
 
 def totals(used: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

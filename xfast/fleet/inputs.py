@@ -27,11 +27,17 @@ def is_passed_over(path: str) -> bool:
     return name.startswith(".") or name.endswith(OURS)
 
 
-def expand(names: Iterable[str]) -> Iterator[str]:
+def expand(names: Iterable[str], results: str | None = None) -> Iterator[str]:
     """Yield the inputs that names stand for, in an order that depends on the names alone.
 
     A directory stands for the files in it, a URL that ends with ``/`` or has a wildcard for the
     objects under it. What can't be listed is yielded itself, so that reading it tells why.
+
+    Parameters
+    ----------
+    names : iterable of str
+    results : str, optional
+        A folder, what is in which stands for nothing: where the scan writes.
 
     Raises
     ------
@@ -42,9 +48,20 @@ def expand(names: Iterable[str]) -> Iterator[str]:
         if is_url(name):
             yield from _objects(name)
         elif os.path.isdir(name):
-            yield from (path for path in walk([name]) if path == name or not is_passed_over(path))
+            ours = _below(name, results)
+            for path in walk([name]):
+                if path == name or not (is_passed_over(path) or path.startswith(ours)):
+                    yield path
         else:
             yield name
+
+
+def _below(name: str, results: str | None) -> tuple[str, ...]:
+    """Return how what a walk finds in the results begins; () where they are not below `name`."""
+    if results is None:
+        return ()
+    way = os.path.relpath(os.path.realpath(results), os.path.realpath(name))
+    return () if way.split(os.sep)[0] == os.pardir else (os.path.join(name, way, ""),)
 
 
 def _objects(url: str) -> Iterator[str]:

@@ -219,7 +219,7 @@ Kept = tuple[dict[str, Any], int, bool]
 def _finished(names: Sequence[str], dataset: Dataset, pool: _Pool, size: int) -> Iterator[Kept]:
     """Yield each chunk when it is finished."""
     pending: dict[Future[Result], _Part] = {}
-    for chunk_names in inputs.chunks(inputs.expand(names), size):
+    for chunk_names in inputs.chunks(inputs.expand(names, dataset.folder), size):
         chunk = _Chunk(chunk_names, dataset.key(chunk_names), len(chunk_names))
         kept = dataset.finished(chunk.key)
         if kept is not None:

@@ -7,8 +7,9 @@ answered: each message once, those about extended state before all others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import pairwise
+import string
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from xfast.messages.names import (
@@ -20,8 +21,16 @@ from xfast.messages.names import (
     describe,
     sort_names,
 )
-from xfast.messages.reading import lines_in, listed_names, names_among
-from xfast.messages.table import ELSEWHERE, SCOPES, Message, message_of
+from xfast.messages.reading import (
+    LINE_LIMIT,
+    WORD,
+    lines_in,
+    lines_with,
+    listed_names,
+    names_among,
+    names_instruction,
+)
+from xfast.messages.table import ELSEWHERE, SCOPES, Message, message_of, messages_in
 from xfast.messages.table import STATE as ABOUT_STATE
 from xfast.messages.values import (
     cpuid_bits_in,
@@ -61,6 +70,23 @@ HINTS = (
 )  # fmt: skip
 """What words in an unknown text hint at: pattern, rules (the likeliest first), a sentence."""
 
+OTHER_MARKS = (re.compile("msr"), re.compile(r"offset\s"))
+"""What lines have that are about extended state without any message."""
+
+HINT_MARKS = tuple(
+    re.compile(pattern, re.MULTILINE) for pattern in (*(row[0] for row in HINTS), r"e[abcd]x")
+)
+"""What lines have whose words hint at something, beside names of instructions."""
+
+LINES_ANSWERED = 1024
+CHARACTERS_A_LINE = 1024
+"""Of a log so many lines that may matter are looked at, or one for so many of its characters."""
+
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+
+Place = tuple[int, Message | None]
+"""Where what marks a line begins, and which message that is."""
+
 LISTED = "Each feature below says what its absence means."
 UNLISTED = "This line names no feature; the hypervisor's own log on the target does."
 
@@ -91,26 +117,89 @@ class Answer(NamedTuple):
     details: tuple[str, ...]
 
 
-def answers(text: str) -> list[Answer]:
+class Answers(list[Answer]):
+    """The answers to a text; `left_out`: how many lines that may matter were too many."""
+
+    left_out = 0
+
+
+def answers(text: str) -> Answers:
     """Return the answers to a text: one for a line, those that matter for a log."""
     lines = list(lines_in(text))
-    if len(lines) == 1:
-        return [answer(lines[0])]
+    if len(lines) < 2:
+        return Answers(map(answer, lines))
+    log = "\n".join([*lines, ""])
+    lower = log.translate(_LOWER)
+    known = messages_in(lower)
+    found = _answers_to(log, _places(lower, OTHER_MARKS) | known)
+    if not any(one.scope for one in found):
+        found = _answers_to(log, _hints(lower, lines) | known)
+    about = [one for one in found if one.scope not in ("", ELSEWHERE)]
+    about.sort(key=lambda one: one.scope != ABOUT_STATE)
+    best = Answers(about or [one for one in found if one.scope] or found)
+    best.left_out = found.left_out
+    return best
+
+
+def _places(lower: str, marks: Iterable[re.Pattern[str]]) -> dict[int, Place]:
+    """Return where lines with one of these marks lie: {line: (mark, no message)}."""
+    places = (place for mark in marks for place in lines_with((mark,), lower))
+    return {line: (at, None) for line, at in places}
+
+
+def _hints(lower: str, lines: list[str]) -> dict[int, Place]:
+    """Return the lines whose words hint at something; all, where these are few."""
+    if len(lines) <= LINES_ANSWERED:
+        starts = accumulate((len(line) + 1 for line in lines[:-1]), initial=0)
+        return {start: (start, None) for start in starts}
+    named: dict[int, Place] = {}
+    end = 0
+    for match in WORD.finditer(lower):
+        if match.start() >= end and names_instruction(match[0]):
+            named[lower.rfind("\n", 0, match.start()) + 1] = match.start(), None
+            end = lower.find("\n", match.end())
+    return named | _places(lower, HINT_MARKS)
+
+
+def _answers_to(log: str, places: dict[int, Place]) -> Answers:
+    """Return the answers to some lines of a log, each once."""
     found: dict[tuple[str, ...], Answer] = {}
-    for line, after in pairwise([*lines, ""]):
-        one = _whole(answer(line), after)
+    chosen, left_out = _chosen(log, places)
+    for start in chosen:
+        line, after, *_ = log[start : start + 2 * LINE_LIMIT + 2].split("\n", 2)
+        one = _answer(line, places[start][1])
+        if UNLISTED in one.text:
+            one = _whole(one, after)
         if one.scope or one.codes:
             found.setdefault((one.text, *one.details), one)
-    known = [one for one in found.values() if one.scope]
-    about = [one for one in known if one.scope != ELSEWHERE]
-    exact = [one for one in about if one.scope == ABOUT_STATE]
-    return exact + [one for one in about if one not in exact] or known or list(found.values())
+    answers = Answers(found.values())
+    answers.left_out = left_out
+    return answers
+
+
+def _chosen(log: str, places: dict[int, Place]) -> tuple[list[int], int]:
+    """Return the lines that are looked at, and how many were too many.
+
+    All are looked at, or as many as a log of this size may have. Then those go first that repeat
+    nothing from their mark on: what lies before it is the time and the name of a machine.
+    """
+    lines = sorted(places)
+    most = max(LINES_ANSWERED, len(log) // CHARACTERS_A_LINE)
+    if len(lines) <= most:
+        return lines, 0
+    said: dict[str, int] = {}
+    for line in lines:
+        at, _ = places[line]
+        said.setdefault(log[at : log.find("\n", at)], line)
+    firsts = list(said.values())
+    return sorted(firsts[:most]), max(0, len(firsts) - most)
 
 
 def _whole(one: Answer, after: str) -> Answer:
     """Return an answer whose line ran on into the next one, where that names what it lists."""
-    if UNLISTED in one.text:
-        whole, alone = answer(f"{one.line} {after}"), answer(after)
+    line = f"{one.line} {after}"
+    if _known_names(line):
+        whole, alone = answer(line), answer(after)
         if LISTED in whole.text and alone.text in ("", whole.text):
             return whole
     return one
@@ -118,15 +207,18 @@ def _whole(one: Answer, after: str) -> Answer:
 
 def answer(line: str) -> Answer:
     """Return what one line means."""
-    message = message_of(line)
+    return _answer(line, message_of(line))
+
+
+def _answer(line: str, message: Message | None) -> Answer:
+    """Return what a line with this message, or none, means."""
     msrs = list(msrs_in(line))
     if msrs and (message is None or message.scope != ABOUT_STATE):
         return _about_msrs(line, msrs)
     if message is None:
         return _about_words(line)
     codes, scope, text = message.codes, message.scope, message.text
-    groups = sort_names(cpuid_bits_in(line) or listed_names(line))
-    if groups.keys() - {UNKNOWN}:
+    if groups := _known_names(line):
         codes = _codes_of(groups)
         scope = scope if codes else ELSEWHERE
         details = describe(groups)
@@ -143,6 +235,12 @@ def answer(line: str) -> Answer:
             *filter(None, [register_in(line)] if "ISA" in codes else ()),
         ]
     return Answer(line, scope, codes, text, message.next, _source(message), tuple(details))
+
+
+def _known_names(line: str) -> dict[str, list[Sorted]]:
+    """Return the features that a line lists, sorted; nothing if none of them is known."""
+    groups = sort_names(cpuid_bits_in(line) or listed_names(line))
+    return groups if groups.keys() - {UNKNOWN} else {}
 
 
 def _source(message: Message) -> str:
@@ -199,8 +297,9 @@ def _about_words(line: str) -> Answer:
             tuple(details),
         )
     codes: dict[str, None] = {}
-    for pattern, rules, sentence in HINTS:
-        if re.search(pattern, line, re.IGNORECASE):
+    lower = line.lower()
+    for mark, (_, rules, sentence) in zip(HINT_MARKS, HINTS, strict=False):
+        if mark.search(lower):
             codes.update(dict.fromkeys(rules.split()))
             details.append(sentence)
     if names := cpuid_bits_in(line) or names_among(line):

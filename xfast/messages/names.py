@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from xfast.xsave.cpuid import FEATURES, XSAVE_FEATURES
@@ -28,7 +29,7 @@ MEANINGS = {
 }
 """What each kind says to people."""
 
-_SPELLINGS = {
+SPELLINGS = {
     "sse3": "pni", "pclmuldq": "pclmulqdq", "cmpxchg16b": "cx16", "cmpxchg8b": "cx8",
     "lzcnt": "abm", "shstk": "user_shstk", "cet_ss": "user_shstk", "cet_ibt": "ibt",
     "intel_amx": "amx_tile", "amx": "amx_tile", "apxf": "apx_f", "apx": "apx_f",
@@ -102,12 +103,13 @@ class Sorted(NamedTuple):
 def spell(word: str) -> str:
     """Return a feature's name in this project's spelling, which is Linux's."""
     name = re.sub(r"[-.]", "_", word.strip().lower().lstrip("+"))
-    name = _SPELLINGS.get(name, name)
+    name = SPELLINGS.get(name, name)
     if name not in FEATURES and name.replace("_", "") in FEATURES:
         return name.replace("_", "")
     return name
 
 
+@lru_cache(1024)
 def sort_name(word: str) -> Sorted:
     """Return what the feature that `word` names means for a restore."""
     name = spell(word)

@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+from xfast.messages.reading import in_parts, lines_with
+
 STATE = "state"
 EITHER = "either"
 ELSEWHERE = "elsewhere"
@@ -20,21 +22,20 @@ SCOPES = {
 
 
 class Message(NamedTuple):
-    """One message; the fields are explained at the head of ``messages.toml``."""
+    """One message; the fields are explained at the head of ``messages.toml``.
+
+    `patterns` are in parts that a line has one after another.
+    """
 
     program: str
     literals: tuple[str, ...]
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[tuple[re.Pattern[str], ...], ...]
     scope: str
     codes: tuple[str, ...]
     text: str
     next: str
     source: str
     lists: bool
-
-    def matches(self, line: str) -> bool:
-        """Tell whether this is what a line says."""
-        return any(pattern.search(line) for pattern in self.patterns)
 
 
 @cache
@@ -50,7 +51,7 @@ def messages() -> tuple[Message, ...]:
         Message(
             row["program"],
             tuple(row["literals"]),
-            tuple(re.compile(pattern, re.IGNORECASE) for pattern in row["patterns"]),
+            tuple(map(in_parts, row["patterns"])),
             row["scope"],
             tuple(row["codes"]),
             filled(row["text"]),
@@ -62,6 +63,23 @@ def messages() -> tuple[Message, ...]:
     )
 
 
+def messages_in(text: str) -> dict[int, tuple[int, Message]]:
+    """Return what the lines of a text in lower case match first.
+
+    Returns
+    -------
+    dict
+        {where a line begins: (where in the text its match begins, the message)}, in the order of
+        the messages.
+    """
+    found: dict[int, tuple[int, Message]] = {}
+    for message in messages():
+        for pattern in message.patterns:
+            for line, at in lines_with(pattern, text):
+                found.setdefault(line, (at, message))
+    return found
+
+
 def message_of(line: str) -> Message | None:
     """Return the first message that a line matches, if any."""
-    return next((message for message in messages() if message.matches(line)), None)
+    return next((message for _, message in messages_in(line.lower()).values()), None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import combinations
 
-from xfast.messages.names import describe, sort_names
+from xfast.messages.reading import search
 from xfast.xsave.cpuid import FEATURES
 from xfast.xsave.features import (
     BY_NAME,
@@ -108,11 +108,16 @@ _REGISTER = re.compile(
     r"[^\n]{0,24}?\b(e[abcd]x)\b",
     re.I,
 )
-_BOTH = re.compile(
-    r"(?:source|snapshot|src)[^\n]*?0x([0-9a-f]{1,8})\b[^\n]*?(?:dest|target|dst|host)[^\n]*?"
-    r"0x([0-9a-f]{1,8})\b",
-    re.I,
+_BOTH = tuple(
+    re.compile(pattern, re.I)
+    for pattern in (
+        r"source|snapshot|src",
+        r"0x([0-9a-f]{1,8})\b",
+        r"dest|target|dst|host",
+        r"0x([0-9a-f]{1,8})\b",
+    )
 )
+"""What a line with two values of a register has, one after another."""
 _QEMU_BIT = re.compile(
     r"CPUID(?:\.|\[eax=)([0-9A-F]+)h(?:,ecx=([0-9A-F]+)h\])?[:.\]]*(?:\.|:)?(E[ABCD]X)"
     r"\.?([\w.-]*)\s*\[bit (\d+)\]",
@@ -125,6 +130,7 @@ _MASK_HINT = re.compile(
     re.I,
 )
 _MASK_WORD = re.compile(r"xcr0|xfeature|xstate_bv|xcomp_bv", re.I)
+_KNOWN = sum(component.bit for component in COMPONENTS)
 _HEX = re.compile(r"\b(0x[0-9a-f]{1,8})\b", re.I)
 _OFFSETS = re.compile(r"offset\s+(0x[0-9a-f]+|\d+)\D{1,16}(0x[0-9a-f]+|\d+)", re.I)
 
@@ -153,7 +159,7 @@ SUPERVISOR_SETS = (0, CET_U, CET_U | CET_S)
 
 def msrs_in(text: str) -> Iterator[tuple[int, bool, str]]:
     """Yield (number, whether it is extended state, what it is) of the MSRs that a text names."""
-    for match in _MSR.finditer(text):
+    for match in _MSR.finditer(text) if "msr" in text.lower() else ():
         number = int(match[1] or match[2], 16)
         if number in XSTATE_MSRS:
             yield number, True, XSTATE_MSRS[number]
@@ -175,10 +181,11 @@ def cpuid_bits_in(text: str) -> list[str]:
         names.append(match[4] or _bit_name(leaf, subleaf, match[3].lower(), bit))
     if names:
         return names
-    register, both = _REGISTER.search(text), _BOTH.search(text)
+    register, both = _REGISTER.search(text), search(_BOTH, text)
     if register and both:
         leaf, subleaf = int(register[1], 0), int(register[2] or "0", 0)
-        lost = int(both[1], 16) & ~int(both[2], 16)
+        source, target = both[1], both[3]
+        lost = int(source[1], 16) & ~int(target[1], 16)
         names = [_bit_name(leaf, subleaf, register[3].lower(), bit) for bit in bits(lost)]
     return names
 
@@ -219,13 +226,13 @@ def describe_masks(text: str) -> list[str]:
     """Return a line for each component mask that a text names."""
     values = _MASK_HINT.findall(text)
     if values or _MASK_WORD.search(text):
-        values += [value for value in _HEX.findall(text) if _is_mask(int(value, 16))]
+        values += [value for value in set(_HEX.findall(text)) if _is_mask(int(value, 16))]
     return [f"{value} is {names_of(int(value, 16))}" for value in dict.fromkeys(values)]
 
 
 def _is_mask(value: int) -> bool:
     """Tell whether a number can be a value of XCR0: it has x87 and known components alone."""
-    return bool(value & 1) and not value & ~sum(component.bit for component in COMPONENTS)
+    return bool(value & 1) and not value & ~_KNOWN
 
 
 def _places(component: Component) -> dict[str, int]:
@@ -291,14 +298,15 @@ def _masks_by_size(aligned: bool) -> dict[int, list[int]]:
     return found
 
 
-def _standard_sizes(size: int) -> list[str]:
-    """Return where an area of `size` bytes ends: ``tiledata (intel)``."""
-    return [
-        f"{component.name} ({name})"
-        for component in COMPONENTS
-        for name, offset in _places(component).items()
-        if offset + PRESETS[name].slot(component.nr).size == size
-    ]
+@cache
+def _standard_sizes() -> dict[int, list[str]]:
+    """Return what areas in the standard format end with: ``tiledata (intel)``, by their size."""
+    found: dict[int, list[str]] = {}
+    for component in COMPONENTS:
+        for name, offset in _places(component).items():
+            size = offset + PRESETS[name].slot(component.nr).size
+            found.setdefault(size, []).append(f"{component.name} ({name})")
+    return found
 
 
 def _named(masks: list[int]) -> str:
@@ -322,7 +330,7 @@ def describe_sizes(text: str) -> list[str]:
         if size == KVM_XSAVE_SIZE:
             lines.append("4096 is what KVM_GET_XSAVE and KVM_SET_XSAVE move")
             continue
-        ends, compacted = _standard_sizes(size), masks_of_size(size)
+        ends, compacted = _standard_sizes().get(size), masks_of_size(size)
         if ends:
             lines.append(f"{size}: standard format, the area ends with {', '.join(ends)}")
         if compacted:
@@ -334,8 +342,3 @@ def describe_sizes(text: str) -> list[str]:
                 "TILECFG is aligned (leaf 0xD.17 ECX bit 1)"
             )
     return lines
-
-
-def describe_features(names: list[str]) -> list[str]:
-    """Return a line for each kind of feature in a list of names."""
-    return describe(sort_names(names))
