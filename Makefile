@@ -1,6 +1,6 @@
 # make demo: build xfast in a virtual environment and judge the snapshots in examples/.
 # make test: build it with everything that the tests need, and run them.
-# make san: build the engine with the address and undefined-behaviour sanitizers and test that.
+# make san: build the engine with the address, undefined-behaviour and thread sanitizers, test that.
 # make docs: the reference as a site in build/site.
 # make lint: what reads the sources. make bench: the benchmarks beside numpy, some minutes.
 # make fuzz TIME=60: fuzz every target for so many seconds (TARGETS="elfcore xen" for some).
@@ -41,14 +41,19 @@ lint: $(VENV)/.test
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 	  --allowlist tests/stubtest.txt --ignore-unused-allowlist --ignore-disjoint-bases $(STUBBED)
 
-# The sanitizers' own allocator and handlers have to be there first. ThreadSanitizer is left out: an
-# interpreter that is not built with it gives reports of its own.
+# A sanitizer's own allocator and handlers have to be there first. The thread sanitizer sees what the
+# interpreter's lock orders, and can't live with addresses that are drawn at random.
 san: $(VENV)/.test
 	XFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SAN) --build-lib $(SAN)/lib
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=$(SAN)/lib XFAST_SANITIZED=1 \
+	  PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=$(SAN)/lib XFAST_SANITIZED=address \
 	  $(BIN)/python -m pytest -q -n 2 --benchmark-disable -p no:cacheprovider \
 	  tests/engine/test_core.py tests/engine/test_core_bounds.py tests/engine/test_trial.py tests/xsave
+	XFAST_SANITIZE=thread $(BIN)/python setup.py -q build --build-base $(SAN)/thread --build-lib $(SAN)/thread/lib
+	LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
+	  PYTHONSAFEPATH=1 PYTHONPATH=$(SAN)/thread/lib XFAST_SANITIZED=thread \
+	  $$(setarch -R true 2>/dev/null && echo setarch -R) \
+	  $(BIN)/python -m pytest -q --benchmark-disable -p no:cacheprovider tests/xsave
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
@@ -81,7 +86,7 @@ $(VENV)/.demo: $(BIN)/pip $(SOURCES)
 
 $(VENV)/.test: $(BIN)/pip $(SOURCES)
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.demo $@  # it holds all that the demo needs
 
 $(VENV)/.fuzz: $(VENV)/.test
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev,fuzz]'

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import deeper
+import forging
 import inside
 import mutators
 import numpy as np
@@ -201,6 +202,7 @@ TARGETS: dict[str, Target] = {
     "host": Target(host, descriptions, ("xfast.hosts", "xfast.xsave")),
     "plan": Target(deeper.plan, deeper.fixable, ("xfast.repair", "xfast.judge")),
     "fix": Target(deeper.fix, deeper.fixable, ("xfast.repair", "xfast.store")),
+    "undo": Target(forging.taken_back, forging.changes, ("xfast.store",)),
     "convert": Target(deeper.converted, deeper.fixable, ("xfast.repair", "xfast.snapshots")),
     "forward": Target(passing.forward, passing.streams, ("xfast.snapshots.qemu",)),
     "filter": Target(passing.through, passing.streams, ("xfast.repair", "xfast.snapshots.qemu")),

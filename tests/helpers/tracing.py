@@ -72,11 +72,16 @@ class Shorten:
 
 
 @dataclass(frozen=True)
+class Interrupt:
+    """Let the call be made, and SIGINT come meanwhile: somebody presses Ctrl-C."""
+
+
+@dataclass(frozen=True)
 class Release:
     """Let the process go on, and look no further."""
 
 
-Action = Kill | Fail | Shorten | Release | None
+Action = Kill | Fail | Shorten | Interrupt | Release | None
 Script = Callable[[int, str], Action]
 """Number of the call that matters, from 0, and its name -> what to do."""
 
@@ -171,6 +176,8 @@ def _begin(pid: int, action: Action, name: str, registers: Registers) -> None:
     """Do what an action asks for at the beginning of a call."""
     if isinstance(action, Kill) and not (action.half and name in COUNT_REGISTER):
         os.kill(pid, signal.SIGKILL)
+    elif isinstance(action, Interrupt):
+        os.kill(pid, signal.SIGINT)
     elif isinstance(action, Fail):
         registers.orig_rax = (1 << 64) - 1
         _ptrace(SETREGS, pid, ctypes.byref(registers))

@@ -258,6 +258,22 @@ class TestArchives:
         assert [mask_of(vcpu.area) for vcpu in again.vcpus] == [3, 3, 3]
         assert np.array_equal(again.vcpus[0].area, areas[0])
 
+    def test_an_archive_that_ends_with_its_last_member_is_edited_too(self, tmp_path):
+        """Without padding and end: it was read, and an edit wanted what is not there."""
+        files = sample_files()
+        name = "checkpoint/core-23807.img"
+        files[name] = files.pop(name)
+        whole = archive(files)
+        path = tmp_path / "checkpoint.tar"
+        snapshot = read(path, whole[: whole.rindex(files[name]) + len(files[name])])
+        vcpu = next(i for i, vcpu in enumerate(snapshot.vcpus) if vcpu.origin.member.name in name)
+        new = snapshot.vcpus[vcpu].area.copy()
+        keep(new, snapshot.vcpus[vcpu].layout, 3)
+        with Source.open(path) as source, open(tmp_path / "out", "w+b") as file:
+            source.rewrite(snapshots.splices(source, snapshot, {vcpu: new}), file)
+        (again,) = snapshots.read(tmp_path / "out")
+        assert np.array_equal(again.vcpus[vcpu].area, new)
+
     @pytest.mark.parametrize(
         ("change", "words"),
         [

@@ -166,19 +166,24 @@ def test_libvirt_bodies_are_read_through_and_keep_their_header(tmp_path, number,
     assert UNPACKERS[codec](result[source.body :]) == b"QE" + PAYLOAD[2:]
 
 
-@pytest.mark.parametrize("what", ["earlier in PATH", "another's", "writable", "nowhere"])
+@pytest.mark.parametrize(
+    "what", ["earlier in PATH", "another's", "writable", "exchangeable", "nowhere"]
+)
 def test_a_tenants_lzop_does_not_run(tmp_path, monkeypatch, what):
     """What is sought by name, or what others can write, would be a tenant's program as root."""
-    program = tmp_path / "lzop"
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    folder.chmod(0o775 if what == "exchangeable" else 0o755)
+    program = folder / "lzop"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     program.chmod(0o777 if what == "writable" else 0o755)
     if what == "another's":
         if os.geteuid():
             pytest.skip("only root can give a file away")
         os.chown(program, 4321, 4321)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
     if what != "earlier in PATH":
-        places = (f"{tmp_path}/none",) if what == "nowhere" else (f"{tmp_path}/lzop",)
+        places = (f"{folder}/none",) if what == "nowhere" else (f"{folder}/lzop",)
         monkeypatch.setattr(codecs, "LZOP", places)
     with pytest.raises(XfastError, match=r"found damage|only root can write|ended with"):
         Source.open(write(tmp_path, libvirt_image(b"\x89LZO", 4)))

@@ -320,6 +320,38 @@ def test_an_interrupted_patch_is_taken_back(interrupted):
     assert interrupted.read_bytes() == area()
 
 
+def test_a_journal_of_another_file_of_the_name_changes_nothing(interrupted, tmp_path):
+    """Root wrote it, and its record stands: moved to where a neighbour's file has the same name.
+
+    The neighbour's holds new bytes where the journal has them; the rest of it is the neighbour's.
+    """
+    there = tmp_path / "there"
+    there.mkdir()
+    other = there / "leak.xsave"
+    other.write_bytes(interrupted.read_bytes()[:-1] + b"!")
+    before = other.read_bytes()
+    Path(str(interrupted) + ".xfast-journal").rename(str(other) + ".xfast-journal")
+    with pytest.raises(XfastError, match=r"is not the file that .* belongs to"):
+        journal.recover(str(other))
+    assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "link"])
+def test_what_is_no_file_in_the_journals_place_is_one_line(leak, tmp_path, kind, capsys):
+    place = Path(str(leak) + ".xfast-journal")
+    {
+        "pipe": lambda: os.mkfifo(place),
+        "socket": lambda: os.mknod(place, stat.S_IFSOCK | 0o666),
+        "folder": place.mkdir,
+        "link": lambda: place.symlink_to("/etc/shadow"),
+    }[kind]()
+    assert main(["fix", str(leak), "--host", HOST, "--layout", "intel", "--in-place"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "expected a journal of ours: " in line
+    assert "Errno" not in line
+    assert leak.read_bytes() == area()
+
+
 FORGERIES = ["nonce", "no record", "another's name", "open", "linked", "group"]
 
 

@@ -87,6 +87,10 @@ def killing(step: int, *, half: bool = False):
     return lambda number, name: tracing.Kill(half) if number == step else None
 
 
+def interrupting(step: int):
+    return lambda number, name: tracing.Interrupt() if number == step else None
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_every_step_there_is_the_old_or_the_new_file(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(put, "PATCH_FROM", 0 if mode.startswith("patch") else 1 << 40)
@@ -166,6 +170,56 @@ def test_an_undo_that_is_killed_at_every_step_leaves_the_one_or_the_other(
     assert step > 4
     assert seen == sorted(seen)
     assert seen[-1]
+
+
+@pytest.mark.parametrize("mode", ["replace", "backup", "patch-backup", "new", "undo", "directory"])
+def test_interrupted_at_every_step_what_was_changed_has_its_record(
+    data, tmp_path, monkeypatch, mode
+):
+    """Ctrl-C during the rename took the record away, and the backup, of what had its place."""
+    monkeypatch.setattr(put, "PATCH_FROM", 0 if mode.startswith("patch") else 1 << 40)
+
+    def work():
+        try:
+            return fixing(ready, path, "new" if mode == "directory" else mode)()
+        except KeyboardInterrupt:
+            return 1
+
+    seen, step = [], 0
+    while True:
+        folder = tmp_path / "here"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / "leak.xsave"
+        if mode == "directory":
+            shutil.copytree(data / "criu" / "criu42-regs64s-3thr", path)
+            host = xfast.resolve("amd-milan")
+            drop = ["avx", "opmask", "zmm_hi256", "hi16_zmm"]
+            ready = xfast.plan_fix(xfast.read(path)[0], host, drop=drop, even_if_live=True)
+        else:
+            path.write_bytes(area())
+            if mode == "undo":
+                plan(path).apply(in_place=True, backup=True)
+            ready = plan(path)
+        ended = tracing.run(work, interrupting(step))
+        if ended.calls <= step:
+            assert ended.status == 0
+            break
+        assert os.waitstatus_to_exitcode(ended.status) in (0, 1)
+        recover(str(path)) if path.is_file() else None
+        left = names(folder)
+        if mode in ("new", "directory"):
+            changed = "leak.xsave.new" in left
+        else:
+            changed = path.read_bytes() != area()
+        seen.append(changed)
+        if changed or mode == "undo":
+            assert any(name.endswith(".xfast.json") for name in left), f"no record at call {step}"
+        if changed and "backup" in mode:
+            assert (folder / "leak.xsave.orig").read_bytes() == area(), f"no backup at call {step}"
+        step += 1
+    assert step > 10
+    assert True in seen
 
 
 EVERY_CALL = frozenset(tracing.CALLS) - {"read", "lseek"}

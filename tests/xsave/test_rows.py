@@ -1,5 +1,7 @@
 """Memory for areas, and threads over them."""
 
+import os
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -181,6 +183,35 @@ def test_threads_share_plans_and_memory_one_area_at_a_time():
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(work, range(8))) == {area.xinuse(expected, INTEL).tobytes()}
+
+
+def test_threads_that_read_the_same_areas_find_the_same():
+    areas = sample(300)
+    expected = results(areas)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == expected for found in pool.map(results, [areas] * 12))
+
+
+RACE = """
+from concurrent.futures import ThreadPoolExecutor
+from xfast.xsave import area
+from xfast.xsave.layout import PRESETS
+
+areas, out = area.empty(2000, 4096), area.empty(2000, 4096)
+areas[:, 512] = 7
+areas[:, :160] = 9
+with ThreadPoolExecutor(2) as pool:
+    for _ in range(20):
+        pool.submit(area.converter(PRESETS["intel"], PRESETS["intel"], mask=7).convert, areas, out)
+"""
+
+
+@pytest.mark.skipif(os.environ.get("XFAST_SANITIZED") != "thread", reason="make san runs this")
+def test_the_thread_sanitizer_would_see_a_race():
+    """Two threads write the same rows, which nothing forbids a caller: it must be reported."""
+    run = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True)
+    assert run.returncode == 66
+    assert "WARNING: ThreadSanitizer: data race" in run.stderr
 
 
 def test_many_headers_outlast_the_plans_that_are_kept():

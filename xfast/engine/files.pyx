@@ -28,6 +28,7 @@ cdef extern from "Python.h":
 
 cdef extern from * nogil:
     """
+    #include <errno.h>
     #include <fcntl.h>
     #include <string.h>
     #include <sys/stat.h>
@@ -45,7 +46,7 @@ cdef extern from * nogil:
         struct stat status;
         if (fstatat(folder, name, &status, nofollow ? AT_SYMLINK_NOFOLLOW : 0)
             || !S_ISREG(status.st_mode)
-            || !faccessat(AT_FDCWD, journal, F_OK, AT_SYMLINK_NOFOLLOW))
+            || !faccessat(AT_FDCWD, journal, F_OK, AT_SYMLINK_NOFOLLOW) || errno != ENOENT)
             return -1;
         return status.st_size;
     }

@@ -16,14 +16,15 @@ from xfast.errors import FormatError, PolicyError, XfastError
 from xfast.hosts import description
 from xfast.hosts.model import Host
 from xfast.snapshots import raw
+from xfast.snapshots.bytes.entry import found_as, way_to
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Snapshot, Splice
+from xfast.store.access import Access, access_below
 from xfast.store.names import (
     BACKUP,
     NOFOLLOW,
     PRIVATE,
-    SAFE_MODE,
     SUFFIX,
     Directory,
     require_one_name,
@@ -31,7 +32,7 @@ from xfast.store.names import (
 )
 from xfast.store.put import Check, Fill, Original, Put, open_in
 from xfast.store.record import Note, record_of, row_of, sha256
-from xfast.store.staged import Staged, safe_mode, sweep
+from xfast.store.staged import Staged, sweep
 from xfast.store.tree import StagedTree
 from xfast.store.volume import Volume, is_volume
 from xfast.xsave.area import headers
@@ -116,7 +117,8 @@ def apply(
         raise ValueError("apply: expected either output, or in_place with or without backup")
     for plan in plans:
         plan.require_restorable()
-    path = plans[0].snapshot.path.rstrip("/")
+    named = plans[0].snapshot.path
+    path = found_as(named, named.rstrip("/"))
     target = path if output is None else output.rstrip("/")
     try:
         if in_place and (journal or is_volume(path)):
@@ -165,13 +167,13 @@ class _Job:
             if not edits:
                 self._require_nothing_to_do(source)
                 return None
-            note = self._note(edits, safe_mode(original.status))
+            note = self._note(edits, original.access)
             row = row_of(os.path.basename(self.path), source)
             note.record["files"] = [row]
             names = [self.name + end for end in ("", BACKUP, JOURNAL)]
             note.require_apart(self.directory, names)
             put = Put(
-                self.directory, self.name, original, self.in_place, self.backup, note, row,
+                self.directory, self.name, original, None, self.in_place, self.backup, note, row,
                 expand_limit,
             )  # fmt: skip
             if put.patches(source, edits):
@@ -191,8 +193,9 @@ class _Job:
                     made += self._copy_companion(suffix, parse)
             yield
         except BaseException:
-            for name in made:
-                self.directory.remove(name)
+            if self.directory.status(self.name) is None:
+                for name in made:
+                    self.directory.remove(name)
             raise
 
     def _copy_companion(self, suffix: str, parse: Callable[[bytes], object]) -> Iterator[str]:
@@ -200,7 +203,8 @@ class _Job:
         found = [p for p in raw.companion_paths(self.path, suffix) if os.path.isfile(p)]
         if not found:
             return
-        fd = os.open(found[0], NOFOLLOW)
+        with way_to(found[0]) as (folder, last, _):
+            fd = os.open(last, NOFOLLOW, dir_fd=folder)
         with Source.open(found[0], fd=fd) as source:
             data = source.read(0, min(source.size, raw.COMPANION_LIMIT))
             try:
@@ -224,7 +228,7 @@ class _Job:
             if not edits:
                 self._require_nothing_to_do(_Listed(source))
                 return None
-            note = self._note(edits, _common_mode(source, edits))
+            note = self._note(edits, access_below(source.fd, _by_member(edits)))
             if self.in_place:
                 sweep(source, *(edit.member for edit in edits))
                 self._change_members(source, edits, note)
@@ -252,7 +256,7 @@ class _Job:
             path = folder.path_of(member)
             with Source.open(path, fd=open_in(folder, member)) as source:
                 original = Original(path, source.fd, folder, member)
-                put = Put(folder, member, original, True, self.backup)
+                put = Put(folder, member, original, in_place=True, backup=self.backup)
                 put.write(_filling(source, own), lambda again: None)
 
     def _edits(self, source: Source | Folder) -> list[Splice]:
@@ -283,14 +287,14 @@ class _Job:
             if difference:
                 raise PolicyError(f"{self.path}: the format can't hold the plan: {difference}")
 
-    def _note(self, edits: list[Splice], mode: int) -> Note:
+    def _note(self, edits: list[Splice], access: Access) -> Note:
         changes = [change.as_json() for plan in self.plans for change in plan.changes]
         notes = [note for plan in self.plans for note in plan.notes]
         host = self.plans[0].host
         told = {"name": host.name, "source": host.source, "description": description.to_dict(host)}
         target = self.directory.path_of(self.name)
         record = record_of(self.path, target, told, changes, notes, edits)
-        return Note(self.note_folder, self.note_name, record, mode)
+        return Note(self.note_folder, self.note_name, record, access)
 
 
 def _patch_volume(
@@ -323,7 +327,7 @@ def _patch_volume(
                 return None
             if any(len(edit.old) != len(edit.new) for edit in edits):
                 raise XfastError(f"{volume.path}: its length would change; -o writes a new file")
-            note = job._note(edits, PRIVATE)
+            note = job._note(edits, Access(PRIVATE, None, None))
             note.record["output"] = os.path.abspath(volume.path)
             row = {"name": volume.name, "before": before, "after": "", "end": str(max(ends))}
             note.record["files"] = [row]
@@ -380,14 +384,6 @@ def _rows(folder: Directory, edits: list[Splice]) -> list[dict[str, str]]:
             row["after"] = sha256(trial.flush())
             rows.append(row)
     return rows
-
-
-def _common_mode(folder: Directory, edits: list[Splice]) -> int:
-    """Return the permissions that every file of a directory that changes has, if safe."""
-    mode = SAFE_MODE
-    for name in _by_member(edits):
-        mode &= safe_mode(folder.status(name))
-    return mode
 
 
 def _any_done(folder: Directory, rows: Iterable[dict[str, str]]) -> bool:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from xfast.errors import LayoutError, PolicyError, XfastError
 from xfast.snapshots import elfcore, format_named, splices
+from xfast.snapshots.bytes.entry import opened_folder
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, Source
 from xfast.snapshots.model import Snapshot, Vcpu
 from xfast.snapshots.qemu import cpu as qemu_cpu
 from xfast.snapshots.raw import stacked
+from xfast.store.access import access_below, access_of
 from xfast.store.names import Directory
 from xfast.store.put import Check, Fill, Original, Put
 from xfast.store.staged import sweep
@@ -257,11 +259,15 @@ def convert(
             if folder.status(name) is not None:
                 raise XfastError(f"{output}: exists; expected a new name")
             sweep(folder, name)
-            original = None
+            put = Put(folder, name, expand_limit=expand_limit)
             if source:
-                original = Original(snapshot.path, source.base.fd, stamp=snapshot.stamp)
-            fill, check = _ways(snapshot, to, wrapping, compacted, source)
-            Put(folder, name, original, expand_limit=expand_limit).write(fill, check)
+                put.original = Original(snapshot.path, source.base.fd, stamp=snapshot.stamp)
+            elif snapshot.path == "-":
+                put.access = access_of(0)
+            else:
+                with opened_folder(snapshot.path) as fd:
+                    put.access = access_below(fd)
+            put.write(*_ways(snapshot, to, wrapping, compacted, source))
     except OSError as problem:
         where = problem.filename if isinstance(problem.filename, str) else output
         raise XfastError(f"{where}: can't be written: {problem.strerror or problem}") from None

@@ -149,26 +149,26 @@ def recover(path: str) -> bool:
 def recover_at(site: Site) -> bool:
     """Undo a patch of a file; see `recover`.
 
-    Where the record tells how far the file's own bytes go (a volume), these must lead back to
-    what its hash says, to the byte.
+    They must lead back to what the record's hash says, to the byte: a journal that was moved to
+    another file, or kept from an earlier day, does not. Of a volume only its own bytes count.
     """
     if not site.is_interrupted():
         return False
     with _locked(site) as fd:
         if not site.is_interrupted():  # the patch came to its end just now
             return False
-        size, edits, row = read_journal(site)
+        size, edits, rows = read_journal(site)
         _require_between(site, fd, size, edits)
-        if "end" in row:
-            back = sorted(Splice(edit.offset, edit.new, edit.old) for edit in edits)
-            if sha256(fd, back, int(row["end"])) not in (row["before"], row["after"]):
-                raise _stranger(site)
+        back = sorted(Splice(edit.offset, edit.new, edit.old) for edit in edits)
+        end = int(rows[0]["end"]) if "end" in rows[0] else None
+        if sha256(fd, back, end) not in {row[side] for row in rows for side in ("before", "after")}:
+            raise _stranger(site)
         _put_back(site, fd, edits)
     return True
 
 
-def read_journal(site: Site) -> tuple[int, list[Splice], dict[str, str]]:
-    """Return the size and the edits that a file's journal tells, and its row in the record.
+def read_journal(site: Site) -> tuple[int, list[Splice], list[dict[str, str]]]:
+    """Return the size and the edits that a file's journal tells, and the record's rows.
 
     Raises
     ------
@@ -181,25 +181,28 @@ def read_journal(site: Site) -> tuple[int, list[Splice], dict[str, str]]:
             if not why:
                 journal = json.loads(file.read(JOURNAL_LIMIT + 1))
                 size, edits = _parsed(journal)
-                why, row = _unwarranted(journal, site.stem)
-    except (OSError, XfastError) as problem:
+                why, rows = _unwarranted(journal, site.stem)
+    except XfastError as problem:
         why = str(problem)
+    except OSError as problem:
+        where = problem.filename if isinstance(problem.filename, str) else site.journal_path
+        why = f"{where}: {problem.strerror}"
     except (ValueError, KeyError, TypeError, RecursionError):
         why = "it does not parse"
     if why:
         raise XfastError(f"{site.journal_path}: expected a journal of ours: {why}")
-    return size, edits, row
+    return size, edits, rows
 
 
-def _unwarranted(journal: dict[str, Any], stem: str) -> tuple[str, dict[str, str]]:
+def _unwarranted(journal: dict[str, Any], stem: str) -> tuple[str, list[dict[str, str]]]:
     """Say why a journal is not the one of this file's change, or "", and what the record tells."""
     if journal["schema"] != JOURNAL_SCHEMA or journal["name"] != stem:
-        return "it is another file's", {}
+        return "it is another file's", []
     folder, name = Directory.around(journal["record"])
     with folder:
         record = read_record(folder, name)
     why = "" if record["nonce"] == journal["nonce"] else "the change record names another one"
-    return why, record["files"][0]
+    return why, record["files"]
 
 
 def _parsed(journal: dict[str, Any]) -> tuple[int, list[Splice]]:

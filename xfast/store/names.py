@@ -156,7 +156,7 @@ class Directory:
             If there is no such folder.
         """
         head, name = os.path.split(path)
-        if name in ("", ".", ".."):
+        if name in ("", ".", "..") or path == "-":  # elsewhere that is a pipe
             raise XfastError(f"{path or '(nothing)'}: expected the name of a file")
         return cls.open(head), name
 
@@ -211,8 +211,7 @@ class Directory:
             if replace:
                 os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             elif not self._rename_where_free(old, new):
-                self.link(old, new)
-                self.remove(old)
+                self._rename_by_other_calls(old, new)
 
     def _rename_where_free(self, old: str, new: str) -> bool:
         """Rename where the new name is free; False where the system has no call for that."""
@@ -225,6 +224,15 @@ class Directory:
         if not done and number not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(number, os.strerror(number), new)
         return done
+
+    def _rename_by_other_calls(self, old: str, new: str) -> None:
+        """Rename where the new name is free; an empty folder may stand where a folder goes."""
+        status = self.status(old)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        else:
+            self.link(old, new)
+            self.remove(old)
 
     def link(self, name: str, new: str) -> None:
         """Give a file a second name; FileExistsError if it is taken."""

@@ -19,6 +19,7 @@ from xfast.errors import XfastError
 from xfast.snapshots.bytes.copying import copy_bytes
 from xfast.snapshots.bytes.source import EXPAND_LIMIT, JOURNAL, Source
 from xfast.snapshots.model import Splice, Stamp
+from xfast.store.access import Access, access_of
 from xfast.store.journal import Site, Warrant, patch
 from xfast.store.names import BACKUP, SAFE_MODE, Directory, require_one_name, same
 from xfast.store.record import Note, complete, sha256
@@ -76,6 +77,7 @@ class Original:
         self.folder = folder
         self.name = name
         self.status = os.fstat(fd)
+        self.access = access_of(fd)
         self.stamp = stamp or stamp_of(fd)
         self._require_unchanged()
 
@@ -141,6 +143,8 @@ class Put:
         Where it is to be.
     original : Original or None
         What it was made from; in place: what it replaces.
+    access : Access or None
+        What it may give where it has no one original.
     in_place : bool
     backup : bool
         Keep what is replaced as ``NAME.orig``.
@@ -155,6 +159,7 @@ class Put:
     folder: Directory
     name: str
     original: Original | None = None
+    access: Access | None = None
     in_place: bool = False
     backup: bool = False
     note: Note | None = None
@@ -189,7 +194,7 @@ class Put:
             if self.original and self.in_place:
                 staged.resemble(self.original.fd)
             else:
-                staged.take_over(self.original.status if self.original else None)
+                staged.take_over(self.original.access if self.original else self.access)
             if not self.note:
                 self._publish(staged)
                 return

@@ -22,6 +22,7 @@ from typing import Any
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Splice
+from xfast.store.access import Access
 from xfast.store.names import Directory, doubt
 from xfast.store.staged import Staged
 
@@ -211,15 +212,15 @@ class Note:
         Where it is to be.
     record : dict
         With its ``files``, by the time it is published.
-    mode : int
-        Its permissions, at most those of every file that it tells of: it holds their bytes. Its
-        owner is who wrote it, so that it can be trusted.
+    access : Access
+        What every file gives that it tells of: it holds their bytes. Its owner is who wrote it, so
+        that it can be trusted.
     """
 
     folder: Directory
     name: str
     record: dict[str, Any]
-    mode: int
+    access: Access
 
     @property
     def path(self) -> str:
@@ -255,7 +256,7 @@ class Note:
             raise XfastError(f"{self.path}: exists; expected a new name")
         with Staged(self.folder, self.name) as staged:
             staged.file.write(json.dumps(self.record, indent=1).encode() + b"\n")
-            os.fchmod(staged.flush(), self.mode)
+            staged.take_over(self.access, owned=False)
             staged.publish(replace=old is not None)
         try:
             yield self.record["nonce"]

@@ -6,18 +6,29 @@ A reader finds the old file, or the new one with all its bytes on the disk; neve
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
 from typing import IO
 
 from xfast.errors import XfastError
+from xfast.store.access import (
+    GROUP,
+    LIST,
+    Access,
+    access_of,
+    drop_lists,
+    give,
+    restrict,
+    safe_list,
+)
 from xfast.store.names import PRIVATE, SAFE_MODE, Directory, same, umask
 
 TEMPORARY = ".{}.xfast-new"
 """What a file is called until it is published."""
 
-KEPT_ATTRIBUTES = ("user.", "system.posix_acl_access", "security.selinux")
+KEPT_ATTRIBUTES = ("user.", LIST, "security.selinux")
 """The extended attributes that a new file takes over. Not, above all, security.capability."""
 
 
@@ -62,21 +73,20 @@ class Staged:
 
     @property
     def published(self) -> bool:
-        """Whether the file has its place, even if a step after that failed."""
-        return not self.temporary
+        """Whether the file has its place, even if a step after that failed, or a signal came."""
+        return same(self.folder.status(self.name), os.fstat(self.file.fileno()))
 
     def flush(self) -> int:
         """Hand over what Python holds back; return the descriptor, to read it again."""
         self.file.flush()
         return self.file.fileno()
 
-    def take_over(self, original: os.stat_result | None) -> None:
+    def take_over(self, original: Access | None, *, owned: bool = True) -> None:
         """Take over an original's permissions, under the umask, and its owner if we may."""
-        fd = self.file.fileno()
         if original is not None:
-            with contextlib.suppress(PermissionError):
-                _give(fd, original)
-        os.fchmod(fd, safe_mode(original))
+            restrict(self.flush(), original, owned=owned)
+        else:
+            os.fchmod(self.flush(), SAFE_MODE & ~umask())
 
     def resemble(self, original: int, *, strict: bool = True) -> None:
         """Take over permissions, owner, times and extended attributes of an open file.
@@ -86,15 +96,23 @@ class Staged:
         OSError
             If this process may not give it that owner, and `strict` asks for it.
         """
-        status = os.fstat(original)
+        status, access = os.fstat(original), access_of(original)
         fd = self.file.fileno()
+        drop_lists(fd)
+        mode = access.mode
         with contextlib.suppress(OSError, AttributeError):  # a system without them, or not ours
             for name in os.listxattr(original):
                 if name.startswith(KEPT_ATTRIBUTES):
-                    os.setxattr(fd, name, os.getxattr(original, name))
-        with contextlib.suppress(*([] if strict else [PermissionError])):
-            _give(fd, status)
-        os.fchmod(fd, stat.S_IMODE(status.st_mode) & SAFE_MODE)
+                    value = os.getxattr(original, name)
+                    os.setxattr(fd, name, safe_list(value) if name == LIST else value)
+                    if name == LIST:
+                        mode = stat.S_IMODE(status.st_mode)  # the group's bits are the list's mask
+        if not give(fd, status.st_uid, status.st_gid):
+            mode &= ~GROUP
+        own = os.fstat(fd)
+        if strict and (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.path)
+        os.fchmod(fd, mode & SAFE_MODE)
         os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     def publish(self, *, replace: bool = False) -> None:
@@ -128,19 +146,6 @@ class Staged:
         if self.temporary:
             with contextlib.suppress(FileNotFoundError):
                 self.folder.remove(self.temporary)
-
-
-def _give(fd: int, original: os.stat_result) -> None:
-    """Give a file the owner of another."""
-    own = os.fstat(fd)
-    if (original.st_uid, original.st_gid) != (own.st_uid, own.st_gid):
-        os.fchown(fd, original.st_uid, original.st_gid)
-
-
-def safe_mode(original: os.stat_result | None) -> int:
-    """Return the permissions of a new file: an original's, as far as safe, under the umask."""
-    have = 0o777 if original is None else stat.S_IMODE(original.st_mode)
-    return have & SAFE_MODE & ~umask()
 
 
 def write_text(path: str, text: str, *, replace: bool = False) -> None:

@@ -6,15 +6,20 @@ open files bounds the depth.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from collections.abc import Iterator
 
 from xfast.errors import XfastError
 from xfast.snapshots.bytes.copying import copy_bytes
-from xfast.store.names import SAFE_FOLDER_MODE, Directory, same, umask
+from xfast.snapshots.bytes.source import JOURNAL
+from xfast.store.access import access_of, restrict
+from xfast.store.names import SAFE_FOLDER_MODE, SUFFIX, Directory, same
+from xfast.store.put import stamp_of
 from xfast.store.staged import TEMPORARY, Staged
+
+OURS = (SUFFIX, JOURNAL)
+"""How records and journals end. They are not copied: a copy would be ours, and be trusted."""
 
 
 class StagedTree:
@@ -51,6 +56,7 @@ class StagedTree:
         self.tree = folder.below(self.temporary)
         self.source = source
         try:
+            self._require_new()
             _copy(source, self.tree)
         except BaseException:
             self.__exit__()
@@ -58,8 +64,14 @@ class StagedTree:
 
     @property
     def published(self) -> bool:
-        """Whether the copy has its place, even if a step after that failed."""
-        return not self.temporary
+        """Whether the copy has its place, even if a step after that failed, or a signal came."""
+        return same(self.folder.status(self.name), os.fstat(self.tree.fd))
+
+    def _require_new(self) -> None:
+        """Raise XfastError if somebody put another directory in the place of ours."""
+        status = os.fstat(self.tree.fd)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077 or os.listdir(self.tree.fd):
+            raise XfastError(f"{self.tree.path}: somebody exchanged the directory in the making")
 
     def publish(self) -> None:
         """Give the copy its place, with the original's permissions as far as they are safe.
@@ -69,7 +81,7 @@ class StagedTree:
         XfastError
             If the name is taken, or somebody meddled with the copy.
         """
-        _take_over(self.source.fd, self.tree.fd)
+        restrict(self.tree.fd, access_of(self.source.fd), safe=SAFE_FOLDER_MODE)
         own = os.fstat(self.tree.fd)
         path = self.folder.path_of(self.name)
         if not same(self.folder.status(self.temporary), own):
@@ -108,42 +120,39 @@ def _copy(source: Directory, target: Directory) -> None:
     """Copy what is in a folder to the disk, permissions as far as they are safe."""
     done = []
     for path, old, names in folders(source):
+        if path:  # made when the source's is open: what can't be opened again can't be removed
+            head, name = os.path.split(path)
+            with target.below(head) as above:
+                above.make_folder(name, 0o700)
         with target.below(path) as new:
             for name in names:
-                _copy_entry(old, new, name)
+                if not name.endswith(OURS):
+                    _copy_entry(old, new, name)
             new.sync()
         done.append(path)
     for path in reversed(done[1:]):  # a folder may close itself to us: those in it first
         with source.below(path) as old, target.below(path) as new:
-            _take_over(old.fd, new.fd)
+            restrict(new.fd, access_of(old.fd), safe=SAFE_FOLDER_MODE)
 
 
 def _copy_entry(old: Directory, new: Directory, name: str) -> None:
     status = old.status(name)
     if status is None:
         raise XfastError(f"{old.path_of(name)}: vanished while it was copied")
-    if stat.S_ISDIR(status.st_mode):
-        new.make_folder(name, 0o700)
-    elif stat.S_ISLNK(status.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(name, dir_fd=old.fd), name, dir_fd=new.fd)
     elif stat.S_ISREG(status.st_mode):
         with open(old.open_file(name), "rb") as file, Staged(new, name) as staged:
+            before = stamp_of(file.fileno())
             if not same(os.fstat(file.fileno()), status):
                 raise XfastError(f"{old.path_of(name)}: was exchanged while it was copied")
-            copy_bytes(file.fileno(), staged.file.fileno(), status.st_size)
+            copy_bytes(file.fileno(), staged.file.fileno(), before[2])
+            if stamp_of(file.fileno()) != before:
+                raise XfastError(f"{old.path_of(name)}: changed while it was copied")
             staged.resemble(file.fileno(), strict=False)
             staged.publish()
-    else:
+    elif not stat.S_ISDIR(status.st_mode):
         raise XfastError(f"{old.path_of(name)}: is a device or pipe, which can't be copied")
-
-
-def _take_over(old: int, new: int) -> None:
-    """Give a folder the permissions of another as far as they are safe, and its owner."""
-    status, own = os.fstat(old), os.fstat(new)
-    if (status.st_uid, status.st_gid) != (own.st_uid, own.st_gid):
-        with contextlib.suppress(PermissionError):
-            os.fchown(new, status.st_uid, status.st_gid)
-    os.fchmod(new, stat.S_IMODE(status.st_mode) & SAFE_FOLDER_MODE & ~umask())
 
 
 def remove_tree(folder: Directory, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -106,18 +107,27 @@ def _packing(file: IO[bytes], packer: Any) -> Iterator[Any]:
 
 
 def _lzop_program() -> str:
-    """Return where lzop is: never sought by PATH, and nobody but root can have written it."""
-    for path in LZOP:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        if not status.st_uid and not status.st_mode & 0o022:
+    """Return where lzop is: never sought by PATH, and nobody but root can have put it there."""
+    for path in map(os.path.realpath, LZOP):
+        parts = [path]
+        while parts[-1] != "/":
+            parts.append(os.path.dirname(parts[-1]))
+        if os.path.isfile(path) and all(map(_is_roots, parts)):
             return path
     raise XfastError(
         f"lzop: expected a program that only root can write, got none at {' or '.join(LZOP)}: "
         "install lzop"
     )
+
+
+def _is_roots(path: str) -> bool:
+    """Tell whether only root can write a file, or exchange what lies in a directory."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    return not status.st_uid and bool(sticky or not status.st_mode & 0o022)
 
 
 @contextlib.contextmanager

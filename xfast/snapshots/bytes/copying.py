@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 
-from xfast.errors import XfastError
-
 CHUNK = 1 << 20
 
 
@@ -67,5 +65,6 @@ def _copy_part(source: int, target: int, offset: int, length: int) -> int:
         write_all(target, piece, offset)
         count = len(piece)
     if not count:
-        raise XfastError(f"the file shrank to {offset} bytes while it was copied")
+        words = f"the original shrank to {offset} bytes while it was copied"
+        raise OSError(errno.EIO, words)  # whoever copies knows what it is called
     return count

@@ -6,6 +6,7 @@ and the one that fails says why.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ def regular(name: str) -> Opened:
 def _opened(name: str, folder: int | None, last: str, flags: int) -> Opened:
     """Open `last` in a folder, after a look at what it is; see `way_to`."""
     _check_kind(name, os.stat(last, dir_fd=folder, follow_symlinks=not flags).st_mode)
-    if os.access(name + JOURNAL, os.F_OK, follow_symlinks=False):
+    if _is_there(name + JOURNAL):
         raise FormatError(
             name,
             None,
@@ -80,6 +81,15 @@ def _opened(name: str, folder: int | None, last: str, flags: int) -> Opened:
         os.close(fd)
         raise
     return fd, found
+
+
+def _is_there(path: str) -> bool:
+    """Tell whether there is anything of this name, or it can't be told that there is nothing."""
+    try:
+        os.lstat(path)
+    except OSError as problem:
+        return problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return True
 
 
 def _check_kind(name: str, mode: int) -> None:

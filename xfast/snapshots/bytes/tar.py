@@ -98,7 +98,7 @@ def _number(source: Source, offset: int, digits: bytes) -> int:
 def resized(source: Source, member: Member, splice: Splice) -> Splice:
     """Return an edit within a member as one of the archive, with the header that it needs."""
     start = member.offset - BLOCK
-    old = source.read(start, room(member))
+    old = source.read(start, min(room(member), source.size - start))  # the last may lack padding
     begin = splice.offset - start
     content = old[BLOCK:begin] + splice.new + old[begin + len(splice.old) : BLOCK + member.size]
     header = bytearray(old[:BLOCK])
