@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from snapshot_files import area
 
 from xfast.cli.arguments import aside
 from xfast.cli.main import main
@@ -361,3 +362,11 @@ def test_a_name_is_escaped_alike_in_errors_and_answers(run, tmp_path):
     assert row["error"].startswith(row["snapshot"])
     assert row["snapshot"] in err
     assert unescape(row["snapshot"]) == os.fspath(tmp_path / name)
+
+
+def test_the_names_of_emoji_are_names(run, tmp_path):
+    """What is called `:skull:` was shown as a skull."""
+    path = tmp_path / "a :skull: b"
+    path.write_bytes(area(1, 4096))
+    assert "a :skull: b" in run("show", path, "--layout", "intel")[1]
+    assert "a :skull: b" in run("check", path, "--layout", "intel", "--host", "intel-haswell")[1]

@@ -104,6 +104,17 @@ def elf_threads(size):
     return {"core": files.elf_core(_fill(b"".join(files.elf_notes(7, files.area())[::2]), size))}
 
 
+def elf_states(size):
+    """Whole threads in as many states as there can be."""
+    notes = []
+    for tid in range(max(1, size // 960)):
+        state = bytearray(files.area()[:576])
+        struct.pack_into("<Q", state, 464, tid * 4093 % 0xFFFFF | 3)
+        struct.pack_into("<Q", state, 512, tid * 65521 % 0xFFFFF)
+        notes += files.elf_notes(tid, bytes(state))[::2]
+    return {"core": files.elf_core(b"".join(notes))}
+
+
 def elf_segments(size):
     """Program headers of no notes."""
     count = min(size // 56, 1 << 20)
@@ -299,7 +310,7 @@ BOMBS = {
         *(qemu_headers, qemu_chains, qemu_vcpus, qemu_devices, qemu_fields, qemu_lists),
         *(qemu_descriptions, qemu_behind, qcow2_snapshots),
     ),
-    "elfcore": (elf_notes, elf_statuses, elf_threads, elf_segments),
+    "elfcore": (elf_notes, elf_statuses, elf_threads, elf_states, elf_segments),
     "minidump": (minidump_threads, minidump_empty),
     "xen": (xen_records, xen_contexts, xen_entries, xen_vcpus),
     "criu": (criu_fields, criu_words, criu_tree, criu_members, criu_threads),

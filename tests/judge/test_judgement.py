@@ -243,3 +243,14 @@ def test_entries_that_differ_in_what_no_rule_reads_are_one(calls):
     ]
     check(Snapshot("s", "raw", "vm", "kvm", vcpus), catalogue()["intel-haswell"])
     assert set(calls.values()) == {1}
+
+
+@settings(max_examples=60)
+@given(st.lists(AREAS, min_size=1, max_size=3), st.sampled_from(MASKS), st.sampled_from(HOSTS))
+def test_a_host_suits_where_its_judgement_speaks_against_nothing(areas, xcr0, host):
+    vcpus = [Vcpu(i, one, INTEL, "given", xcr0=xcr0) for i, one in enumerate(areas)]
+    (verdict,) = check(Snapshot("x", "raw", "vm", None, vcpus), host)
+    subject, facts, policy = verdict.judgement.asked
+    speaks = any(f.open or f.severity in ("blocks", "risky") for f in verdict.findings)
+    assert judgement.suits(subject, facts, policy) == (not speaks)
+    assert speaks or verdict.verdict in ("identical", "superset")

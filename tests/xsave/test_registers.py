@@ -164,3 +164,13 @@ def test_the_hostile_area_shows_what_it_has_and_names_the_rest(shared):
     assert "tmm0" not in answer["registers"]
     rows = difference.compare([snapshot], [snapshot])
     assert {row.component for row in rows} <= {"tiledata"}  # of which nothing is in the area
+
+
+@given(st.integers(0, (1 << 20) - 1), st.booleans(), st.sampled_from([INTEL, ZEN4]))
+def test_the_numbers_are_those_of_the_views(bv, compacted, layout):
+    row = filled(bv, layout)[0]
+    if compacted:
+        row[520:528].view("<u8")[0] = 1 << 63 | bv
+    registers = Registers(row, layout)
+    slow = {name: int.from_bytes(registers[name].tobytes(), "little") for name in registers}
+    assert registers.values() == slow

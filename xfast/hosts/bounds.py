@@ -17,6 +17,9 @@ SIZE_LIMIT = 16 << 20
 TOML_LIMIT = 256 << 10
 """TOML is written by people (bytes); tools write JSON."""
 
+HOSTS_LIMIT = 16_384
+"""Hosts in one description, at most: kinds of machine, of which no fleet has so many."""
+
 DEPTH_LIMIT = 32
 """Brackets in each other; descriptions have 5, a reply of QMP 6."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from xfast.errors import FormatError
-from xfast.hosts.bounds import check_json, check_toml
+from xfast.hosts.bounds import HOSTS_LIMIT, check_json, check_toml
 from xfast.hosts.model import Host
 from xfast.kernels.behaviour import Behaviours, of_release
 from xfast.xsave.cpuid import Cpuid, Entry
@@ -239,6 +239,8 @@ def hosts_of(document: dict[str, Any], path: str) -> list[Host]:
     hosts = document.get("hosts")
     if not isinstance(hosts, list) or not hosts:
         raise FormatError(path, None, "expected a list with a host in it, got none")
+    if len(hosts) > HOSTS_LIMIT:
+        raise FormatError(path, None, f"expected at most {HOSTS_LIMIT} hosts, got {len(hosts)}")
     return [from_dict(host, path, f"hosts[{i}]") for i, host in enumerate(hosts)]
 
 

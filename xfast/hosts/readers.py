@@ -247,8 +247,7 @@ def parse(data: bytes, path: str) -> list[Host]:
     if b"\0" in data and not document.text:
         found = data.index(b"\0")
         raise FormatError(path, found, "expected a struct kvm_cpuid2 or text, got binary data")
-    first = document.text.strip().partition("\n")[0][:20]
-    got = repr(first) if first else "an empty file"
+    got = "a text of another kind" if document.text.strip() else "an empty file"
     raise FormatError(
         path, 0, f"expected a host, got {got}: xfast host show --help lists the kinds of file"
     )

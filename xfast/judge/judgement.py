@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,6 +80,18 @@ def judge(subject: Subject, facts: Facts, policy: Policy) -> Judgement:
         for state, _, _ in subject.parts
     )
     return replace(verdict, failure=_first_failure(calls), asked=(subject, facts, policy))
+
+
+def suits(subject: Subject, facts: Facts, policy: Policy) -> bool:
+    """Tell whether nothing that `judge` would find blocks, leaves open or risks anything."""
+    states = dict.fromkeys(part.state for part in subject.parts)
+    found = chain.from_iterable(
+        _findings_of(state, _target_of(state, facts), policy) for state in states
+    )
+    return not any(
+        finding.open or finding.severity in ("blocks", "risky")
+        for finding in chain(_of_the_whole(subject, facts.host, policy), found)
+    )
 
 
 def _first_failure(vcpus: Iterable[tuple[list[str], int]]) -> Failure | None:

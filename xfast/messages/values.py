@@ -226,7 +226,7 @@ def describe_masks(text: str) -> list[str]:
     """Return a line for each component mask that a text names."""
     values = _MASK_HINT.findall(text)
     if values or _MASK_WORD.search(text):
-        values += [value for value in set(_HEX.findall(text)) if _is_mask(int(value, 16))]
+        values += [one for one in dict.fromkeys(_HEX.findall(text)) if _is_mask(int(one, 16))]
     return [f"{value} is {names_of(int(value, 16))}" for value in dict.fromkeys(values)]
 
 

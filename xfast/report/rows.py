@@ -24,15 +24,27 @@ FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 
 
 def console(file: TextIO) -> Console:
-    """Return a console on `file`: colours on a terminal only, lines never broken elsewhere."""
+    """Return a console on `file`: colours on a terminal only, lines never broken elsewhere.
+
+    What is printed means nothing to it: neither markup nor the names of emoji.
+    """
     from rich.console import Console
 
     class Pipe(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
+        def print(self, *objects: Any, **how: Any) -> None:
+            if plain and all(isinstance(one, str) for one in objects):
+                print(*objects, file=file)
+            else:
+                super().print(*objects, **how)
+
     wide = None if file.isatty() else 10_000
-    return Pipe(file=file, width=wide, highlight=False, markup=False, soft_wrap=wide is not None)
+    soft = wide is not None
+    out = Pipe(file=file, width=wide, highlight=False, markup=False, emoji=False, soft_wrap=soft)
+    plain = soft and out.color_system is None
+    return out
 
 
 def _hex(value: int | None) -> str | None:
@@ -106,18 +118,19 @@ def show_text(snapshot: Snapshot, out: Console, *, registers: bool) -> None:
         answer = vcpu_as_json(vcpu, registers=registers)
         note = f": {vcpu.layout_note}" if vcpu.layout_note else ""
         optional = "".join(f"  {n} {answer[n]}" for n in ("xss", "xfd") if answer[n] is not None)
-        out.print(
+        lines = [
             f"  {whose} {vcpu.index}  xcr0 {answer['xcr0'] or 'unknown'}  xstate_bv "
             f"{answer['xstate_bv']}{optional}  layout {answer['layout']} "
             f"({vcpu.layout_source}{note})" + (f"  and {alike - 1:,} alike" if alike > 1 else "")
-        )
+        ]
         for component in answer["components"]:
-            out.print(f"    {component['nr']:>2} {component['name']:<10} {component['state']}")
+            lines.append(f"    {component['nr']:>2} {component['name']:<10} {component['state']}")
         for name, value in answer.get("registers", {}).items():
-            out.print(f"      {name:<10} {value}")
+            lines.append(f"      {name:<10} {value}")
         if answer.get("registers_without_place"):
             names = ", ".join(answer["registers_without_place"])
-            out.print(f"      not shown, for their place is unknown: {names}")
+            lines.append(f"      not shown, for their place is unknown: {names}")
+        out.print("\n".join(lines))
 
 
 COLUMNS = (

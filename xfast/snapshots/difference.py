@@ -97,6 +97,19 @@ def _vcpus(one: Vcpu, two: Vcpu, values_only: bool) -> Iterator[Difference]:
     differing = diff(one.area, two.area, *layouts) & ~unplaced
     if unplaced:
         yield from _unknown(one, two)
+    if differing:
+        yield from _registers(one, two, layouts, differing)
+    if values_only:
+        return
+    classes = classify(one.area, layouts[0]), classify(two.area, layouts[1])
+    for nr in bits((classes[0].xstate_bv ^ classes[1].xstate_bv) & ~differing & ~unplaced):
+        yield Difference(one.index, name_of(nr), "", *(side.state(nr) for side in classes))
+
+
+def _registers(
+    one: Vcpu, two: Vcpu, layouts: tuple[Layout, Layout], differing: int
+) -> Iterator[Difference]:
+    """Compare the registers of the components that differ (mask)."""
     sides = (
         as_integers(one.area, layouts[0], one.mode),
         as_integers(two.area, layouts[1], two.mode),
@@ -110,11 +123,6 @@ def _vcpus(one: Vcpu, two: Vcpu, values_only: bool) -> Iterator[Difference]:
             and _number(sides[0], name) != _number(sides[1], name)
         ]
         yield from rows or [Difference(one.index, name_of(nr), "", "other bytes", "other bytes")]
-    if values_only:
-        return
-    classes = classify(one.area, layouts[0]), classify(two.area, layouts[1])
-    for nr in bits((classes[0].xstate_bv ^ classes[1].xstate_bv) & ~differing & ~unplaced):
-        yield Difference(one.index, name_of(nr), "", *(side.state(nr) for side in classes))
 
 
 def _unknown(one: Vcpu, two: Vcpu) -> Iterator[Difference]:

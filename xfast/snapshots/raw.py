@@ -137,8 +137,8 @@ def cpuid_of(data: bytes) -> Cpuid:
     (count,) = struct.unpack_from("<I", data)
     if count > CPUID_LIMIT or len(data) < 8 + ENTRY.size * count:
         raise ValueError(
-            f"expected at most {CPUID_LIMIT} entries of 40 bytes each, "
-            f"got {count} in {len(data)} bytes"
+            f"expected a struct kvm_cpuid2 of at most {CPUID_LIMIT} entries, got something else "
+            f"of {len(data)} bytes"
         )
     return _cpuid_in(data[8 : 8 + ENTRY.size * count])
 

@@ -118,6 +118,9 @@ def _components(register: Register) -> int:
     return mask
 
 
+_LISTED = [(name, register, _components(register)) for name, register in REGISTERS.items()]
+
+
 class Registers:
     """The registers of one area or a batch.
 
@@ -158,12 +161,12 @@ class Registers:
 
     def unreadable(self) -> list[str]:
         """Return the names of the registers that a row holds and that have no known place in it."""
-        seen = self._bv | self._unreadable
+        unreadable = int(np.bitwise_or.reduce(self._unreadable))
+        seen = int(np.bitwise_or.reduce(self._bv)) | unreadable
         return [
             name
-            for name, register in REGISTERS.items()
-            if (seen & np.uint64(1 << register.component) != 0).any()
-            and (self._unreadable & np.uint64(_components(register)) != 0).any()
+            for name, register, components in _LISTED
+            if seen >> register.component & 1 and unreadable & components
         ]
 
     def __contains__(self, name: str) -> bool:
@@ -225,6 +228,24 @@ class Registers:
         whole = np.concatenate(pieces, axis=1)
         whole.flags.writeable = False
         return whole[0] if self._single else whole
+
+    def values(self) -> dict[str, int]:
+        """Return the numbers in all registers that a single area holds, clear lower parts as 0."""
+        (row,), (present,), (unreadable,) = self._rows, self._bv, self._unreadable
+        data, present, unreadable = row.tobytes(), int(present), int(unreadable)
+        found = {}
+        for name, register, components in _LISTED:
+            needed = self._mxcsr if name == "mxcsr" else 1 << register.component
+            if not present & needed or unreadable & components:
+                continue
+            value = shift = 0
+            for component, offset, size in register.parts:
+                if present >> component & 1 or len(register.parts) == 1:
+                    start = offset + (self._offsets[component] if component > 1 else 0)
+                    value |= int.from_bytes(data[start : start + size], "little") << shift
+                shift += 8 * size
+            found[name] = value
+        return found
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write the register: an integer, or an array that broadcasts to what reading gives.
@@ -300,16 +321,15 @@ def as_integers(area: Any, layout: Layout, mode: int = 64) -> dict[str, tuple[in
 
     *Source*: Intel SDM vol. 1 sections 10.2.2 and 14.1.1.
     """
-    registers = Registers(area, layout)
-    values = {}
-    for name in registers:
-        if name not in NARROW and (mode == 64 or name not in LONG_MODE):
-            size = REGISTERS[name].size
-            values[name] = (int.from_bytes(registers[name].tobytes(), "little"), size)
-    if "ftw" in registers:
-        st = [registers[f"st{i}"].tobytes() for i in range(8)]
-        values["ftag"] = (ftag(int(registers["ftw"]), int(registers["fstat"]), st), 2)
-    return values
+    values = Registers(area, layout).values()
+    if "ftw" in values:
+        st = [values[f"st{i}"].to_bytes(10, "little") for i in range(8)]
+        values["ftag"] = ftag(values["ftw"], values["fstat"], st)
+    return {
+        name: (value, REGISTERS[name].size if name in REGISTERS else 2)
+        for name, value in values.items()
+        if name not in NARROW and (mode == 64 or name not in LONG_MODE)
+    }
 
 
 def without_place(area: Any, layout: Layout, mode: int = 64) -> list[str]:
