@@ -1,0 +1,3 @@
+"""The one place that has the version; the package's metadata is made from it."""
+
+__version__ = "0.1.0"
