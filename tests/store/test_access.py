@@ -339,6 +339,27 @@ def test_a_file_system_that_can_not_rename_where_free(data, leak, tmp_path, monk
         top.rename("out", "taken", replace=False)
 
 
+def test_a_newer_file_that_can_not_go_back_is_not_removed(leak, monkeypatch):
+    """It came during the exchange of the two names, and then the disk failed."""
+    real, calls = Directory.exchange, []
+
+    def failing(self, one, two):
+        calls.append(two)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        newer = leak.with_name("newer")
+        newer.write_bytes(b"newer")
+        newer.rename(leak)
+        if not real(self, one, two):
+            pytest.skip("this file system can't exchange two names")
+        return True
+
+    monkeypatch.setattr(Directory, "exchange", failing)
+    with pytest.raises(XfastError, match="Input/output error"):
+        plan(leak).apply(in_place=True)
+    assert leak.with_name(".leak.xsave.xfast-new").read_bytes() == b"newer"
+
+
 def test_the_companion_of_a_result_that_has_its_place_stays(leak, tmp_path, monkeypatch):
     """The last sync failed: the result stood there, and what tells its XCR0 was taken away."""
     from xfast.store import staged
