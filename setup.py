@@ -7,6 +7,7 @@ XFAST_SANITIZE=address,fuzzer-no-link for ``make fuzz-engine``.
 import os
 import platform
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import numpy
@@ -50,6 +51,13 @@ DIRECTIVES = {
 }
 """What holds for every Cython file: indices are checked where they come in."""
 
+PLACES = {
+    os.getcwd(): ".",
+    numpy.get_include(): "numpy",
+    sysconfig.get_path("platinclude"): "python",
+}
+"""What debug information calls these folders, so that what is built is the same everywhere."""
+
 ENGINE = Path("xfast/engine")
 INCLUDED = [path.as_posix() for end in ("h", "pxi") for path in sorted(ENGINE.glob(f"*.{end}"))]
 
@@ -64,7 +72,7 @@ EXTENSIONS = [
         ],
         extra_compile_args=[
             "-Wno-unused-function",
-            f"-ffile-prefix-map={os.getcwd()}=.",  # no path of this machine in what is built
+            *(f"-ffile-prefix-map={path}={name}" for path, name in PLACES.items()),
             "-g1",  # functions and lines, for whoever has to look into a core of their own
             *FLAGS.get(path.stem, ["-O2"]),
             *SANITIZED,

@@ -16,7 +16,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 CYTHON = sorted(path for end in ("pyx", "pxd", "pxi") for path in PACKAGE.rglob(f"*.{end}"))
 
 FLOORS = (
-    {"errors", "_core", "engine"},
+    {"errors", "version", "_core", "engine"},
     {"xsave"},
     {"kernels"},
     {"hosts", "snapshots"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xfast.snapshots.model import Snapshot as Snapshot
     from xfast.snapshots.model import Vcpu as Vcpu
     from xfast.snapshots.registry import walk as walk
+    from xfast.version import __version__ as __version__
     from xfast.xsave.area import Audit as Audit
     from xfast.xsave.area import Classes as Classes
     from xfast.xsave.area import Headers as Headers
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from xfast.xsave.layout import Layout as Layout
     from xfast.xsave.layout import preset as preset
     from xfast.xsave.registers import Registers as Registers
-
-    __version__: str
 
 _HOMES = {
     "xfast.xsave.area": (
@@ -72,6 +71,7 @@ _HOMES = {
     "xfast.errors": (
         "XfastError", "FormatError", "LayoutError", "PolicyError", "UnknownFormatError",
     ),
+    "xfast.version": ("__version__",),
 }  # fmt: skip
 """Where each public name lives; type checkers read the imports above, and a test compares."""
 
@@ -81,10 +81,6 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("xfast")
     try:
         module = _HOME[name]
     except KeyError:
@@ -95,4 +91,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "__version__"})
+    return sorted({*globals(), *_HOME})

@@ -188,6 +188,17 @@ def test_who_may_not_give_the_group_gives_no_bits_to_another(leak, tmp_path):
         assert path.stat().st_gid == TEAM or not mode(path) & 0o070, path.name
 
 
+@pytest.mark.parametrize(
+    ("bits", "given"), [(0o644, 0o644), (0o640, 0o600), (0o664, 0o644), (0o604, 0o604)]
+)
+def test_a_group_that_is_not_the_originals_has_no_more_than_others(tmp_path, bits, given):
+    path = tmp_path / "one"
+    path.write_bytes(b"")
+    with path.open("rb") as file:
+        access.restrict(file.fileno(), access.Access(bits, None, None))
+    assert mode(path) == given
+
+
 @pytest.mark.parametrize("private", ["the images", "the directory"])
 @pytest.mark.parametrize("way", ["convert", "new", "replaced"])
 def test_what_comes_of_a_directory_is_as_private_as_it(data, tmp_path, private, way):
@@ -318,7 +329,7 @@ def test_an_image_that_changes_while_it_is_copied(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_a_file_system_that_can_not_rename_where_free(data, leak, tmp_path, monkeypatch, what):
     """NFS answers EINVAL to renameat2's flag; a directory was linked then, which no system does."""
-    monkeypatch.setattr(Directory, "_rename_where_free", lambda *_: False)
+    monkeypatch.setattr(Directory, "_renameat2", lambda *_: False)
     ready = planned_dump(data, tmp_path / "dump") if what == "directory" else plan(leak)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "kept").write_bytes(b"")

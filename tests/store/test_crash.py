@@ -24,6 +24,7 @@ from xfast.store.undo import undo
 HOST = "intel-haswell@6.1"
 LEAK = "qemu/q72-kvm-pkru-leak-bv207.qemustate.xz"
 MODES = ("replace", "patch", "backup", "patch-backup", "new")
+EVERY_CALL = frozenset(tracing.CALLS) - {"read", "lseek"}
 
 pytestmark = pytest.mark.skipif(not tracing.works(), reason="processes can't be traced here")
 
@@ -85,6 +86,37 @@ def fixing(ready, path: Path, mode: str):
 
 def killing(step: int, *, half: bool = False):
     return lambda number, name: tracing.Kill(half) if number == step else None
+
+
+@pytest.mark.parametrize("mode", ["replace", "backup", "patch", "undo"])
+def test_a_newer_file_that_is_renamed_into_place_at_any_call_stays(tmp_path, monkeypatch, mode):
+    """It came between the last look and the rename, and was replaced by the old one, repaired."""
+    monkeypatch.setattr(put, "PATCH_FROM", 0 if mode == "patch" else 1 << 40)
+    newer = area()[::-1]
+    step = 0
+    while True:
+        folder = tmp_path / "here"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / "leak.xsave"
+        path.write_bytes(area())
+        if mode == "undo":
+            plan(path).apply(in_place=True)
+        ready = plan(path)
+
+        def script(number, name, path=path, step=step):
+            if number == step:
+                path.with_name("newer").write_bytes(newer)
+                path.with_name("newer").rename(path)
+            return tracing.Release() if number == step else None
+
+        ended = tracing.run(fixing(ready, path, mode), script, EVERY_CALL)
+        if ended.calls <= step:
+            break
+        assert os.waitstatus_to_exitcode(ended.status) in (0, 1)
+        assert path.read_bytes() == newer, f"lost at call {step}"
+        step += 1
+    assert step > 20
 
 
 def interrupting(step: int):
@@ -220,9 +252,6 @@ def test_interrupted_at_every_step_what_was_changed_has_its_record(
         step += 1
     assert step > 10
     assert True in seen
-
-
-EVERY_CALL = frozenset(tracing.CALLS) - {"read", "lseek"}
 
 
 class Scene:

@@ -111,7 +111,9 @@ def test_a_scan_goes_through_no_link_in_its_folder(tmp_path, victim, name):
     assert sorted(os.listdir(outside)) == ["old.json", "old.parquet"]
 
 
-def test_what_a_scan_makes_nobody_else_can_write(tmp_path):
+@pytest.mark.parametrize("bits", [0o755, 0o2777])
+def test_what_a_scan_makes_nobody_else_can_write(tmp_path, bits):
+    tmp_path.chmod(bits)
     before = os.umask(0)
     try:
         scan(tmp_path, tmp_path / "new" / "out")

@@ -277,6 +277,21 @@ def test_a_journal_that_another_may_have_written_is_refused(tmp_path, state, how
     assert path.read_bytes() == found
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link", "file"])
+def test_what_is_no_folder_is_no_place_for_journals(padded, tmp_path, kind, capsys):
+    place = tmp_path / "place"
+    {
+        "pipe": lambda: os.mkfifo(place),
+        "link": lambda: place.symlink_to(tmp_path),
+        "file": lambda: place.write_bytes(b""),
+    }[kind]()
+    words = ["fix", str(padded), "--host", HOST, "--in-place", "--journal", str(place)]
+    assert main(words) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"xfast: {place}: ")
+    assert "Errno" not in line
+
+
 def test_the_folder_of_journals_is_private(padded, tmp_path):
     old = padded.read_bytes()
     (tmp_path / "open").mkdir(mode=0o755)

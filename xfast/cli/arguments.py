@@ -48,7 +48,15 @@ def aside(line: str) -> None:
 
 def complain(text: object) -> None:
     """Print one line to standard error, as xfast's."""
-    aside(f"xfast: {printable(str(text))}")
+    aside(f"xfast: {printable(_words(text))}")
+
+
+def _words(problem: object) -> str:
+    """Return what an error says; the system's without its number."""
+    if isinstance(problem, OSError) and problem.strerror:
+        name = problem.filename if isinstance(problem.filename, str) else ""
+        return ": ".join(filter(None, (name, problem.strerror)))
+    return str(problem)
 
 
 def size_of(text: str) -> int:
@@ -202,7 +210,7 @@ def candidates(named: Sequence[str]) -> list[str]:
 def fail(tally: Tally, path: str, problem: object) -> None:
     """Complain of an input that can't be judged, and count it."""
     complain(problem)
-    tally.problems.append(Problem(path, str(problem)))
+    tally.problems.append(Problem(path, _words(problem)))
 
 
 def _is_text(path: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from xfast.cli.arguments import EXIT_CODES, INTERRUPTED, UNJUDGED, USAGE, complain, epilog
 from xfast.errors import XfastError
+from xfast.version import __version__
 
 VERBS = {
     "show": "print what is in snapshots",
@@ -58,12 +59,14 @@ class Parser(argparse.ArgumentParser):
 
 def _version() -> str:
     """Return the version, and what it runs on; numpy is not needed for this."""
-    from importlib.metadata import version
+    try:
+        from xfast.engine.isa import chosen
 
-    from xfast.engine.isa import chosen
-
+        engine = f"instruction set {chosen()}"
+    except ImportError:
+        engine = "engine not built"
     return (
-        f"xfast {version('xfast')} (instruction set {chosen()}, Python "
+        f"xfast {__version__} ({engine}, Python "
         f"{platform.python_version()}, {platform.system()} {platform.machine()}, "
         f"{sysconfig.get_config_var('SOABI') or platform.python_implementation()})"
     )
@@ -118,7 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(VERBS)}"
         complain(f"no verb {verb!r}; {hint}")
         return USAGE
-    parser = parser_for(verb)
+    try:
+        parser = parser_for(verb)
+    except ImportError as problem:
+        complain(f"{problem}; `pip install .` in the source tree gets all that is needed")
+        return UNJUDGED
     args = parser.parse_args(words)
     if args.verb is None:
         parser.print_help()

@@ -23,7 +23,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from xfast.errors import XfastError
@@ -37,6 +36,7 @@ from xfast.fleet.judging import (
 )
 from xfast.store.names import SAFE_FOLDER_MODE, Directory, make_folders, umask
 from xfast.store.staged import TEMPORARY, Staged
+from xfast.version import __version__
 
 SCHEMA = "xfast/scan/1"
 TABLES = ("snapshots", "verdicts", "findings")
@@ -221,7 +221,7 @@ class Dataset:
                         self.folders[folder].remove(name)
         manifest = {
             "schema": SCHEMA,
-            "tool": version("xfast"),
+            "tool": __version__,
             "hosts": [host.name for host in self.question.hosts],
             "level": self.question.policy.level,
             "ignore": sorted(self.question.policy.ignore),

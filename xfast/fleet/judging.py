@@ -15,7 +15,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xfast.errors import XfastError, escape, printable
@@ -28,6 +27,7 @@ from xfast.report.rows import layout_name
 from xfast.snapshots.bytes.source import EXPAND_LIMIT
 from xfast.snapshots.model import Snapshot, Vcpu, classes_of
 from xfast.snapshots.registry import read
+from xfast.version import __version__
 from xfast.xsave.area import classify, headers
 from xfast.xsave.layout import Layout
 
@@ -52,7 +52,7 @@ class Question(NamedTuple):
     def name(self) -> str:
         """Return a name that depends on what is asked, and on nothing else."""
         asked = {
-            "tool": version("xfast"),
+            "tool": __version__,
             "columns": COLUMNS,
             "hosts": to_json(self.hosts),
             "level": self.policy.level,

@@ -224,13 +224,14 @@ class _Job:
     def tree(self) -> dict[str, Any] | None:
         """Rewrite the files of a directory that change."""
         with Directory.open(self.path) as source:
+            if self.in_place:
+                sweep(source, *os.listdir(source.fd))
             edits = self._edits(_Listed(source))
             if not edits:
                 self._require_nothing_to_do(_Listed(source))
                 return None
             note = self._note(edits, access_below(source.fd, _by_member(edits)))
             if self.in_place:
-                sweep(source, *(edit.member for edit in edits))
                 self._change_members(source, edits, note)
                 return note.record
             with StagedTree(self.directory, self.name, source) as staged:

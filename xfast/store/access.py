@@ -92,8 +92,13 @@ def restrict(fd: int, access: Access, *, safe: int = SAFE_MODE, owned: bool = Tr
     uid = access.uid if owned and access.uid is not None else -1
     mode = access.mode & safe & ~umask()
     if access.gid is None or not give(fd, uid, access.gid):
-        mode &= ~GROUP
+        mode = without_group(mode)
     os.fchmod(fd, mode)
+
+
+def without_group(mode: int) -> int:
+    """Return permissions whose group is not the original's: it has no more than others."""
+    return mode & (~GROUP | (mode & 0o007) << 3)
 
 
 def give(fd: int, uid: int, gid: int) -> bool:

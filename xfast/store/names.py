@@ -42,6 +42,7 @@ AT_FDCWD = -100
 SYS_OPENAT2 = 437
 RESOLVE_NO_SYMLINKS = 4
 RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
 
 
 class OpenHow(ctypes.Structure):
@@ -91,7 +92,7 @@ def _step_by_step(path: str, at: int) -> int:
         os.close(fd)
 
 
-def open_folder(path: str, at: int = AT_FDCWD) -> int:
+def open_folder(path: str, at: int = AT_FDCWD, told: str = "") -> int:
     """Return a descriptor of a folder, to which no symbolic link leads.
 
     Parameters
@@ -100,6 +101,8 @@ def open_folder(path: str, at: int = AT_FDCWD) -> int:
         Empty is the current folder.
     at : int
         A folder's descriptor, from which a relative path starts.
+    told : str, optional
+        What it is called in messages; default: `path`.
 
     Raises
     ------
@@ -118,7 +121,7 @@ def open_folder(path: str, at: int = AT_FDCWD) -> int:
     except OSError as problem:
         if problem.errno == errno.ELOOP:
             raise XfastError(
-                f"{path}: a symbolic link lies on the way to this folder; "
+                f"{told or path}: a symbolic link lies on the way to this folder; "
                 "expected the folder's own path"
             ) from None
         raise
@@ -192,12 +195,21 @@ class Directory:
 
     def below(self, path: str) -> Directory:
         """Open a folder in this one."""
-        return Directory(open_folder(path, self.fd), self.path_of(path) if path else self.path)
+        whole = self.path_of(path) if path else self.path
+        with self._naming(path):
+            return Directory(open_folder(path, self.fd, whole), whole)
 
     def make_folder(self, name: str, mode: int) -> None:
-        """Make a folder in this one."""
+        """Make a folder in this one; a setgid bit does not come down to it."""
         with self._naming(name):
             os.mkdir(name, mode, dir_fd=self.fd)
+            fd = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+            try:
+                status = os.fstat(fd)
+                if status.st_mode & stat.S_ISGID and status.st_uid == os.geteuid():
+                    os.fchmod(fd, stat.S_IMODE(status.st_mode) & SAFE_FOLDER_MODE)
+            finally:
+                os.close(fd)
 
     def rename(self, old: str, new: str, *, replace: bool) -> None:
         """Give a file or folder another name.
@@ -210,14 +222,19 @@ class Directory:
         with self._naming(new):
             if replace:
                 os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-            elif not self._rename_where_free(old, new):
+            elif not self._renameat2(old, new, RENAME_NOREPLACE):
                 self._rename_by_other_calls(old, new)
 
-    def _rename_where_free(self, old: str, new: str) -> bool:
-        """Rename where the new name is free; False where the system has no call for that."""
+    def exchange(self, one: str, two: str) -> bool:
+        """Exchange two names at once; return False where the system can't."""
+        with self._naming(two):
+            return self._renameat2(one, two, RENAME_EXCHANGE)
+
+    def _renameat2(self, old: str, new: str, flag: int) -> bool:
+        """Rename in a way that is not rename()'s; False where the system does not know it."""
         one, two = (ctypes.c_char_p(os.fsencode(name)) for name in (old, new))
         try:
-            done = not _libc.renameat2(self.fd, one, self.fd, two, RENAME_NOREPLACE)
+            done = not _libc.renameat2(self.fd, one, self.fd, two, flag)
         except AttributeError:  # a C library without it
             return False
         number = ctypes.get_errno()

@@ -205,7 +205,7 @@ class Put:
         self._require_at_rest()
         linked = self.backup and self._keep()
         try:
-            staged.publish(replace=self.in_place)
+            staged.publish(instead_of=self._replaced())
         except BaseException:
             if linked and not staged.published:
                 self.folder.remove(self.name + BACKUP)
@@ -253,6 +253,10 @@ class Put:
             return False
         with Staged(self.folder, self.name) as trial:
             return not clone(source.fd, trial.file.fileno())
+
+    def _replaced(self) -> os.stat_result | None:
+        """Return the status of the file that the result replaces; None for a new one."""
+        return self.original.status if self.original and self.in_place else None
 
     def _require_at_rest(self) -> None:
         if self.original:

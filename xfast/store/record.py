@@ -15,8 +15,6 @@ import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
 from typing import Any
 
 from xfast.errors import XfastError
@@ -25,6 +23,7 @@ from xfast.snapshots.model import Splice
 from xfast.store.access import Access
 from xfast.store.names import Directory, doubt
 from xfast.store.staged import Staged
+from xfast.version import __version__
 
 SCHEMA = "xfast/1"
 RECORD_LIMIT = 256 << 20
@@ -130,12 +129,6 @@ def edit_as_json(edit: Splice) -> dict[str, Any]:
     }
 
 
-@lru_cache
-def tool_version() -> str:
-    """Return the version of xfast, looked up on the disk once."""
-    return version("xfast")
-
-
 def record_of(
     snapshot: str,
     output: str,
@@ -158,7 +151,7 @@ def record_of(
         )
     return {
         "schema": SCHEMA,
-        "xfast": tool_version(),
+        "xfast": __version__,
         "nonce": secrets.token_hex(16),
         "snapshot": os.path.abspath(snapshot),
         "output": os.path.abspath(output),

@@ -14,7 +14,6 @@ from typing import IO
 
 from xfast.errors import XfastError
 from xfast.store.access import (
-    GROUP,
     LIST,
     Access,
     access_of,
@@ -22,6 +21,7 @@ from xfast.store.access import (
     give,
     restrict,
     safe_list,
+    without_group,
 )
 from xfast.store.names import PRIVATE, SAFE_MODE, Directory, same, umask
 
@@ -108,15 +108,22 @@ class Staged:
                     if name == LIST:
                         mode = stat.S_IMODE(status.st_mode)  # the group's bits are the list's mask
         if not give(fd, status.st_uid, status.st_gid):
-            mode &= ~GROUP
+            mode = without_group(mode)
         own = os.fstat(fd)
         if strict and (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.path)
         os.fchmod(fd, mode & SAFE_MODE)
         os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def publish(self, *, replace: bool = False) -> None:
+    def publish(self, *, replace: bool = False, instead_of: os.stat_result | None = None) -> None:
         """Give the file its place, with all its bytes on the disk.
+
+        Parameters
+        ----------
+        replace : bool
+            A file that has its name is replaced.
+        instead_of : os.stat_result, optional
+            That file is replaced, and no other which came there meanwhile.
 
         Raises
         ------
@@ -129,13 +136,32 @@ class Staged:
         if own.st_nlink != 1 or not same(self.folder.status(self.temporary), own):
             raise XfastError(f"{self.path}: somebody exchanged or linked the file in the making")
         try:
-            self.folder.rename(self.temporary, self.name, replace=replace)
+            if instead_of is None or not self._exchange(instead_of):
+                replace = replace or instead_of is not None
+                self.folder.rename(self.temporary, self.name, replace=replace)
         except FileExistsError:
             raise XfastError(f"{self.path}: exists; expected a new name") from None
         self.temporary = ""
         self.folder.sync()
         if not same(self.folder.status(self.name), own):
             raise XfastError(f"{self.path}: somebody exchanged the file that was published")
+
+    def _exchange(self, other: os.stat_result) -> bool:
+        """Take the place of a file, and of no other; return False where the system can't.
+
+        Between a look at what has the name and a rename() to it somebody may put a newer file
+        there, which would be lost.
+
+        *Source*: rename(2), RENAME_EXCHANGE.
+        """
+        if not self.folder.exchange(self.temporary, self.name):
+            return False
+        if not same(self.folder.status(self.temporary), other):
+            self.folder.exchange(self.temporary, self.name)
+            raise XfastError(f"{self.path}: another file has taken its place since it was read")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.remove(self.temporary)
+        return True
 
     def __enter__(self) -> Staged:
         return self
@@ -172,7 +198,7 @@ def write_text(path: str, text: str, *, replace: bool = False) -> None:
 
 def _remove_left_over(folder: Directory, name: str) -> bool:
     """Remove a temporary file, unless a process that lives has it locked; return whether."""
-    fd = folder.open_file(name, os.O_RDWR)
+    fd = folder.open_file(name)  # it may have had its permissions already
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         folder.remove(name)
