@@ -147,3 +147,16 @@ def test_an_entry_is_a_path_that_travels(tree):
     assert not is_folder(entry)
     with Source.open(entry) as source:
         assert source.size == 4096
+
+
+@pytest.mark.parametrize("suffix", [".xcrs", ".cpuid2"])
+def test_a_companion_that_leads_elsewhere_shows_nothing_of_what_is_there(tree, suffix):
+    """Its first four bytes were shown as the number that they should be."""
+    secret = tree.parent / "secret" / "text"
+    secret.write_bytes(b"root:$6$salt" * 50)
+    companion = (tree / "a.xsave").with_suffix(suffix)
+    companion.symlink_to(secret)
+    with pytest.raises(FormatError) as caught:
+        snapshots.read(tree / "a.xsave")
+    assert f"{int.from_bytes(b'root', 'little')}" not in str(caught.value)
+    assert "root" not in str(caught.value).removeprefix(str(companion))

@@ -70,9 +70,9 @@ class TestFiles:
         ("name", "content", "words"),
         [
             (".xcrs", bytes(100), r"expected struct kvm_xcrs \(392 bytes\), got 100"),
-            (".xcrs", b"\xff" * 392, "expected at most 16 registers, got 4294967295"),
+            (".xcrs", b"\xff" * 392, "expected at most 16 registers, got more"),
             (".cpuid2", b"\x01", r"expected struct kvm_cpuid2 \(8 bytes or more\), got 1$"),
-            (".cpuid2", b"\xff" * 400, "entries .* got 4294967295 in 400 bytes"),
+            (".cpuid2", b"\xff" * 400, "at most 256 entries, got something else of 400 bytes"),
             (".cpuid2", struct.pack("<2I7I3I", 1, 0, 0xD, 0, 1, 4, 0, 0, 0, 0, 0, 0), None),
             (
                 ".cpuid2",

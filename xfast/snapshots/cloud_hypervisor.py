@@ -43,6 +43,9 @@ STATE = "state.json"
 CONFIG = "config.json"
 MEMORY = "memory-ranges"
 """The files of a snapshot's directory: the vCPUs, the machine's definition, its memory."""
+XSAVE_MEMBER = b'\\"xsave\\":'
+"""What each vCPU's state has, which is JSON in a string."""
+
 CONFIG_LIMIT = 1 << 20
 CONFIG_SHORT = 1 << 14
 """Bytes of a definition that is kept for others which are the same: most take a tenth of it."""
@@ -158,9 +161,12 @@ def read(
         parts = list(_parts(source.path, data, layout))
         vcpus = [part.vcpu for part in parts]
         generation = RECENT if parts[-1].text.numbers is None else "v38 or earlier"
-        if layout is None:
-            state_plans.remember(data, parts, _counting)
         doubts = misnumbered(vcpu.index for vcpu in vcpus)
+        states = data.count(XSAVE_MEMBER)
+        if states > len(vcpus):
+            doubts += (f"expected {states} vCPUs, as many as have a state, got {len(vcpus)}",)
+        elif layout is None:
+            state_plans.remember(data, parts, _counting)
     told = _boot_vcpus(source)
     if told not in (None, len(vcpus)):
         doubts += (f"expected {told} vCPUs, as {CONFIG} beside it says, got {len(vcpus)}",)
@@ -245,6 +251,9 @@ def _states(path: str, data: bytes) -> Iterator[tuple[int, dict[str, Span], Text
     """Yield every vCPU's number, where the members of its state lie, and in which text."""
     file = Text(path, data.decode("latin-1")).checked()
     members = file.members(0)
+    end = file.end(0)
+    if file.text[end:].strip(" \t\r\n"):
+        raise FormatError(path, end, "expected one JSON object, got more behind it")
     for step in ("snapshots", "cpu-manager", "snapshots"):
         if step not in members:
             raise FormatError(path, None, f"expected the vCPUs in {step!r}, got no such member")

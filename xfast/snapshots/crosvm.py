@@ -25,7 +25,7 @@ from xfast.kernels.uapi import CR4_PKE, MSR_IA32_XFD, MSR_IA32_XSS
 from xfast.snapshots import infer
 from xfast.snapshots.bytes.folder import Folder
 from xfast.snapshots.bytes.source import Source
-from xfast.snapshots.model import Snapshot, Splice, Vcpu
+from xfast.snapshots.model import Snapshot, Splice, Vcpu, misnumbered
 from xfast.xsave.features import EXTENDED_OFFSET
 from xfast.xsave.layout import Layout
 
@@ -63,6 +63,13 @@ class Cbor:
             raise Broken(f"expected {count} bytes at {self.position}, got the end")
         self.position += count
         return self.data[self.position - count : self.position]
+
+    def whole(self) -> Any:
+        """Return the one item that the data are. Raises Broken as `value` does."""
+        value = self.value()
+        if self.position < len(self.data):
+            raise Broken(f"expected one item, got more at {self.position}")
+        return value
 
     def value(self, depth: int = 0) -> Any:
         """Return the next item.
@@ -144,7 +151,7 @@ def read(
     Returns
     -------
     list of Snapshot
-        One.
+        One. A file that is named by itself and is not vCPU 0's raises doubts.
 
     Raises
     ------
@@ -158,7 +165,8 @@ def read(
         raise FormatError(
             source.path, None, f"expected vCPUs 0 to {len(numbers) - 1}, got {numbers[:16]}"
         )
-    return [Snapshot(source.path, "crosvm", "vm", "kvm", vcpus, source.container)]
+    doubts = misnumbered(numbers)
+    return [Snapshot(source.path, "crosvm", "vm", "kvm", vcpus, source.container, doubts=doubts)]
 
 
 def _files(source: Source | Folder) -> Iterator[Source]:
@@ -177,7 +185,7 @@ def _vcpu(source: Source, given: Layout | None) -> Vcpu:
         )
     data = source.read(0, source.size)
     try:
-        state = json.loads(data) if data[:1] == b"{" else Cbor(data).value()
+        state = json.loads(data) if data[:1] == b"{" else Cbor(data).whole()
         number, area, xcr0, msrs, cr4 = _parts(state)
     except (Broken, RecursionError, ValueError) as problem:
         raise FormatError(source.path, 0, f"found damage: {problem}") from None

@@ -116,7 +116,7 @@ def xcr0_of(data: bytes) -> int | None:
         raise ValueError(f"expected struct kvm_xcrs (392 bytes), got {len(data)}")
     (count,) = struct.unpack_from("<I", data)
     if count > 16:
-        raise ValueError(f"expected at most 16 registers, got {count}")
+        raise ValueError("expected at most 16 registers, got more")
     for i in range(count):
         register, _, value = struct.unpack_from("<2IQ", data, 8 + 16 * i)
         if register == 0:

@@ -33,8 +33,8 @@ from xfast.snapshots import fxsave, infer
 from xfast.snapshots.bytes.source import Source
 from xfast.snapshots.model import Snapshot, Splice, Vcpu
 from xfast.xsave.cpuid import Cpuid
-from xfast.xsave.features import EXTENDED_OFFSET
-from xfast.xsave.layout import Layout
+from xfast.xsave.features import EXTENDED_OFFSET, XFEATURE_MASK_FPSSE
+from xfast.xsave.layout import PRESETS, Layout
 
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
 XL_HEADER, XL_LENGTH_OFFSET = 48, 44
@@ -48,6 +48,7 @@ BIG_ENDIAN = 1
 
 LIBXL_END, LIBXC_CONTEXT = 0, 1
 END, PV_VCPU_BASIC, PV_VCPU_XSAVE, HVM_CONTEXT, CPUID_POLICY = 0, 4, 6, 9, 0x11
+PV_VCPU_EXTENDED, PV_VCPU_MSRS, LAST_KNOWN, OPTIONAL = 5, 0xC, 0x12, 1 << 31
 DOMAINS = {1: "PV", 2: "HVM", 3: "PVH"}
 BODY_LIMIT = 16 << 20
 """Bytes of a record that is read; PAGE_DATA is not."""
@@ -57,6 +58,8 @@ ENTRY_LIMIT = 1 << 17
 
 CPU, CPU_XSAVE, CPU_MSR = 2, 16, 20
 CPU_CR4_OFFSET = 680
+CPU_MOST = 2048
+"""Bytes of a vCPU's registers, at most; less than two such entries take."""
 XSAVE_HEADER = struct.Struct("<3Q")
 """xfeature_mask, xcr0, xcr0_accum; the area follows."""
 PV_XSAVE_HEADER = struct.Struct("<2I2Q")
@@ -95,6 +98,10 @@ class Found:
     cpuid: Cpuid | None = None
     behind: bool = False
     """Whether anything but zeros lies behind the HVM context's END."""
+    told: set[int] = field(default_factory=set)
+    """The vCPUs that records speak of without their state, or that an earlier context had."""
+    strange: int = 0
+    """A record that a restore must know and refuses."""
 
 
 def sniff(source: Source) -> bool:
@@ -144,12 +151,12 @@ def read(
             vcpus,
             source.container,
             facts,
-            doubts=_doubts(found),
+            doubts=_doubts(found, vcpus),
         )
     ]
 
 
-def _doubts(found: Found) -> tuple[str, ...]:
+def _doubts(found: Found, vcpus: list[Vcpu]) -> tuple[str, ...]:
     """Return what makes one doubt that the vCPUs are whole, and all that are online.
 
     vCPU 0 always is. Each has its registers, and its XSAVE state if any has; how many are offline,
@@ -167,7 +174,28 @@ def _doubts(found: Found) -> tuple[str, ...]:
         missing = sorted(others.keys() - some.keys())
         if missing and some:
             doubts.append(f"expected {what} of vCPU {missing[0]}, got none")
+    lost = sorted(found.told - found.cpus.keys() - found.areas.keys())
+    if lost:
+        doubts.append(f"expected the state of vCPU {lost[0]}, of which records speak, got none")
+    if found.strange:
+        doubts.append(f"expected records of known types, got {found.strange:#x}")
+    long = [vcpu.index for vcpu in vcpus if vcpu.index in found.areas and _is_long(vcpu, found)]
+    if long:
+        doubts.append(f"expected zeros behind the area of vCPU {long[0]}, as Xen does, got others")
     return tuple(doubts)
+
+
+def _is_long(vcpu: Vcpu, found: Found) -> bool:
+    """Tell whether anything lies behind the components that the guest ever had enabled.
+
+    *Source*: Xen xen/arch/x86/hvm/hvm.c hvm_load_cpu_xsave_states().
+    """
+    _, accumulated, data = found.areas[vcpu.index]
+    layouts = [vcpu.layout] if vcpu.layout else PRESETS.values()
+    slots = [slot for layout in layouts for slot in layout.slots if accumulated >> slot.nr & 1]
+    if accumulated & ~XFEATURE_MASK_FPSSE & ~sum(1 << nr for nr in {slot.nr for slot in slots}):
+        return False
+    return any(data[max((slot.offset + slot.size for slot in slots), default=EXTENDED_OFFSET) :])
 
 
 def _image(source: Source) -> int:
@@ -248,7 +276,15 @@ def _records(source: Source, position: int) -> Iterator[Piece]:
 
 
 def _take(source: Source, found: Found, piece: Piece) -> None:
-    """Add what a record tells; of records that come again (checkpoints) the last counts."""
+    """Add what a record tells; of records that come again (checkpoints) the last counts.
+
+    *Source*: Xen docs/specs/libxc-migration-stream.pandoc: a record without the bit `OPTIONAL`
+    must be known.
+    """
+    if piece.type > LAST_KNOWN and not piece.type & OPTIONAL:
+        found.strange = piece.type
+    if piece.type in (PV_VCPU_EXTENDED, PV_VCPU_MSRS) and piece.length >= 4:
+        found.told.add(source.unpack("<I", piece.offset)[0])
     if piece.type not in (PV_VCPU_BASIC, PV_VCPU_XSAVE, HVM_CONTEXT, CPUID_POLICY):
         return
     if piece.length > BODY_LIMIT:
@@ -259,6 +295,7 @@ def _take(source: Source, found: Found, piece: Piece) -> None:
     if piece.type == CPUID_POLICY:
         found.cpuid = _cpuid(source, piece, body)
     elif piece.type == HVM_CONTEXT:
+        found.told.update(found.cpus, found.areas)
         found.cpus, found.areas, found.msrs = {}, {}, {}
         _take_context(source, found, piece, body)
     elif piece.type == PV_VCPU_BASIC and len(body) >= 4:
@@ -296,7 +333,7 @@ def _take_context(source: Source, found: Found, piece: Piece, body: bytes) -> No
             )
         where = piece.offset + at
         if kind == CPU:
-            if length < CPU_CR4_OFFSET + 8 or number in found.cpus:
+            if not CPU_CR4_OFFSET + 8 <= length <= CPU_MOST or number in found.cpus:
                 raise FormatError(
                     source.path, where, f"expected CPU {number} once, whole; got {length} bytes"
                 )

@@ -53,11 +53,16 @@ MODELS = {
 """
 
 
+UNREADABLE = -1
+"""In the place of a number that is there and is none."""
+
+
 class Domain(NamedTuple):
     """What the XML tells of the guest.
 
     `kvm` is whether the domain ran under KVM; `components` the user components that its CPU may
-    have (bits), None where the XML does not tell; `vcpus` how many it had, None likewise.
+    have (bits), None where the XML does not tell; `vcpus` how many it had, None likewise, and
+    UNREADABLE where the XML tells it in no number.
     """
 
     name: str
@@ -175,7 +180,9 @@ def domain(path: str, head: Header) -> Domain:
 def _vcpus(outer: _Wanted) -> int | None:
     """Return how many vCPUs the domain had: those plugged in, where it tells both numbers."""
     count = outer.attributes.get("vcpu", {}).get("current") or outer.texts.get("vcpu", "")
-    return int(count) if re.fullmatch(r"\s*\d{1,6}\s*", count) else None
+    if "vcpu" not in outer.attributes:
+        return None
+    return int(count) if re.fullmatch(r"\s*\d{1,6}\s*", count) else UNREADABLE
 
 
 def _components(model: str, features: dict[str, bool]) -> int | None:

@@ -18,7 +18,7 @@ from xfast.snapshots.bytes import libvirt, qcow2
 from xfast.snapshots.bytes.source import Source, View
 from xfast.snapshots.model import Snapshot, Span, Splice, Unseen, Vcpu, kept
 from xfast.snapshots.qemu.cpu import INTEL, Section
-from xfast.snapshots.qemu.domain import Domain, domain
+from xfast.snapshots.qemu.domain import UNREADABLE, Domain, domain
 from xfast.snapshots.qemu.forward import located
 from xfast.snapshots.qemu.plans import Followed, Sections, cpu_shape, follow
 from xfast.snapshots.qemu.stream import MAGIC, configuration, start_of
@@ -216,7 +216,9 @@ def _read(stream: _Stream, found: Sections | None = None) -> Snapshot:
     if "mapped-ram" in config.capabilities:
         container += ("mapped-ram",)
     doubts = found.doubts
-    if guest and guest.vcpus not in (None, len(vcpus)):
+    if guest and guest.vcpus == UNREADABLE:
+        doubts += ("expected the domain's number of vCPUs, got a text that is none",)
+    elif guest and guest.vcpus not in (None, len(vcpus)):
         doubts += (f"expected {guest.vcpus} vCPUs, as the domain has, got {len(vcpus)}",)
     return Snapshot(
         source.path,
