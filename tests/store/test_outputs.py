@@ -132,6 +132,18 @@ def test_a_folder_that_everybody_can_write_is_no_place_for_a_scan(tmp_path):
 
 
 @AS_ROOT
+def test_a_folder_that_another_group_can_write_is_no_place_for_a_scan(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    folder.chmod(0o2775)
+    os.chown(folder, 0, TENANT)
+    with pytest.raises(XfastError, match=r"others can write it .*group 4321"):
+        scan(tmp_path, folder)
+    os.chown(folder, 0, os.getegid())
+    scan(tmp_path, folder)
+
+
+@AS_ROOT
 def test_a_tenants_folder_is_no_place_for_a_scan(tmp_path):
     """Who made it can put chunks there that would be taken for finished ones."""
     folder = tmp_path / "out"

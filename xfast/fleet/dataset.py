@@ -153,10 +153,11 @@ class Dataset:
     def _require_own(self) -> None:
         """Raise XfastError if somebody else can write the folder: what is kept there is trusted."""
         status = os.fstat(self.root.fd)
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
+        writers = 0o002 if status.st_gid == os.getegid() else 0o022
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & writers:
             raise XfastError(
-                f"{self.folder}: others can write it (user {status.st_uid}, mode "
-                f"{stat.S_IMODE(status.st_mode):04o}); expected a folder of your own"
+                f"{self.folder}: others can write it (user {status.st_uid}, group {status.st_gid}, "
+                f"mode {stat.S_IMODE(status.st_mode):04o}); expected a folder of your own"
             )
 
     def _require_only(self, name: str) -> None:

@@ -154,13 +154,16 @@ class Staged:
 
         *Source*: rename(2), RENAME_EXCHANGE.
         """
-        if not self.folder.exchange(self.temporary, self.name):
+        temporary = self.temporary
+        if not self.folder.exchange(temporary, self.name):
             return False
-        if not same(self.folder.status(self.temporary), other):
-            self.folder.exchange(self.temporary, self.name)
+        if not same(self.folder.status(temporary), other):
+            self.temporary = ""  # another's, which stays, should it not go back
+            self.folder.exchange(temporary, self.name)
+            self.temporary = temporary
             raise XfastError(f"{self.path}: another file has taken its place since it was read")
         with contextlib.suppress(FileNotFoundError):
-            self.folder.remove(self.temporary)
+            self.folder.remove(temporary)
         return True
 
     def __enter__(self) -> Staged:
