@@ -20,6 +20,7 @@ from xfast.judge.rules import RULES
 from xfast.judge.verdict import Finding, Judgement, Verdict
 from xfast.report import progress
 from xfast.report.matrix import CELLS, Answer, Fleet, cell
+from xfast.report.rows import cell as cell_of_csv
 from xfast.report.rows import console
 
 SNAPSHOTS = Path(__file__).parents[2] / "examples" / "snapshots"
@@ -192,6 +193,14 @@ def test_no_cell_of_a_table_is_a_formula(run, tmp_path, monkeypatch):
     _, out, _ = run("check", "=cmd()", "--host", NO_PKU, "--format", "csv")
     (row,) = csv.DictReader(io.StringIO(out))
     assert row["snapshot"] == "'=cmd()"
+
+
+@pytest.mark.parametrize(
+    "text", ["=1", " =1", "+1", "-1", "@SUM", "\t1", "\r1", "\uff1d1", "\xa0=1"]
+)
+def test_nothing_that_a_spreadsheet_counts_is_a_cell(text):
+    assert cell_of_csv(text) == f"'{text}"
+    assert cell_of_csv(f"a{text}") == f"a{text}"
 
 
 def test_what_could_not_be_judged_is_in_every_format(run, tmp_path):

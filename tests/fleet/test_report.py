@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from snapshot_files import area
 
 from xfast.cli.main import main
 from xfast.errors import XfastError
@@ -97,6 +98,21 @@ def test_other_formats(results, capsys):
     assert answer["schema"] == "xfast/report/1"
     assert answer["snapshots"] == 8
     assert set(answer["hosts"]) == set(NAMES)
+
+
+def test_hosts_are_neither_formulas_nor_marks(tmp_path, capsys):
+    """The head of the CSV had the names of hosts as they were."""
+    hosts = [{"name": name, "xcr0": "0x7"} for name in ("=1+1", "\\<b>&lt;")]
+    (tmp_path / "h.json").write_text(json.dumps({"schema": "xfast/1", "hosts": hosts}))
+    (tmp_path / "vm.xsave").write_bytes(area(1, 4096))
+    words = [tmp_path / "vm.xsave", "--layout", "intel", "--host", tmp_path / "h.json"]
+    assert main(["scan", *map(os.fspath, words), "-o", os.fspath(tmp_path / "out")]) in (0, 3)
+    capsys.readouterr()
+    assert main(["report", os.fspath(tmp_path / "out"), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("snapshots,example,class,'=1+1,")
+    assert main(["report", os.fspath(tmp_path / "out"), "--format", "md"]) == 0
+    shown = re.sub(r"\\\\", "", capsys.readouterr().out)  # a backslash is one, and escapes none
+    assert not re.search(r"(?<!\\)[<&]", shown)
 
 
 def test_nothing_is_overwritten(results, tmp_path, capsys):

@@ -188,6 +188,16 @@ def test_who_may_not_give_the_group_gives_no_bits_to_another(leak, tmp_path):
         assert path.stat().st_gid == TEAM or not mode(path) & 0o070, path.name
 
 
+@pytest.mark.parametrize("size", [0, 3, 4, 11, 12, 43])
+def test_an_access_list_that_is_cut_off_is_read_as_far_as_it_goes(size):
+    whole = access_list((USER_OBJ, 7, NOBODY), (USER, 7, TENANT), (GROUP_OBJ, 7, NOBODY),
+                        (MASK, 7, NOBODY), (OTHER, 7, NOBODY))  # fmt: skip
+    count = max(size - 4, 0) // 8
+    safe = access_list((USER_OBJ, 6, NOBODY), (USER, 4, TENANT), (GROUP_OBJ, 4, NOBODY),
+                       (MASK, 4, NOBODY), (OTHER, 4, NOBODY))  # fmt: skip
+    assert access.safe_list(whole[:size]) == safe[: min(size, 4 + 8 * count)]
+
+
 @pytest.mark.parametrize(
     ("bits", "given"), [(0o644, 0o644), (0o640, 0o600), (0o664, 0o644), (0o604, 0o604)]
 )
@@ -337,6 +347,9 @@ def test_a_file_system_that_can_not_rename_where_free(data, leak, tmp_path, monk
     assert (tmp_path / "out").is_dir() == (what == "directory")
     with Directory.open(str(tmp_path)) as top, pytest.raises(OSError, match=r"exists|not empty"):
         top.rename("out", "taken", replace=False)
+    if what == "file":
+        assert plan(leak).apply(in_place=True, backup=True)
+        assert leak.read_bytes() == (tmp_path / "out").read_bytes()
 
 
 def test_a_newer_file_that_can_not_go_back_is_not_removed(leak, monkeypatch):

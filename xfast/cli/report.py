@@ -13,6 +13,7 @@ from typing import Any
 from xfast.cli.arguments import EXIT_CODES, OK
 from xfast.fleet.html import page
 from xfast.fleet.summary import WORDS, Summary, summarise
+from xfast.report.rows import cell
 from xfast.report.tally import counted
 from xfast.store.staged import write_text
 
@@ -87,21 +88,17 @@ def markdown(summary: Summary) -> str:
 
 
 def _escaped(value: object) -> str:
-    return "".join("\\" + c if c in "|*_`<[" else c for c in str(value))
+    return "".join("\\" + c if c in "\\|*_`<[&" else c for c in str(value))
 
 
 def table(summary: Summary) -> str:
     """Return the matrix as CSV."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, ["snapshots", "example", "class", *summary.hosts])
-    writer.writeheader()
+    names = ["snapshots", "example", "class", *summary.hosts]
+    writer = csv.writer(out)
+    writer.writerow(map(cell, names))
     for row in rows(summary):
-        writer.writerow(
-            {
-                name: f"'{value}" if str(value).startswith(("=", "+", "-", "@")) else value
-                for name, value in row.items()
-            }
-        )
+        writer.writerow(cell(row[name]) for name in names)
     return out.getvalue()
 
 

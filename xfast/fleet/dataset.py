@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from xfast.errors import XfastError
+from xfast.errors import XfastError, escape
 from xfast.fleet.judging import (
     COLUMNS,
     FINDING,
@@ -223,7 +223,7 @@ class Dataset:
         manifest = {
             "schema": SCHEMA,
             "tool": __version__,
-            "hosts": [host.name for host in self.question.hosts],
+            "hosts": [escape(host.name) for host in self.question.hosts],
             "level": self.question.policy.level,
             "ignore": sorted(self.question.policy.ignore),
             "parts": sorted(f"snapshots/{key}.parquet" for key in self.used),

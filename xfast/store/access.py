@@ -13,7 +13,7 @@ import contextlib
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from xfast.store.names import SAFE_MODE, Directory, umask
@@ -52,9 +52,8 @@ def access_of(fd: int) -> Access:
     """Return what an open file or folder gives."""
     status = os.fstat(fd)
     mode = stat.S_IMODE(status.st_mode)
-    with contextlib.suppress(OSError):  # no list, or a system without them
-        found = os.getxattr(fd, LIST)
-        for tag, bits, _ in ENTRY.iter_unpack(found[HEAD:]):
+    with contextlib.suppress(OSError, AttributeError):  # no list, or a system without them
+        for tag, bits, _ in _entries(os.getxattr(fd, LIST)):
             if tag == GROUP_OBJ:
                 mode &= ~GROUP | bits << 3
     return Access(mode, status.st_uid, status.st_gid)
@@ -115,9 +114,15 @@ def safe_list(found: bytes) -> bytes:
     """Return an access list without what nothing that is written here may give."""
     entries = [
         (tag, bits & (SAFE_MODE >> 6 if tag == USER_OBJ else SAFE_MODE & 7), who)
-        for tag, bits, who in ENTRY.iter_unpack(found[HEAD:])
+        for tag, bits, who in _entries(found)
     ]
     return found[:HEAD] + b"".join(ENTRY.pack(*entry) for entry in entries)
+
+
+def _entries(found: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield an access list's entries: the tag, the permissions, whose they are."""
+    whole = (len(found) - HEAD) // ENTRY.size * ENTRY.size
+    return ENTRY.iter_unpack(found[HEAD : HEAD + max(whole, 0)])
 
 
 def drop_lists(fd: int) -> None:
