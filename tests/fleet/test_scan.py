@@ -119,6 +119,33 @@ def test_a_scan_goes_on_where_it_was(fleet, tmp_path, hosts, monkeypatch):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_they_work_for(fleet, tmp_path, number):
+    """They waited for more work for ever, at 37 MB each."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "xfast", "scan", *[fleet] * 500, "--host", *NAMES, "-o", out,
+        "--chunk", "2", "-j", "2", "-q",
+    ]  # fmt: skip
+    killed = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(out.glob("_work/*.json")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(number)
+    assert killed.wait() == -number
+    while any(is_in_group(entry, killed.pid) for entry in Path("/proc").glob("[0-9]*")):
+        time.sleep(0.05)  # the time limit of a test bounds this
+
+
+def is_in_group(entry: Path, group: int) -> bool:
+    """Tell whether a process is of a group, and no zombie."""
+    try:
+        state, _, its = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:  # it has just ended
+        return False
+    return int(its) == group and state != "Z"
+
+
 @pytest.mark.parametrize("delay", [0.3, 0.8, 1.5])
 def test_killed_at_any_moment_it_finishes_the_rest(fleet, tmp_path, hosts, delay):
     command = [

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
@@ -120,7 +122,7 @@ class _Pool:
         if self.own is None:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["xfast.fleet.judging"])
-            self.own = ProcessPoolExecutor(self.jobs, mp_context=context)
+            self.own = ProcessPoolExecutor(self.jobs, context, _live_with_parent)
         return self.own
 
     def renew(self) -> None:
@@ -148,6 +150,19 @@ class _Pool:
         """End the processes of our own."""
         if self.own is not None:
             self.own.shutdown(cancel_futures=True)
+
+
+def _live_with_parent() -> None:
+    """End this worker when whom it works for ends, however that is; Ctrl-C ends it in silence."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def scan(
