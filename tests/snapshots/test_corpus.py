@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from xfast.store import put
+
 CORPUS = Path(__file__).parents[2] / "fuzz" / "corpus"
 
 
@@ -12,6 +14,12 @@ def targets():
     import targets
 
     return targets.TARGETS
+
+
+@pytest.fixture(autouse=True)
+def _patched_from(monkeypatch):
+    """Have what a target sets put back: from which size on files are patched."""
+    monkeypatch.setattr(put, "PATCH_FROM", put.PATCH_FROM)
 
 
 def test_every_folder_is_a_target(targets):

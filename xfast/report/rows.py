@@ -37,6 +37,7 @@ def console(file: TextIO) -> Console:
             raise BrokenPipeError
 
         def print(self, *objects: Any, **how: Any) -> None:
+            plain = self.soft_wrap and self.color_system is None
             if plain and all(isinstance(one, str) for one in objects):
                 print(*objects, file=file)
             else:
@@ -44,9 +45,7 @@ def console(file: TextIO) -> Console:
 
     wide = None if file.isatty() else 10_000
     soft = wide is not None
-    out = Pipe(file=file, width=wide, highlight=False, markup=False, emoji=False, soft_wrap=soft)
-    plain = soft and out.color_system is None
-    return out
+    return Pipe(file=file, width=wide, highlight=False, markup=False, emoji=False, soft_wrap=soft)
 
 
 def _hex(value: int | None) -> str | None:
