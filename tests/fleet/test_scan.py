@@ -119,6 +119,20 @@ def test_a_scan_goes_on_where_it_was(fleet, tmp_path, hosts, monkeypatch):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_after_a_complete_scan_all_is_judged_anew(tmp_path, hosts):
+    """It told the old verdicts of snapshots that had been mended in between."""
+    fleet, out = tmp_path / "fleet", tmp_path / "out"
+    fleet.mkdir()
+    for i in range(3):
+        (fleet / f"{i}.xsave").write_bytes(LEAK.read_bytes())
+    names = [os.fspath(fleet)]
+    assert run.scan(names, hosts, out, jobs=1)["failed"] == 0
+    (fleet / "1.xsave").write_bytes(b"no snapshot any more")
+    for _ in range(2):
+        assert run.scan(names, hosts, out, jobs=1)["failed"] == 1
+        assert len(list(out.glob("snapshots/*"))) == len(list(out.glob("_work/*"))) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_that_they_work_for(fleet, tmp_path, number):
     """They waited for more work for ever, at 37 MB each."""

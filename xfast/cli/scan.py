@@ -27,7 +27,8 @@ EXAMPLES = f"""\
 examples:
   xfast scan /var/lib/snapshots --host fleet.toml -o results/
   xfast scan s3://snapshots/2026/ --host amd-milan@6.12 -o results/ -j 16
-Killed at any moment and started again, it finishes the rest. `xfast report results/` draws it.
+Killed at any moment and started again, it finishes the rest. Once it is complete, the next scan
+looks at every input anew. `xfast report results/` draws it.
 
 {EXIT_CODES}"""
 

@@ -186,7 +186,7 @@ def scan(
     hosts : sequence of Host
     results : path
         The folder of the dataset; see `xfast.fleet.dataset`. A scan that was stopped goes on
-        where it was, and its dataset is the same.
+        where it was, and its dataset is the same; after one that was complete all is judged anew.
     policy : Policy, optional
         What to ask of the hosts.
     jobs : int, optional
