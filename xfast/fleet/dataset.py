@@ -164,7 +164,8 @@ class Dataset:
 
     def _manifest(self) -> bytes:
         """Return the manifest of the last scan that was complete, or nothing."""
-        if self.root.status("manifest.json") is None:
+        status = self.root.status("manifest.json")
+        if status is None or not stat.S_ISREG(status.st_mode):
             return b""
         with open(self.root.open_file("manifest.json"), "rb") as file:
             return file.read()

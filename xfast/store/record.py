@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from xfast.store.staged import Staged
 from xfast.version import __version__
 
 SCHEMA = "xfast/1"
+HASH = re.compile("[0-9a-f]{64}")
 RECORD_LIMIT = 256 << 20
 """No record is larger than this (bytes)."""
 
@@ -185,10 +187,12 @@ def read_record(folder: Directory, name: str) -> dict[str, Any]:
         record = json.loads(data)
         rows = [(row["name"], row["before"], row["after"]) for row in record["files"]]
         words = [record["output"], record["snapshot"], record["nonce"], *sum(rows, ())]
-        lists = [*record["edits"], *record["changes"]]
         fits = all(isinstance(word, str) for word in words)
-        fits = fits and record["schema"] == SCHEMA
-        if rows and fits and all(isinstance(one, dict) for one in lists):
+        fits = fits and all(HASH.fullmatch(word) for row in rows for word in row[1:])
+        fits = fits and all(type(edit["offset"]) is int for edit in record["edits"])
+        fits = fits and all(0 <= edit["offset"] < 1 << 63 for edit in record["edits"])
+        fits = fits and all(isinstance(one, dict) for one in record["changes"])
+        if rows and fits and record["schema"] == SCHEMA:
             return dict(record)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
