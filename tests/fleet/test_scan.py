@@ -133,6 +133,32 @@ def test_after_a_complete_scan_all_is_judged_anew(tmp_path, hosts):
         assert len(list(out.glob("snapshots/*"))) == len(list(out.glob("_work/*"))) == 1
 
 
+def test_a_scan_that_is_stopped_after_a_complete_one_is_none_yet(
+    fleet, tmp_path, hosts, monkeypatch
+):
+    """Its parts and the last one's together would hold inputs twice: no manifest names them."""
+    names, out = [os.fspath(fleet)], tmp_path / "out"
+    run.scan(names, hosts, out, jobs=1, chunk=7)
+    before = content(out)
+    real, asked = judging.judge, []
+
+    def stopped(names, packed):
+        asked.append(names)
+        if len(asked) > 2:
+            raise KeyboardInterrupt
+        return real(names, packed)
+
+    monkeypatch.setattr(run, "judge", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run.scan(names, hosts, out, jobs=1, chunk=7)
+    assert len(asked) == 3, "all is looked at anew"
+    with pytest.raises(XfastError, match="expected a finished scan"):
+        content(out)
+    monkeypatch.setattr(run, "judge", real)
+    run.scan(names, hosts, out, jobs=1, chunk=7)
+    assert content(out) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_that_they_work_for(fleet, tmp_path, number):
     """They waited for more work for ever, at 37 MB each."""

@@ -24,7 +24,7 @@ from xfast.store.undo import undo
 HOST = "intel-haswell@6.1"
 TENANT, TEAM, OTHERS = 4321, 4400, 4500
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another")
-USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 1, 2, 4, 0x10, 0x20
+USER_OBJ, USER, GROUP_OBJ, NAMED_GROUP, MASK, OTHER = 1, 2, 4, 8, 0x10, 0x20
 NOBODY = 0xFFFFFFFF
 
 
@@ -141,6 +141,17 @@ def test_an_access_lists_mask_is_no_right_of_the_group(leak, monkeypatch, way):
         assert not mode(path) & 0o022 or (way, path) == ("patched", leak)  # the file itself
 
 
+@pytest.mark.parametrize("tag", [USER, NAMED_GROUP])
+def test_whom_an_access_list_denies_a_file_is_denied_what_is_made_of_it(leak, tmp_path, tag):
+    """Of a file that all but one may read a new one without the list was readable for that one."""
+    named = sorted([(tag, 0, TENANT), (GROUP_OBJ, 4, NOBODY)])  # as the kernel wants them
+    own = access_list((USER_OBJ, 6, NOBODY), *named, (MASK, 4, NOBODY), (OTHER, 4, NOBODY))
+    set_list(leak, access.LIST, own)
+    assert mode(leak) == 0o644
+    plan(leak).apply(str(tmp_path / "new"))
+    assert mode(tmp_path / "new") == mode(tmp_path / "new.xfast.json") == 0o600
+
+
 @AS_ROOT
 @pytest.mark.parametrize("way", WAYS)
 def test_a_group_of_the_folders_reads_nothing(leak, monkeypatch, way):
@@ -199,7 +210,7 @@ def test_an_access_list_that_is_cut_off_is_read_as_far_as_it_goes(size):
 
 
 @pytest.mark.parametrize(
-    ("bits", "given"), [(0o644, 0o644), (0o640, 0o600), (0o664, 0o644), (0o604, 0o604)]
+    ("bits", "given"), [(0o644, 0o644), (0o640, 0o600), (0o664, 0o644), (0o604, 0o600)]
 )
 def test_a_group_that_is_not_the_originals_has_no_more_than_others(tmp_path, bits, given):
     path = tmp_path / "one"

@@ -125,7 +125,6 @@ class Dataset:
         self.stack = contextlib.ExitStack()
         self.folders: dict[str, Directory] = {}
         self.used: dict[str, dict[str, Any]] = {}
-        self.before = b""
 
     def __enter__(self) -> Dataset:
         try:
@@ -142,7 +141,7 @@ class Dataset:
             lock = self.root.open_file(".lock", os.O_RDWR | os.O_CREAT)
             self.stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.before = self._manifest()
+            self._begin()
         except BaseException as problem:
             self.stack.close()
             if isinstance(problem, BlockingIOError):
@@ -162,13 +161,14 @@ class Dataset:
                 f"mode {stat.S_IMODE(status.st_mode):04o}); expected a folder of your own"
             )
 
-    def _manifest(self) -> bytes:
-        """Return the manifest of the last scan that was complete, or nothing."""
-        status = self.root.status("manifest.json")
-        if status is None or not stat.S_ISREG(status.st_mode):
-            return b""
-        with open(self.root.open_file("manifest.json"), "rb") as file:
-            return file.read()
+    def _begin(self) -> None:
+        """Forget a scan that was complete: it has a manifest. One that was stopped has none."""
+        if self.root.status("manifest.json") is None:
+            return
+        for name in os.listdir(self.folders["_work"].fd):
+            if is_own("_work", name):
+                self.folders["_work"].remove(name)
+        self.root.remove("manifest.json")
 
     def _require_only(self, name: str) -> None:
         """Raise XfastError if there is anything in a folder that no scan has put there."""
@@ -184,13 +184,8 @@ class Dataset:
         self.stack.close()
 
     def key(self, names: Sequence[str]) -> str:
-        """Return what a chunk is called: by its names, the question, and the scan before this one.
-
-        So a scan that was stopped goes on, while after one that was complete another begins, which
-        looks at every input anew.
-        """
+        """Return what a chunk is called: it depends on its names and the question."""
         digest = hashlib.sha256(self.name.encode())
-        digest.update(hashlib.sha256(self.before).digest())
         for name in names:
             digest.update(os.fsencode(name) + b"\0")
         return digest.hexdigest()[:24]
@@ -226,10 +221,15 @@ class Dataset:
         return kept
 
     def finish(self) -> dict[str, Any]:
-        """Write the tables of classes and the manifest; then remove what belongs to neither."""
+        """Write the tables of classes and the manifest; remove what belongs to neither."""
         for table in ("verdicts", "findings"):
             rows = {json.dumps(row): row for kept in self.used.values() for row in kept[table]}
             self._write_table(table, "part-0.parquet", [rows[key] for key in sorted(rows)])
+        for folder, end in (("snapshots", ".parquet"), ("_work", ".json")):
+            for name in os.listdir(self.folders[folder].fd):
+                if name.removesuffix(end) not in self.used and is_own(folder, name):
+                    with contextlib.suppress(OSError):
+                        self.folders[folder].remove(name)
         manifest = {
             "schema": SCHEMA,
             "tool": __version__,
@@ -240,11 +240,6 @@ class Dataset:
             **totals(self.used),
         }
         self._write(self.root, "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
-        for folder, end in (("snapshots", ".parquet"), ("_work", ".json")):
-            for name in os.listdir(self.folders[folder].fd):
-                if name.removesuffix(end) not in self.used and is_own(folder, name):
-                    with contextlib.suppress(OSError):
-                        self.folders[folder].remove(name)
         return manifest
 
     def _write_table(self, table: str, name: str, rows: Sequence[Sequence[Any]]) -> None:

@@ -154,7 +154,8 @@ class _Pool:
 
 def _live_with_parent() -> None:
     """End this worker when whom it works for ends, however that is; Ctrl-C ends it in silence."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
     def end() -> None:

@@ -22,7 +22,7 @@ LIST = "system.posix_acl_access"
 DEFAULT_LIST = "system.posix_acl_default"
 HEAD = 4
 ENTRY = struct.Struct("<HHI")
-USER_OBJ, GROUP_OBJ = 1, 4
+USER_OBJ, USER, GROUP_OBJ, NAMED_GROUP = 1, 2, 4, 8
 GROUP = 0o070
 
 
@@ -49,13 +49,15 @@ class Access(NamedTuple):
 
 
 def access_of(fd: int) -> Access:
-    """Return what an open file or folder gives."""
+    """Return what an open file or folder gives to all whom no entry of a list denies it."""
     status = os.fstat(fd)
     mode = stat.S_IMODE(status.st_mode)
     with contextlib.suppress(OSError, AttributeError):  # no list, or a system without them
         for tag, bits, _ in _entries(os.getxattr(fd, LIST)):
             if tag == GROUP_OBJ:
                 mode &= ~GROUP | bits << 3
+            elif tag in (USER, NAMED_GROUP):
+                mode &= ~0o077 | bits << 3 | bits
     return Access(mode, status.st_uid, status.st_gid)
 
 
@@ -66,7 +68,10 @@ def access_below(fd: int, names: Iterable[str] | None = None) -> Access:
     for name in os.listdir(fd) if names is None else names:
         status = folder.status(name)
         if status is not None and stat.S_ISREG(status.st_mode):
-            file = folder.open_file(name)
+            try:
+                file = folder.open_file(name)
+            except PermissionError:  # then nor can what is made of it hold any of it
+                continue
             try:
                 access = access.and_of(access_of(file))
             finally:
@@ -96,8 +101,9 @@ def restrict(fd: int, access: Access, *, safe: int = SAFE_MODE, owned: bool = Tr
 
 
 def without_group(mode: int) -> int:
-    """Return permissions whose group is not the original's: it has no more than others."""
-    return mode & (~GROUP | (mode & 0o007) << 3)
+    """Return permissions whose group is not the original's: all have what both had."""
+    both = mode & mode >> 3 & 0o007
+    return mode & ~0o077 | both << 3 | both
 
 
 def give(fd: int, uid: int, gid: int) -> bool:

@@ -254,9 +254,9 @@ class Put:
         with Staged(self.folder, self.name) as trial:
             return not clone(source.fd, trial.file.fileno())
 
-    def _replaced(self) -> os.stat_result | None:
-        """Return the status of the file that the result replaces; None for a new one."""
-        return self.original.status if self.original and self.in_place else None
+    def _replaced(self) -> int | None:
+        """Return the open file that the result replaces; None for a new one."""
+        return self.original.fd if self.original and self.in_place else None
 
     def _require_at_rest(self) -> None:
         if self.original:

@@ -27,7 +27,8 @@ from xfast.store.staged import Staged
 from xfast.version import __version__
 
 SCHEMA = "xfast/1"
-HASH = re.compile("[0-9a-f]{64}")
+HASH = re.compile("(?:[0-9a-f]{64})?")  # none yet, where a change has just begun
+NUMBER = re.compile("[0-9]{1,18}")
 RECORD_LIMIT = 256 << 20
 """No record is larger than this (bytes)."""
 
@@ -192,6 +193,8 @@ def read_record(folder: Directory, name: str) -> dict[str, Any]:
         fits = fits and all(type(edit["offset"]) is int for edit in record["edits"])
         fits = fits and all(0 <= edit["offset"] < 1 << 63 for edit in record["edits"])
         fits = fits and all(isinstance(one, dict) for one in record["changes"])
+        fits = fits and all(NUMBER.fullmatch(row.get("end", "0")) for row in record["files"])
+        fits = fits and all(isinstance(row.get("journal", ""), str) for row in record["files"])
         if rows and fits and record["schema"] == SCHEMA:
             return dict(record)
     except (ValueError, KeyError, TypeError, RecursionError):

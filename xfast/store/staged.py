@@ -100,13 +100,15 @@ class Staged:
         fd = self.file.fileno()
         drop_lists(fd)
         mode = access.mode
-        with contextlib.suppress(OSError, AttributeError):  # a system without them, or not ours
-            for name in os.listxattr(original):
-                if name.startswith(KEPT_ATTRIBUTES):
-                    value = os.getxattr(original, name)
-                    os.setxattr(fd, name, safe_list(value) if name == LIST else value)
-                    if name == LIST:
-                        mode = stat.S_IMODE(status.st_mode)  # the group's bits are the list's mask
+        names: list[str] = []
+        with contextlib.suppress(OSError, AttributeError):  # a system without them
+            names = [name for name in os.listxattr(original) if name.startswith(KEPT_ATTRIBUTES)]
+        for name in names:
+            with contextlib.suppress(OSError):  # not ours to give
+                value = os.getxattr(original, name)
+                os.setxattr(fd, name, safe_list(value) if name == LIST else value)
+                if name == LIST:
+                    mode = stat.S_IMODE(status.st_mode)  # the group's bits are the list's mask
         if not give(fd, status.st_uid, status.st_gid):
             mode = without_group(mode)
         own = os.fstat(fd)
@@ -115,15 +117,15 @@ class Staged:
         os.fchmod(fd, mode & SAFE_MODE)
         os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    def publish(self, *, replace: bool = False, instead_of: os.stat_result | None = None) -> None:
+    def publish(self, *, replace: bool = False, instead_of: int | None = None) -> None:
         """Give the file its place, with all its bytes on the disk.
 
         Parameters
         ----------
         replace : bool
             A file that has its name is replaced.
-        instead_of : os.stat_result, optional
-            That file is replaced, and no other which came there meanwhile.
+        instead_of : int, optional
+            That open file is replaced, and no other which came there meanwhile.
 
         Raises
         ------
@@ -146,24 +148,32 @@ class Staged:
         if not same(self.folder.status(self.name), own):
             raise XfastError(f"{self.path}: somebody exchanged the file that was published")
 
-    def _exchange(self, other: os.stat_result) -> bool:
-        """Take the place of a file, and of no other; return False where the system can't.
+    def _exchange(self, original: int) -> bool:
+        """Take the place of an open file, and of no other; return False where the system can't.
 
         Between a look at what has the name and a rename() to it somebody may put a newer file
-        there, which would be lost.
+        there, which would be lost. The old one is locked while it has the temporary name, so that
+        no other process takes it for one that a killed process left.
 
         *Source*: rename(2), RENAME_EXCHANGE.
         """
         temporary = self.temporary
-        if not self.folder.exchange(temporary, self.name):
-            return False
-        if not same(self.folder.status(temporary), other):
-            self.temporary = ""  # another's, which stays, should it not go back
-            self.folder.exchange(temporary, self.name)
-            self.temporary = temporary
-            raise XfastError(f"{self.path}: another file has taken its place since it was read")
-        with contextlib.suppress(FileNotFoundError):
-            self.folder.remove(temporary)
+        try:
+            fcntl.flock(original, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise XfastError(f"{self.path}: another process is writing it") from None
+        try:
+            if not self.folder.exchange(temporary, self.name):
+                return False
+            if not same(self.folder.status(temporary), os.fstat(original)):
+                self.temporary = ""  # another's, which stays, should it not go back
+                self.folder.exchange(temporary, self.name)
+                self.temporary = temporary
+                raise XfastError(f"{self.path}: another file has taken its place since it was read")
+            with contextlib.suppress(FileNotFoundError):
+                self.folder.remove(temporary)
+        finally:
+            fcntl.flock(original, fcntl.LOCK_UN)
         return True
 
     def __enter__(self) -> Staged:
@@ -201,7 +211,10 @@ def write_text(path: str, text: str, *, replace: bool = False) -> None:
 
 def _remove_left_over(folder: Directory, name: str) -> bool:
     """Remove a temporary file, unless a process that lives has it locked; return whether."""
-    fd = folder.open_file(name)  # it may have had its permissions already
+    try:
+        fd = folder.open_file(name, os.O_RDWR)  # a lock on NFS needs it
+    except PermissionError:
+        fd = folder.open_file(name)  # it has had its permissions already
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         folder.remove(name)
