@@ -2,12 +2,16 @@
 
 import lzma
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).parent
+
+# A shell starts what is in its background with Ctrl-C ignored, which programs under test inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # CI tries the same examples every time; elsewhere each run tries new ones.
 settings.register_profile("xfast", deadline=None, derandomize="CI" in os.environ)
