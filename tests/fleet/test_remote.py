@@ -58,18 +58,17 @@ def nginx(tmp_path_factory):
     )
     if os.geteuid() == 0:
         config.write_text("user root;\n" + config.read_text())
-    server = subprocess.Popen(["nginx", "-c", config], stderr=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}/"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            break
-        except OSError:
-            assert server.poll() is None, server.stderr.read()
-            time.sleep(0.05)
-    yield url
-    server.terminate()
-    server.wait()
+    with subprocess.Popen(["nginx", "-c", config], stderr=subprocess.PIPE) as server:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr.read()
+                time.sleep(0.05)
+        yield url
+        server.terminate()
 
 
 def test_the_answer_is_that_of_the_file(nginx):
