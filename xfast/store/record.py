@@ -188,14 +188,18 @@ def read_record(folder: Directory, name: str) -> dict[str, Any]:
         record = json.loads(data)
         rows = [(row["name"], row["before"], row["after"]) for row in record["files"]]
         words = [record["output"], record["snapshot"], record["nonce"], *sum(rows, ())]
-        fits = all(isinstance(word, str) for word in words)
-        fits = fits and all(HASH.fullmatch(word) for row in rows for word in row[1:])
-        fits = fits and all(type(edit["offset"]) is int for edit in record["edits"])
-        fits = fits and all(0 <= edit["offset"] < 1 << 63 for edit in record["edits"])
-        fits = fits and all(isinstance(one, dict) for one in record["changes"])
-        fits = fits and all(NUMBER.fullmatch(row.get("end", "0")) for row in record["files"])
-        fits = fits and all(isinstance(row.get("journal", ""), str) for row in record["files"])
-        if rows and fits and record["schema"] == SCHEMA:
+        fits = (
+            record["schema"] == SCHEMA,
+            bool(rows),
+            all(isinstance(word, str) for word in words),
+            all(HASH.fullmatch(word) for row in rows for word in row[1:]),
+            all(NUMBER.fullmatch(row.get("end", "0")) for row in record["files"]),
+            all(isinstance(row.get("journal", ""), str) for row in record["files"]),
+            all(type(edit["offset"]) is int for edit in record["edits"]),
+            all(0 <= edit["offset"] < 1 << 63 for edit in record["edits"]),
+            all(isinstance(one, dict) for one in record["changes"]),
+        )
+        if all(fits):
             return dict(record)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
