@@ -16,6 +16,17 @@ READ_ONLY = frozenset({"crosvm", "minidump", "xen"})
 """Formats that are not edited: nobody restores them, or no edit could be checked."""
 
 
+def leaked_area() -> bytes:
+    """Return an area with a leaked PKRU bit, in Intel's layout."""
+    image = bytearray(4096)
+    image[0:2] = 0x7F, 0x03
+    image[24:26] = 0x80, 0x1F
+    image[28:30] = 0xFF, 0xFF
+    image[512:514] = 7, 2
+    image[576:832] = bytes([0x5A]) * 256
+    return bytes(image)
+
+
 def area(fill: int = 1, size: int = AREA_SIZE, xstate_bv: int = XCR0) -> bytes:
     """Return an XSAVE area in standard format whose registers tell `fill`."""
     image = bytearray(size)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sandbox
+from snapshot_files import leaked_area as area
 
 import xfast
 from xfast.cli.main import main
@@ -26,17 +27,6 @@ TENANT, TEAM, OTHERS = 4321, 4400, 4500
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another")
 USER_OBJ, USER, GROUP_OBJ, NAMED_GROUP, MASK, OTHER = 1, 2, 4, 8, 0x10, 0x20
 NOBODY = 0xFFFFFFFF
-
-
-def area() -> bytes:
-    """An area with a leaked PKRU bit, in Intel's layout."""
-    image = np.zeros(4096, np.uint8)
-    image[0:2] = 0x7F, 0x03
-    image[24:26] = 0x80, 0x1F
-    image[28:30] = 0xFF, 0xFF
-    image[512:514] = 7, 2
-    image[576:832] = 0x5A
-    return image.tobytes()
 
 
 @pytest.fixture

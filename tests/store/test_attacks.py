@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from snapshot_files import leaked_area as area
 
 import xfast
 from xfast.cli.main import main
@@ -23,17 +24,6 @@ from xfast.store.undo import undo
 HOST = "intel-haswell@6.1"
 TENANT = 4321
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another")
-
-
-def area() -> bytes:
-    """An area with a leaked PKRU bit, in Intel's layout."""
-    image = np.zeros(4096, np.uint8)
-    image[0:2] = 0x7F, 0x03
-    image[24:26] = 0x80, 0x1F
-    image[28:30] = 0xFF, 0xFF
-    image[512:514] = 7, 2
-    image[576:832] = 0x5A
-    return image.tobytes()
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import os
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 import tracing
 from loop_devices import loop_device
+from snapshot_files import leaked_area
 
 import xfast
 from xfast.cli.main import main
@@ -49,13 +49,7 @@ def padded(tmp_path, leak):
 
 def area() -> bytes:
     """Two vCPUs' areas with a leaked PKRU bit, small enough to be tried many times."""
-    image = np.zeros(4096, np.uint8)
-    image[0:2] = 0x7F, 0x03
-    image[24:26] = 0x80, 0x1F
-    image[28:30] = 0xFF, 0xFF
-    image[512:514] = 7, 2
-    image[576:832] = 0x5A
-    return image.tobytes() * 2
+    return leaked_area() * 2
 
 
 def plan(path):
