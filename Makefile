@@ -42,7 +42,7 @@ lint: $(VENV)/.test
 	  --allowlist tests/stubtest.txt --ignore-unused-allowlist --ignore-disjoint-bases $(STUBBED)
 
 # A sanitizer's own allocator and handlers have to be there first. The thread sanitizer sees what the
-# interpreter's lock orders, and can't live with addresses that are drawn at random.
+# interpreter's lock orders, and needs address space randomization to be off.
 san: $(VENV)/.test
 	XFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SAN) --build-lib $(SAN)/lib
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \

@@ -153,7 +153,7 @@ class _Pool:
 
 
 def _live_with_parent() -> None:
-    """End this worker when whom it works for ends, however that is; Ctrl-C ends it in silence."""
+    """End this worker when the process it works for ends, however; Ctrl-C ends it silently."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

@@ -70,7 +70,7 @@ def access_below(fd: int, names: Iterable[str] | None = None) -> Access:
         if status is not None and stat.S_ISREG(status.st_mode):
             try:
                 file = folder.open_file(name)
-            except PermissionError:  # then nor can what is made of it hold any of it
+            except PermissionError:  # what is made of it can't hold its bytes either
                 continue
             try:
                 access = access.and_of(access_of(file))

@@ -214,7 +214,7 @@ def _remove_left_over(folder: Directory, name: str) -> bool:
     try:
         fd = folder.open_file(name, os.O_RDWR)  # a lock on NFS needs it
     except PermissionError:
-        fd = folder.open_file(name)  # it has had its permissions already
+        fd = folder.open_file(name)  # its permissions were set already
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         folder.remove(name)
